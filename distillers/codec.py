@@ -1,0 +1,76 @@
+"""Between pixels and the space a network works in: identity, pixel-unshuffle, or a diffusers VAE.
+
+Pixels are float (B, 3, H, W) in [-1, 1] on both ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ImageCodec(nn.Module, ABC):
+    """encode(pixels) -> x0 and decode(x0) -> pixels; `factor` pixels a side become one position."""
+
+    kind: ClassVar[str]
+    factor: int
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def decode(self, x0: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def channels(self, pixels: int) -> int:
+        """Channels in the network's space for so many pixel channels."""
+
+
+class PixelUnshuffle(ImageCodec):
+    """Space to depth: a permutation of the pixels, so diffusion in either space is the same process at 1/factor^2 the cost.
+
+    factor 1 is the identity.
+    """
+
+    kind = "pixel-unshuffle"
+
+    def __init__(self, factor: int = 1) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return F.pixel_unshuffle(pixels, self.factor) if self.factor > 1 else pixels
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return F.pixel_shuffle(x0, self.factor) if self.factor > 1 else x0
+
+    def channels(self, pixels: int) -> int:
+        return pixels * self.factor**2
+
+
+class Vae(ImageCodec):
+    """A diffusers autoencoder, frozen; its scaling factor makes latents unit variance."""
+
+    kind = "vae"
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scaling = float(vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(pixels).latent_dist.mean
+        return latents * self.scaling
+
+    def decode(self, x0: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode(x0 / self.scaling).sample
+        return pixels
+
+    def channels(self, pixels: int) -> int:
+        return int(self.vae.config.latent_channels)

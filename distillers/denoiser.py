@@ -1,0 +1,119 @@
+"""Any network behind one sentence: `x0 = denoiser(x_t, t, cond)`.
+
+After this wrapper, every loss, sampler and benchmark knows one signature only; whether the network predicts noise, data,
+velocity or flow, and how it is told the time, is said here once. It knows no file format: see `weights.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers.errors import BadInput
+from distillers.schedule import PREDICTIONS, EDM, NoiseSchedule, Prediction
+
+Cond = dict[str, Tensor]  # "label": int64 (B,); "sar": float (B, C, H, W) in the network's own layout
+
+
+class Denoiser(nn.Module):
+    """x0 = denoiser(x_t, t, cond), the minimum-mean-square estimate of the clean data.
+
+    Args:
+        network: a diffusers `UNet2DModel` or `DiTTransformer2DModel`, or any module called as `network(x, time, **cond)`.
+        schedule: what x_t = alpha x0 + sigma eps means for this network.
+        prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0) or "flow" (eps - x0).
+        sigma_data: standard deviation of the data; used only to scale inputs of a variance-exploding schedule.
+
+    Shapes: x_t (B, C, H, W) or (B, D); t () or (B,); result like x_t, float32.
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
+        self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        output = self.output(x_t, t, cond)
+        return self.schedule.x0_from(self.prediction, output, x_t, t)
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The raw network output, in the network's own prediction type, float32."""
+        if isinstance(self.schedule, EDM):  # keep the input near unit variance (Karras et al. 2022, c_in)
+            x_in = x_t / (x_t.new_tensor(self.sigma_data) ** 2 + t.to(x_t) ** 2).sqrt().reshape(-1, *[1] * (x_t.ndim - 1))
+        else:
+            x_in = x_t
+        time = self.schedule.network_time(t).to(x_t).expand(x_t.shape[0])
+        return call_network(self.network, x_in, time, cond or {}).float()
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)) -> list[Tensor]:
+        """Activations of the named submodules, for discriminators. Each is the module's (first) output tensor.
+
+        Raises:
+            BadInput: a layer name that the network does not have.
+        """
+        modules = dict(self.network.named_modules())
+        missing = [name for name in layers if name not in modules]
+        if missing:
+            top = ", ".join(name for name, _ in self.network.named_children())
+            raise BadInput("layers", missing, f"submodules of the network, e.g. {top}")
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                kept[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+        try:
+            self.output(x_t, t, cond)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [kept[name] for name in layers]
+
+
+def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """Call a diffusers network, or a plain one, with the condition where it belongs.
+
+    SAR is concatenated, noise-free, to the noisy image (Bai and Xu 2024); labels are `class_labels`.
+    """
+    if "sar" in cond:
+        x = torch.cat([x, cond["sar"].to(x)], dim=1)
+    if not hasattr(network, "config"):
+        return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))  # type: ignore[no-any-return]
+    labels = {"class_labels": cond["label"]} if "label" in cond else {}
+    if type(network).__name__ == "DiTTransformer2DModel":
+        sample: Tensor = network(x, timestep=time.long(), **labels).sample
+    else:
+        sample = network(x, time, **labels).sample
+    # DiT and improved-DDPM networks also output a learned variance in further channels; the mean comes first.
+    channels = x.shape[1] - (cond["sar"].shape[1] if "sar" in cond else 0)
+    return sample[:, :channels]
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance by wrapping (Ho and Salimans 2022): uncond + w (cond - uncond), on x0.
+
+    w = 1 is no guidance (one network call); x0, eps and v are affine in each other at fixed (x_t, t), so it does not
+    matter on which of them guidance acts. LCM counts w from 0: its w is ours minus 1.
+    """
+
+    def __init__(self, denoiser: Denoiser, guidance_scale: float, null_label: int) -> None:
+        super().__init__()
+        self.denoiser, self.guidance_scale, self.null_label = denoiser, guidance_scale, null_label
+        self.schedule = denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        if self.guidance_scale == 1 or cond is None or "label" not in cond:
+            x0: Tensor = self.denoiser(x_t, t, cond)
+            return x0
+        uncond = {**cond, "label": torch.full_like(cond["label"], self.null_label)}
+        both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
+        t2 = t if t.ndim == 0 else torch.cat([t, t])
+        with_cond, without = self.denoiser(torch.cat([x_t, x_t]), t2, both).chunk(2)
+        return without + self.guidance_scale * (with_cond - without)

@@ -1,0 +1,306 @@
+"""Noise schedules, and every conversion derived from them once.
+
+`t` grows with noise, from `t_min` (almost clean) to `t_max` (almost pure noise), and
+
+    x_t = alpha(t) x0 + sigma(t) eps,      eps ~ N(0, I).
+
+A schedule is the two functions alpha and sigma; all else follows (METHODS 1.0). Coefficients are computed in float64 and
+rounded once, on multiplication with the data. `t` is a float tensor of shape () or (B,); data has shape (B, ...).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from distillers.errors import BadInput
+
+Prediction = Literal["x0", "eps", "v", "flow"]
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Shape a coefficient of shape () or (B,) so that it multiplies x of shape (B, ...); float64 in, dtype of x out."""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)).to(x)
+
+
+class NoiseSchedule(ABC):
+    """x_t = alpha(t) x0 + sigma(t) eps. Subclasses give alpha, sigma and the time range, nothing else."""
+
+    name: ClassVar[str]
+    t_min: float
+    t_max: float
+    rho: float = 1.0  # spacing of `grid`: 1 = uniform in t; EDM uses 7
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal scale at t, float64, same shape as t."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise scale at t, float64, same shape as t."""
+
+    # What the network is told. Discrete schedules: the integer timestep. Continuous ones: their own unit.
+    def network_time(self, t: Tensor) -> Tensor:
+        """The number fed to the network's time embedding for time t."""
+        return t
+
+    # --- conversions -------------------------------------------------------------------------------------------------
+    def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return like(self.alpha(t), x), like(self.sigma(t), x)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t from clean data and unit Gaussian noise."""
+        a, s = self._at(t, x0)
+        return a * x0 + s * eps
+
+    def x0_from(self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Clean data from a network output of the given kind.
+
+        v is diffusers' velocity alpha eps - sigma x0 and needs alpha^2 + sigma^2 = 1 only if it is to be orthogonal; the
+        inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0.
+        """
+        a, s = self._at(t, x_t)
+        if prediction == "x0":
+            return output
+        if prediction == "eps":
+            return (x_t - s * output) / a
+        if prediction == "v":
+            return (a * x_t - s * output) / (a * a + s * s)
+        if prediction == "flow":
+            return (x_t - s * output) / (a + s)
+        raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
+
+    def output_from(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The inverse of `x0_from`: what a network of the given kind outputs when its clean estimate is x0."""
+        a, s = self._at(t, x_t)
+        if prediction == "x0":
+            return x0
+        if prediction == "eps":
+            return (x_t - a * x0) / s
+        if prediction == "v":
+            return (a * x_t - (a * a + s * s) * x0) / s
+        if prediction == "flow":
+            return (x_t - (a + s) * x0) / s
+        raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
+
+    def eps_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that x_t holds if its clean part is x0."""
+        return self.output_from("eps", x0, x_t, t)
+
+    def v_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity alpha eps - sigma x0."""
+        return self.output_from("v", x0, x_t, t)
+
+    def score_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x_t) when x0 = E[x0 | x_t] (Tweedie)."""
+        a, s = self._at(t, x_t)
+        return (a * x0 - x_t) / (s * s)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha^2 / sigma^2, float64."""
+        t = t.double()
+        return (self.alpha(t) / self.sigma(t)) ** 2
+
+    def noise_ratio(self, t: Tensor) -> Tensor:
+        """sigma / alpha, float64: the noise level of the equivalent variance-exploding process."""
+        t = t.double()
+        return self.sigma(t) / self.alpha(t)
+
+    def time_at_ratio(self, ratio: Tensor) -> Tensor:
+        """The t in [t_min, t_max] at which sigma/alpha = ratio, by bisection; the nearer end if there is none."""
+        ratio = ratio.double()
+        low, high = torch.full_like(ratio, self.t_min), torch.full_like(ratio, self.t_max)
+        for _ in range(54):  # halvings until the bracket is below float64 resolution
+            middle = (low + high) / 2
+            below = self.noise_ratio(middle) < ratio
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.where(self.noise_ratio(low.new_tensor(self.t_min)) >= ratio, low, high)
+
+    # --- solving the probability-flow ODE ----------------------------------------------------------------------------
+    def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One step from t to s that is exact when x0 is constant along it: x_s = a_s x0 + (s_s/s_t)(x_t - a_t x0).
+
+        This is DDIM (Song et al. 2021, eq. 12), and Euler in the variable sigma/alpha (Karras et al. 2022).
+        """
+        a_t, s_t = self._at(t, x_t)
+        a_s, s_s = self._at(s, x_t)
+        return a_s * x0 + (s_s / s_t) * (x_t - a_t * x0)
+
+    def heun_step(self, x_t: Tensor, x0: Tensor, x0_next: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Second-order correction: `x0_next` is the clean estimate at the end point of `step(x_t, x0, t, s)`.
+
+        In u = x/alpha and r = sigma/alpha the ODE is du/dr = (u - x0)/r; Heun averages the slopes at both ends
+        (Karras et al. 2022, Algorithm 1). At sigma(s) = 0 the end slope does not exist and the first-order step is returned.
+        """
+        a_t, _ = self._at(t, x_t)
+        a_s, s_s = self._at(s, x_t)
+        r_t, r_s = like(self.noise_ratio(t), x_t), like(self.noise_ratio(s), x_t)
+        euler = self.step(x_t, x0, t, s)
+        slope_t = (x_t / a_t - x0) / r_t
+        slope_s = torch.where(s_s > 0, (euler / a_s - x0_next) / r_s.clamp_min(1e-12), slope_t)
+        return a_s * (x_t / a_t + (r_s - r_t) * (slope_t + slope_s) / 2)
+
+    def grid(self, n: int) -> Tensor:
+        """n times from t_min up to t_max, float64 (Karras et al. 2022, eq. 5, with this schedule's rho)."""
+        if n < 2:
+            raise BadInput("grid points", n, "2 or more")
+        return self._spaced(torch.linspace(0, 1, n, dtype=torch.float64))
+
+    def _spaced(self, u: Tensor) -> Tensor:
+        low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
+        return (low + u * (high - low)) ** self.rho
+
+    def to_config(self) -> dict[str, Any]:
+        """What `from_config` needs to make this schedule again."""
+        return {"name": self.name, "t_min": self.t_min, "t_max": self.t_max}
+
+
+class EDM(NoiseSchedule):
+    """Variance exploding: alpha = 1, sigma = t (Karras et al. 2022)."""
+
+    name = "edm"
+    rho = 7.0
+
+    def __init__(self, t_min: float = 0.002, t_max: float = 80.0) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """250 ln sigma: diffusers' convention for consistency models (1000 times EDM's ln(sigma)/4)."""
+        return 250 * t.log()
+
+
+class RectifiedFlow(NoiseSchedule):
+    """alpha = 1 - t, sigma = t (Liu et al. 2023). The network is told 1000 t, as diffusers' flow-matching schedulers do.
+
+    t_max is 1 for Euler steps; ratios sigma/alpha need t_max < 1, hence the default.
+    """
+
+    name = "flow"
+
+    def __init__(self, t_min: float = 1e-3, t_max: float = 1 - 1e-3) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+
+class Trigonometric(NoiseSchedule):
+    """alpha = cos t, sigma = sin t, t in (0, pi/2) (TrigFlow, Lu and Song 2024). Data are scaled to unit variance."""
+
+    name = "trig"
+
+    def __init__(self, t_min: float = 2e-3, t_max: float = math.pi / 2 - 1e-3) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t.double().cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double().sin()
+
+
+class VariancePreserving(NoiseSchedule):
+    """DDPM's discrete schedule, alpha^2 = abar_t, continued between the integers.
+
+    t counts diffusers' timesteps: 0 .. T-1 inclusive, float. ln(sigma/alpha) is interpolated linearly, so at integers the
+    values are diffusers' own. Mind that t = 0 is not clean (sigma = 0.01 for linear betas) and T-1 is not pure noise.
+    """
+
+    name = "vp"
+
+    def __init__(self, betas: Tensor, betas_config: dict[str, Any] | None = None) -> None:
+        betas = betas.double()
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise BadInput("betas", f"shape {tuple(betas.shape)}", "a vector of at least two values in (0, 1)")
+        abar = torch.cumprod(1 - betas, 0)
+        self.log_ratio = ((1 - abar) / abar).log() / 2  # ln(sigma/alpha) at the integers
+        self.betas_config = betas_config or {"trained_betas": betas.tolist()}
+        self.t_min, self.t_max = 0.0, float(len(betas) - 1)
+
+    def _ratio(self, t: Tensor) -> Tensor:
+        t = t.double().clamp(self.t_min, self.t_max)
+        table = self.log_ratio.to(t.device)
+        low = t.floor().long().clamp(max=len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], t - low).exp()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 + self._ratio(t) ** 2).rsqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        r = self._ratio(t)
+        return r * (1 + r * r).rsqrt()
+
+    def to_config(self) -> dict[str, Any]:
+        return {"name": self.name, **self.betas_config}
+
+    @classmethod
+    def from_betas(
+        cls, beta_schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000
+    ) -> VariancePreserving:
+        """The schedule that diffusers' DDPM/DDIM schedulers build from the same four numbers."""
+        from diffusers import DDIMScheduler
+
+        config = dict(
+            beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end, num_train_timesteps=num_train_timesteps
+        )
+        return cls(DDIMScheduler(**config).betas, config)
+
+
+_CONTINUOUS: dict[str, type[EDM] | type[RectifiedFlow] | type[Trigonometric]] = {
+    c.name: c for c in (EDM, RectifiedFlow, Trigonometric)
+}
+
+
+def from_config(config: dict[str, Any]) -> NoiseSchedule:
+    """A schedule from `to_config`'s dictionary, or from a recipe's [schedule] table."""
+    options = dict(config)
+    name = options.pop("name", "vp")
+    try:
+        if name == "vp":
+            if "trained_betas" in options:
+                return VariancePreserving(torch.tensor(options["trained_betas"], dtype=torch.float64))
+            return VariancePreserving.from_betas(**options)
+        if name in _CONTINUOUS:
+            return _CONTINUOUS[name](**options)
+    except TypeError as error:
+        raise BadInput("schedule", config, f"the options of {name!r} ({error})") from None
+    raise BadInput("schedule.name", name, "vp, " + ", ".join(_CONTINUOUS))
+
+
+def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
+    """The schedule behind a diffusers scheduler folder (`scheduler_config.json`).
+
+    Betas are rebuilt by diffusers' own code, so zero-terminal-SNR rescaling and every beta schedule are honoured.
+    """
+    import diffusers
+
+    kind = scheduler_config.get("_class_name", "DDIMScheduler")
+    if "FlowMatch" in kind:
+        return RectifiedFlow()
+    if kind in ("CMStochasticIterativeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        return EDM(scheduler_config.get("sigma_min", 0.002), scheduler_config.get("sigma_max", 80.0))
+    config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
+    betas = diffusers.DDIMScheduler.from_config(config).betas
+    if float(betas[-1]) >= 1:  # zero terminal SNR: alpha(T-1) = 0 has no sigma/alpha; stop just above it
+        betas = betas.clamp(max=1 - 1e-6)
+    kept = {k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config}
+    plain = len(kept) == 4 and not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None
+    return VariancePreserving(betas, kept if plain else None)
