@@ -1,0 +1,111 @@
+"""A folder of images, with or without classes, kept in memory as one uint8 array.
+
+In memory because training draws at random: 15,000 images of 64 px are 184 MB, and a draw is then one array lookup.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distillers.data.pixels import (
+    SPLITS,
+    Batch,
+    Pixels,
+    check_indices,
+    check_size,
+    check_split,
+    dihedral,
+    existing_folder,
+    image_files,
+    read_image,
+    spread,
+    subfolders,
+    to_tensor,
+)
+from distillers.errors import BadInput
+
+
+class ImageFolder:
+    """`path[/split]/CLASS/*.jpg` (labels are the sorted class folders) or `path[/split]/*.jpg` (no labels).
+
+    `flip` mirrors half of the drawn images left-right; `dihedral` turns and mirrors them in all eight ways instead,
+    which suits pictures without an up (seen from above). `limit` keeps an evenly spaced part. Images of another size
+    are cropped to the centred square and resized with antialiasing; grey and palette become RGB, alpha is dropped.
+    Images beside class folders are not part of a class and are left out.
+    BadInput: missing folder, no images, and any file that is unreadable, not 8-bit or smaller than 8 px, by its name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str | None = None,
+        size: int = 64,
+        flip: bool = True,
+        dihedral: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
+        if split is not None:
+            check_split(split)
+        root = self.path if split is None else existing_folder(self.path / split)
+        self.name = self.path.parent.name if split is None and self.path.name in SPLITS else self.path.name
+        # Labels come from both splits, so that a class absent from one of them never shifts the numbers of the others.
+        siblings = [root] if split is None else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
+        self.labels = tuple(sorted({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
+        self.files, self._classes = self._find(root, limit)
+
+    def _find(self, root: Path, limit: int | None) -> tuple[list[Path], np.ndarray]:
+        if self.labels:
+            found = [(f, k) for k, c in enumerate(self.labels) if (root / c).is_dir() for f in image_files(root / c)]
+        else:
+            found = [(f, 0) for f in image_files(root)]
+        if not found:
+            splits = ", ".join(c.name for c in subfolders(root) if c.name in SPLITS)
+            hint = f" (it has {splits}: give split)" if splits else ""
+            raise BadInput("path", str(root), f"a folder with images, or with class folders of images{hint}")
+        found = [found[i] for i in spread(len(found), limit)]
+        return [f for f, _ in found], np.array([k for _, k in found], dtype=np.int64)
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """All images, (N,size,size,3) uint8, decoded at the first use."""
+        pixels = np.empty((len(self.files), self.size, self.size, 3), dtype=np.uint8)
+        for i, file in enumerate(self.files):
+            pixels[i] = self._square(read_image(file))
+        return pixels
+
+    def _square(self, image: Image.Image) -> Pixels:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        if side != self.size:  # Pillow's filter widens when it shrinks, which is the antialiasing
+            square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return np.asarray(square)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        """`n` images at random with replacement, augmented; a pure function of `rng`."""
+        index = rng.integers(len(self), size=n)
+        pixels = self.pixels[index]
+        if self.dihedral:
+            pixels = dihedral(pixels, rng.integers(8, size=n))
+        elif self.flip:
+            pixels = dihedral(pixels, 4 * rng.integers(2, size=n))
+        return self._batch(pixels, index)
+
+    def items(self, indices: Sequence[int]) -> Batch:
+        """The images of these positions as they are."""
+        index = check_indices(indices, len(self))
+        return self._batch(self.pixels[index], index)
+
+    def _batch(self, pixels: Pixels, index: np.ndarray) -> Batch:
+        batch = {"image": to_tensor(pixels)}
+        if self.labels:
+            batch["label"] = torch.from_numpy(self._classes[index])
+        return batch

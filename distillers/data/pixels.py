@@ -1,0 +1,117 @@
+"""From image files to uint8 arrays to float tensors: what every data set on disk shares.
+
+Knows files and arrays only; nothing here knows what a data set is.
+"""
+
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from distillers.errors import BadInput
+
+Batch = dict[str, Tensor]
+"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,1,H,W) in [-1,1]."""
+
+Pixels = NDArray[np.uint8]
+SPLITS = ("train", "test")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+SMALLEST = 8  # px; below this there is no picture to learn from, most often it is a tracking pixel or a broken export
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files directly in `folder`, by name; hidden files are left out."""
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders directly in `folder`, by name; hidden ones are left out."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def existing_folder(path: str | Path) -> Path:
+    """`path` as an absolute folder; BadInput when there is none."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise BadInput("path", str(path), "an existing folder")
+    return folder.resolve()
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode one 8-bit image whole, upright by its EXIF tag; BadInput names one that is unreadable or too small."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except _UNREADABLE as error:
+        raise BadInput(str(path), str(error), "a complete, readable image") from error
+    if upright.mode.startswith(("I", "F")):  # Pillow would clip 16-bit and float values to white without a word
+        raise BadInput(str(path), f"pixels of type {upright.mode}", "8-bit pixels")
+    if min(upright.size) < SMALLEST:
+        raise BadInput(str(path), f"{upright.width}x{upright.height} px", f"at least {SMALLEST} px on each side")
+    return upright
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """uint8 (B,H,W,C) to float32 (B,C,H,W) in [-1,1]."""
+    channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return channels_first.float().div_(127.5).sub_(1.0)
+
+
+def dihedral(pixels: Pixels, operation: NDArray[np.integer]) -> Pixels:
+    """Turn image i of (B,S,S,C) by `operation[i]` % 4 quarters, after a left-right flip where `operation[i]` >= 4."""
+    turned = pixels.copy()
+    for k in range(1, 8):
+        chosen = operation == k
+        flipped = pixels[chosen][:, :, ::-1] if k >= 4 else pixels[chosen]
+        turned[chosen] = np.rot90(flipped, k % 4, axes=(1, 2))
+    return turned
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of `count` positions, evenly spaced so that every class keeps its share."""
+    kept = count if limit is None else min(check_whole("limit", limit, 1), count)
+    return [i * count // kept for i in range(kept)]
+
+
+def check_size(size: int) -> int:
+    """`size` when it is a usable side length in pixels, else BadInput."""
+    return check_whole("size", size, SMALLEST)
+
+
+def check_whole(field: str, value: int, lowest: int) -> int:
+    """`value` when it is a whole number of `lowest` or more, else BadInput."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise BadInput(field, value, f"a whole number, {lowest} or more")
+    return value
+
+
+def check_split(split: str | None) -> None:
+    """BadInput unless `split` is one of the two there are."""
+    if split not in SPLITS:
+        raise BadInput("split", split, " | ".join(SPLITS))
+
+
+def check_indices(indices: Sequence[int], count: int | None) -> NDArray[np.int64]:
+    """`indices` as an array; BadInput for one below 0 or not below `count` (None: endless)."""
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    for index in wanted[(wanted < 0) | (wanted >= (np.inf if count is None else count))]:
+        raise BadInput("index", int(index), "0 or more" if count is None else f"0 to {count - 1}")
+    return wanted

@@ -1,0 +1,177 @@
+"""Captioned shapes: an endless data set that is computed, so its captions and labels are true by construction.
+
+One row of uniform numbers becomes one `Scenes` entry (what is in the picture); picture and caption are both
+made from that. Lengths are fractions of the picture's side, x to the right and y downwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distillers.data.pixels import SPLITS, Batch, check_indices, check_size, check_split, check_whole
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (0.87, 0.12, 0.12),
+    "green": (0.10, 0.66, 0.16),
+    "blue": (0.13, 0.25, 0.92),
+    "yellow": (0.96, 0.84, 0.08),
+    "magenta": (0.85, 0.14, 0.80),
+    "cyan": (0.08, 0.78, 0.86),
+}
+SIZES = {"tiny": 0.10, "small": 0.14, "large": 0.21}  # radius; the second object is one size below the first
+SHADES = {"dark": 0.10, "mid": 0.45, "light": 0.88}
+RELATIONS = ("left of", "right of", "above", "below")
+LABELS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+NOMINAL = 10_000
+
+_MARGIN, _GAP = 0.03, 0.05  # to the border; between the two objects
+_UNIFORMS = 14  # numbers that decide one picture
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is in N pictures. Fields of the second object mean nothing where `second` is False.
+
+    shape, colour, size: (N,2) positions in SHAPES, COLOURS, SIZES. centre: (N,2,2) as (object, x/y). relation: (N,) of
+    the first to the second. shade: (N,) position in SHADES; grey: (N,) the background itself in [0,1].
+    """
+
+    shape: Ints
+    colour: Ints
+    size: Ints
+    centre: Floats
+    second: NDArray[np.bool_]
+    relation: Ints
+    shade: Ints
+    grey: Floats
+
+    def caption(self, i: int) -> str:
+        """Picture `i` in words, e.g. "a large red circle above a small blue square on a dark background"."""
+        words = self._thing(i, 0)
+        if self.second[i]:
+            words += f" {RELATIONS[self.relation[i]]} {self._thing(i, 1)}"
+        return f"{words} on a {list(SHADES)[self.shade[i]]} background"
+
+    def _thing(self, i: int, which: int) -> str:
+        size, colour = list(SIZES)[self.size[i, which]], list(COLOURS)[self.colour[i, which]]
+        return f"a {size} {colour} {SHAPES[self.shape[i, which]]}"
+
+
+class CaptionedShapes:
+    """A shape (labels: 4 shapes in 6 colours), in half of the pictures with a smaller one beside it.
+
+    Endless: item i is a pure function of (seed, split, i) for every i >= 0; `len` is a nominal 10,000. `draw` takes its
+    pictures from the same distribution, by `rng` alone. BadInput: size below 8, unknown split, negative seed or index.
+    """
+
+    name = "shapes"
+    labels = LABELS
+
+    def __init__(self, size: int = 32, seed: int = 0, split: str = "train") -> None:
+        check_split(split)
+        self.size, self.seed, self.split = check_size(size), check_whole("seed", seed, 0), split
+
+    def __len__(self) -> int:
+        return NOMINAL
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        """`n` new pictures; a pure function of `rng`."""
+        return self._batch(scenes(rng.random((n, _UNIFORMS))))
+
+    def items(self, indices: Sequence[int]) -> Batch:
+        """Pictures `indices`."""
+        return self._batch(self.scenes(indices))
+
+    def scenes(self, indices: Sequence[int]) -> Scenes:
+        """What is in pictures `indices`."""
+        wanted = check_indices(indices, None)
+        rows = [np.random.default_rng([self.seed, SPLITS.index(self.split), i]).random(_UNIFORMS) for i in wanted]
+        return scenes(np.array(rows).reshape(len(wanted), _UNIFORMS))
+
+    def caption(self, index: int) -> str:
+        """Picture `index` in words."""
+        return self.scenes([index]).caption(0)
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Pictures `indices` in words."""
+        what = self.scenes(indices)
+        return [what.caption(i) for i in range(len(indices))]
+
+    def _batch(self, what: Scenes) -> Batch:
+        image = torch.from_numpy(paint(what, self.size).transpose(0, 3, 1, 2) * 2 - 1).contiguous()
+        return {"image": image, "label": torch.from_numpy(what.colour[:, 0] * len(SHAPES) + what.shape[:, 0])}
+
+
+def scenes(u: NDArray[np.float64]) -> Scenes:
+    """Uniform numbers (N,14) to pictures. Objects fit and stay apart by construction; nothing is drawn twice."""
+    shape, colour = _choose(u[:, 0:2], len(SHAPES)), _choose(u[:, 2:4], len(COLOURS))
+    first = 1 + _choose(u[:, 4], 2)
+    size = np.stack([first, first - 1], axis=1)
+    second, relation, shade = u[:, 5] < 0.5, _choose(u[:, 6], len(RELATIONS)), _choose(u[:, 7], len(SHADES))
+    radius = np.array(list(SIZES.values()))[size]
+    alone = _between(_MARGIN + radius[:, :1], u[:, 8:10])
+    centre = np.where(second[:, None, None], _beside(radius, relation, u[:, 8:12]), alone[:, None, :])
+    grey = np.array(list(SHADES.values()))[shade] + 0.06 * (2 * u[:, 12] - 1)
+    return Scenes(shape, colour, size, centre.astype(np.float32), second, relation, shade, grey.astype(np.float32))
+
+
+def _choose(u: NDArray[np.float64], count: int) -> Ints:
+    return (u * count).astype(np.int64)
+
+
+def _between(low: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Uniform in [low, 1 - low]."""
+    return low + (1 - 2 * low) * u
+
+
+def _beside(radius: NDArray[np.float64], relation: Ints, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centres (N,2,2) of two objects in `relation`: laid out along one axis, then mirrored and swapped into place."""
+    r1, r2 = radius.T
+    free = 1 - 2 * _MARGIN - 2 * (r1 + r2) - _GAP  # what is left of the side when both stand on the axis
+    start, extra = np.sort(u[:, :2], axis=1).T * free
+    along1 = _MARGIN + start + r1
+    along2 = along1 + r1 + _GAP + r2 + (extra - start)
+    across1 = _between(_MARGIN + r1, u[:, 2])
+    sideways = (2 * u[:, 3] - 1) * 0.6 * (along2 - along1)  # less than along the axis, so the relation is beyond doubt
+    across2 = np.clip(across1 + sideways, _MARGIN + r2, 1 - _MARGIN - r2)
+    mirrored, vertical = (relation % 2 == 1)[:, None], (relation >= 2)[:, None, None]
+    along = np.stack([along1, along2], axis=1)
+    along, across = np.where(mirrored, 1 - along, along), np.stack([across1, across2], axis=1)
+    return np.where(vertical, np.stack([across, along], axis=2), np.stack([along, across], axis=2))
+
+
+def paint(what: Scenes, size: int) -> Floats:
+    """The pictures, float32 (N,size,size,3) in [0,1]. Edges are antialiased by the signed distance in pixels."""
+    n, palette = len(what.shape), np.array(list(COLOURS.values()), dtype=np.float32)
+    image = np.broadcast_to(what.grey[:, None, None, None], (n, size, size, 3)).copy()
+    radius = np.array(list(SIZES.values()), dtype=np.float32)[what.size]
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    for which in (0, 1):
+        for kind, name in enumerate(SHAPES):
+            chosen = np.flatnonzero((what.shape[:, which] == kind) & (what.second if which else True))
+            r = radius[chosen, which, None, None]
+            x = (grid[None, None, :] - what.centre[chosen, which, 0, None, None]) / r
+            y = (grid[None, :, None] - what.centre[chosen, which, 1, None, None]) / r
+            cover = np.clip(0.5 - _distance(name, x, y) * (r * size), 0, 1)[..., None]
+            image[chosen] += cover * (palette[what.colour[chosen, which], None, None] - image[chosen])
+    return image
+
+
+def _distance(shape: str, x: Floats, y: Floats) -> Floats:
+    """Signed distance to the outline of a shape within [-1,1], negative inside; exact at the edges."""
+    x = np.abs(x)
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - np.float32(0.88)
+    if shape == "triangle":  # equilateral, tip up: half-planes of the base and of the slanted side
+        return np.maximum(y - np.float32(0.86), np.float32(0.866) * x - np.float32(0.5) * y - np.float32(0.43))
+    y = np.abs(y)
+    return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - np.float32(0.36))

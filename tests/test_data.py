@@ -1,0 +1,490 @@
+"""The data sets: what they draw, how they divide ground into train and test, and which input they refuse."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from distillers.data import KINDS, open_data
+from distillers.data.images import ImageFolder
+from distillers.data.pairs import SarOpticalPairs
+from distillers.data.shapes import COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
+from distillers.errors import BadInput
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def real(name: str) -> Path:
+    """A folder of the real data, which is not part of the project."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"the real data set {name} does not stand at ../shared/data/{name}")
+    return SHARED / name
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def save(path: Path, pixels: NDArray[np.uint8]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, lossless=True)
+    return path
+
+
+def noise(seed: int, height: int = 16, width: int = 16, channels: int = 3) -> NDArray[np.uint8]:
+    return rng(seed).integers(0, 256, (height, width, channels) if channels > 1 else (height, width), dtype=np.uint8)
+
+
+def save_pair(sar: Path, optical: Path, seed: int, side: int = 48) -> None:
+    """A pair whose optical image is its SAR in false colour, so every pixel shows whether both were treated alike."""
+    grey = noise(seed, side, side, 1)
+    save(sar, grey)
+    save(optical, np.stack([grey, 255 - grey, grey // 2], axis=2))
+
+
+def aligned(batch: dict[str, torch.Tensor]) -> bool:
+    grey, colour = ((batch[key] + 1) * 127.5 for key in ("sar", "image"))
+    expected = torch.cat([grey, 255 - grey, torch.floor(grey.round() / 2)], dim=1)
+    return bool(torch.allclose(colour, expected, atol=1e-2))
+
+
+def split_layout(root: Path) -> Path:
+    for split, names in {"train": ("a", "b"), "test": ("c",)}.items():
+        for name in names:
+            save_pair(root / split / "sar" / f"{name}.webp", root / split / "opt" / f"{name}.webp", ord(name))
+    regions = [{"id": "a", "region": "North"}, {"id": "c", "region": "South"}]
+    (root / "metadata.json").write_text(json.dumps(regions))
+    return root
+
+
+def class_layout(root: Path) -> Path:
+    for k, (kind, roi) in enumerate([("agri", 1), ("agri", 2), ("urban", 2), ("urban", 3), ("urban", 4)]):
+        for patch in (1, 2):
+            name = f"ROIs1868_summer_{roi}_p{10 * k + patch}.png"
+            save_pair(root / kind / "sar" / name, root / kind / "opt" / name, 10 * k + patch)
+    return root
+
+
+def sen12_layout(root: Path) -> Path:
+    for k, (season, scene) in enumerate([("ROIs1158_spring", 1), ("ROIs1158_spring", 2), ("ROIs1868_summer", 1)]):
+        for patch in (1, 2):
+            sar, optical = (f"s{i}_{scene}/{season}_s{i}_{scene}_p{patch}.png" for i in (1, 2))
+            save_pair(root / season / sar, root / season / optical, 10 * k + patch)
+    return root
+
+
+PAIR_LAYOUTS = {"split": split_layout, "class": class_layout, "sen12": sen12_layout}
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """An image folder with three classes in train, of which test has two."""
+    for split, names in {"train": ("forest", "lake", "town"), "test": ("forest", "town")}.items():
+        for k, name in enumerate(names):
+            for i in range(3):
+                save(tmp_path / "land" / split / name / f"{i}.png", noise(100 * k + i))
+    return tmp_path / "land"
+
+
+# --- every kind
+
+
+@pytest.fixture(params=sorted(KINDS))
+def data(request: pytest.FixtureRequest, tmp_path: Path, classes: Path):  # type: ignore[no-untyped-def]
+    options = {
+        "images": {"path": classes, "split": "train", "size": 16},
+        "pairs": {"path": split_layout(tmp_path / "pairs"), "size": 16},
+        "shapes": {"size": 16},
+    }
+    return open_data(request.param, **options[request.param])
+
+
+def test_a_batch_has_the_promised_shapes_types_and_range(data) -> None:  # type: ignore[no-untyped-def]
+    for batch in (data.draw(5, rng()), data.items([0, 2, 0, 1, 1])):
+        expected = {"image": (5, 3, 16, 16)} | ({"label": (5,)} if data.labels else {})
+        expected |= {"sar": (5, 1, 16, 16)} if isinstance(data, SarOpticalPairs) else {}
+        assert {key: tuple(value.shape) for key, value in batch.items()} == expected
+        for key, value in batch.items():
+            assert value.dtype == (torch.int64 if key == "label" else torch.float32)
+            if key == "label":
+                assert value.min() >= 0 and value.max() < len(data.labels)
+            else:
+                assert -1 <= value.min() < -0.5 and 0.5 < value.max() <= 1
+
+
+def test_draw_is_a_pure_function_of_the_random_generator(data) -> None:  # type: ignore[no-untyped-def]
+    first = data.draw(8, rng(1))
+    other = data.draw(8, rng(2))
+    data.items([0])
+    again = data.draw(8, rng(1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_an_item_does_not_depend_on_its_neighbours(data) -> None:  # type: ignore[no-untyped-def]
+    assert torch.equal(data.items([4, 1])["image"][1], data.items([1])["image"][0])
+    assert not torch.equal(data.items([4])["image"], data.items([1])["image"])
+
+
+def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(BadInput, match="index: got -1"):
+        data.items([0, -1])
+    if not isinstance(data, CaptionedShapes):
+        with pytest.raises(BadInput, match=f"0 to {len(data) - 1}"):
+            data.items([len(data)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "field", "allowed"),
+    [
+        ("movies", {}, "data.kind", "images | pairs | shapes"),
+        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split"),
+        ("images", {}, "data.path", "needs it"),
+        ("images", {"path": "no/such/folder"}, "path", "existing folder"),
+        ("pairs", {"path": "no/such/folder"}, "path", "existing folder"),
+        ("shapes", {"size": 7}, "size", "8 or more"),
+        ("shapes", {"size": "32"}, "size", "whole number"),
+        ("shapes", {"seed": -1}, "seed", "0 or more"),
+        ("shapes", {"split": "all"}, "split", "train | test"),
+        ("pairs", {"path": ".", "split": "all"}, "split", "train | test"),
+    ],
+)
+def test_a_wrong_option_is_named(kind: str, options: dict[str, object], field: str, allowed: str) -> None:
+    with pytest.raises(BadInput) as error:
+        open_data(kind, **options)
+    assert error.value.field == field
+    assert allowed in error.value.allowed
+
+
+# --- image folders
+
+
+def test_labels_are_the_class_folders_and_the_same_in_both_splits(classes: Path) -> None:
+    train, test = ImageFolder(classes, "train", 16), ImageFolder(classes, "test", 16)
+    assert train.labels == test.labels == ("forest", "lake", "town")
+    assert train.name == test.name == ImageFolder(classes / "train", size=16).name == "land"
+    assert test.items(range(6))["label"].tolist() == [0, 0, 0, 2, 2, 2]  # no lake in test, and town is still 2
+    expected = torch.from_numpy(noise(100)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(test.items([3])["image"][0], expected, atol=1e-6)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", noise(0))
+    (tmp_path / "notes.txt").write_text("not an image")
+    folder = ImageFolder(tmp_path, size=16)
+    assert folder.labels == () and len(folder) == 1 and set(folder.draw(2, rng())) == {"image"}
+
+
+def test_a_limit_keeps_a_share_of_every_class(classes: Path) -> None:
+    assert ImageFolder(classes, "train", 16, limit=3).items(range(3))["label"].tolist() == [0, 1, 2]
+    with pytest.raises(BadInput, match="limit: got 0"):
+        ImageFolder(classes, "train", 16, limit=0)
+
+
+@pytest.mark.parametrize(("options", "count"), [({"flip": False}, 1), ({"flip": True}, 2), ({"dihedral": True}, 8)])
+def test_augmentation_shows_each_of_its_views_and_no_other(
+    tmp_path: Path, options: dict[str, bool], count: int
+) -> None:
+    pixels = noise(0)
+    save(tmp_path / "one.png", pixels)
+    drawn = ((ImageFolder(tmp_path, size=16, **options).draw(200, rng())["image"] + 1) * 127.5).round().byte()
+    views = {image.permute(1, 2, 0).numpy().tobytes() for image in drawn}
+    group = [np.rot90(p, k) for p in (pixels, pixels[:, ::-1]) for k in range(4)]
+    allowed = {1: group[:1], 2: [group[0], group[4]], 8: group}[count]
+    assert views == {np.ascontiguousarray(view).tobytes() for view in allowed}
+    assert len(views) == count
+
+
+def test_another_size_is_cropped_to_the_centre_and_resized(tmp_path: Path) -> None:
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255  # the centred square is white, all else black
+    save(tmp_path / "wide.png", wide)
+    assert ImageFolder(tmp_path, size=16).items([0])["image"].min() == 1
+    save(tmp_path / "wide.png", np.tile(np.array([0, 255], np.uint8)[None, :, None], (64, 32, 3)))
+    stripes = ImageFolder(tmp_path, size=16).items([0])["image"]
+    assert stripes.abs().max() < 0.15  # 1-px stripes become grey; without antialiasing they would stay black or white
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_every_8_bit_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
+    image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    assert ImageFolder(tmp_path, size=16).items([0])["image"].min() > 0.97
+
+
+def corrupt(path: Path, kind: str) -> str:
+    """Make `path` a bad image; returns what the refusal must say beside the file's name."""
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return "complete, readable"
+    if kind == "not an image":
+        path.write_bytes(b"<html>404</html>")
+        return "complete, readable"
+    if kind == "one pixel":
+        Image.new("RGB", (1, 1)).save(path)
+        return "1x1 px"
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(path)
+    return "8-bit"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "not an image", "one pixel", "16 bits"])
+def test_a_bad_image_is_named(tmp_path: Path, kind: str) -> None:
+    save(tmp_path / "good.png", noise(0))
+    says = corrupt(save(tmp_path / "poor.png", noise(1)), kind)
+    with pytest.raises(BadInput, match=r"poor\.png") as error:
+        ImageFolder(tmp_path, size=16).draw(1, rng())
+    assert says in str(error.value)
+
+
+def test_a_truncated_jpeg_is_named_even_if_most_of_it_is_there(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(noise(0, 64, 64)).save(file, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-200])
+    with pytest.raises(BadInput, match=r"cut\.jpg"):
+        ImageFolder(tmp_path).items([0])
+
+
+def test_a_folder_without_images_is_refused_and_the_split_suggested(tmp_path: Path, classes: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="a folder with images"):
+        ImageFolder(tmp_path / "empty")
+    with pytest.raises(BadInput, match="test, train: give split"):
+        ImageFolder(classes)
+
+
+def test_eurosat_opens() -> None:
+    data = open_data("images", path=real("eurosat"), split="test", limit=200)
+    assert data.name == "eurosat" and data.size == 64 and len(data.labels) == 10
+    assert torch.bincount(data.items(range(200))["label"]).min() >= 10
+
+
+# --- pairs
+
+
+@pytest.mark.parametrize("layout", PAIR_LAYOUTS)
+def test_sar_and_optical_are_cropped_and_turned_alike(tmp_path: Path, layout: str) -> None:
+    pairs = SarOpticalPairs(PAIR_LAYOUTS[layout](tmp_path), size=16)
+    assert pairs.layout == layout
+    drawn = pairs.draw(64, rng())
+    assert aligned(drawn) and aligned(pairs.items(range(len(pairs))))
+    shifted = {"sar": drawn["sar"].roll(1, -1), "image": drawn["image"]}
+    assert not aligned(shifted)  # the check sees one pixel
+
+
+def test_drawn_crops_are_turned_and_come_from_everywhere(tmp_path: Path) -> None:
+    ramp = np.arange(32, dtype=np.uint8)[None, :].repeat(32, 0)  # grey = column
+    save(tmp_path / "train/sar/a.png", ramp)
+    save(tmp_path / "train/opt/a.png", np.stack([ramp, ramp.T, ramp], axis=2))  # green = row
+    crops = (SarOpticalPairs(tmp_path, size=16).draw(400, rng())["image"] + 1) * 127.5
+    corners = {tuple(c[:2].amin((1, 2)).round().int().tolist()) for c in crops}
+    assert {x for x, _ in corners} == {y for _, y in corners} == set(range(17))
+    right, down = (crops[:, :2, 0, 1] - crops[:, :2, 0, 0]).round(), (crops[:, :2, 1, 0] - crops[:, :2, 0, 0]).round()
+    assert len({(*a, *b) for a, b in zip(right.tolist(), down.tolist(), strict=True)}) == 8
+    still = (SarOpticalPairs(tmp_path, size=16, dihedral=False).draw(50, rng())["image"] + 1) * 127.5
+    assert torch.allclose(still[:, 0, :, 1:] - still[:, 0, :, :-1], torch.ones(1), atol=1e-3)
+
+
+def test_a_pair_is_drawn_as_often_as_its_area(tmp_path: Path) -> None:
+    for name, side, value in (("a", 16, 0), ("b", 48, 255)):
+        save(tmp_path / f"train/sar/{name}.png", np.full((side, side), value, np.uint8))
+        save(tmp_path / f"train/opt/{name}.png", np.full((side, side, 3), value, np.uint8))
+    share = (SarOpticalPairs(tmp_path, size=16).draw(1000, rng())["sar"][:, 0, 0, 0] > 0).float().mean()
+    assert share == pytest.approx(0.9, abs=0.04)
+
+
+def test_items_tile_every_scene_once(tmp_path: Path) -> None:
+    pairs = SarOpticalPairs(split_layout(tmp_path), "test", size=16)
+    assert len(pairs) == 9
+    rows = [torch.cat(list(pairs.items(range(3 * r, 3 * r + 3))["sar"][:, 0]), dim=1) for r in range(3)]
+    whole = torch.from_numpy(noise(ord("c"), 48, 48, 1)) / 127.5 - 1
+    assert torch.allclose(torch.cat(rows), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", PAIR_LAYOUTS)
+def test_train_and_test_share_no_scene_and_lose_none(tmp_path: Path, layout: str) -> None:
+    root = PAIR_LAYOUTS[layout](tmp_path)
+    opened = {split: SarOpticalPairs(root, split, size=16) for split in ("train", "test")}
+    scenes = {split: {pairs.scene_of(i) for i in range(len(pairs))} for split, pairs in opened.items()}
+    assert scenes["train"] and scenes["test"] and not scenes["train"] & scenes["test"]
+    files = [pair.sar for pairs in opened.values() for pair in pairs.pairs]
+    on_disk = {f for f in root.rglob("*.*") if f.parent.name == "sar" or f.parent.name.startswith("s1_")}
+    assert len(files) == len(on_disk) and {f.resolve() for f in on_disk} == set(files)
+
+
+def test_scenes_of_the_class_layout_are_rois_across_classes(tmp_path: Path) -> None:
+    root = class_layout(tmp_path)
+    both = [SarOpticalPairs(root, split, size=16) for split in ("train", "test")]
+    assert {pair.scene for pairs in both for pair in pairs.pairs} == {f"ROIs1868_summer_{k}" for k in (1, 2, 3, 4)}
+
+
+def test_names_without_a_patch_number_are_divided_by_class(tmp_path: Path) -> None:
+    for kind in ("agri", "urban"):
+        for name in ("x.png", "y.png"):
+            save_pair(tmp_path / kind / "sar" / name, tmp_path / kind / "opt" / name, 1)
+    (tmp_path / "docs").mkdir()  # a folder that is no class is no error
+    train, test = (SarOpticalPairs(tmp_path, split, size=16) for split in ("train", "test"))
+    assert {p.scene for p in train.pairs} | {p.scene for p in test.pairs} == {"agri", "urban"}
+    assert len(train.pairs) == len(test.pairs) == 2
+
+
+def test_a_region_is_read_from_the_metadata(tmp_path: Path) -> None:
+    root = split_layout(tmp_path)
+    train = SarOpticalPairs(root, "train", size=16)
+    assert (train.scene_of(0), train.region_of(0)) == ("a", "North")
+    assert (train.scene_of(9), train.region_of(9)) == ("b", None)
+    assert SarOpticalPairs(root, "test", size=16).region_of(8) == "South"
+    (root / "metadata.json").write_text("{")
+    with pytest.raises(BadInput, match=r"metadata\.json"):
+        SarOpticalPairs(root, size=16).region_of(0)
+
+
+def test_sar_with_three_equal_channels_is_one_channel_and_colour_is_refused(tmp_path: Path) -> None:
+    root = split_layout(tmp_path)
+    grey = SarOpticalPairs(root, size=16).items([0])["sar"]
+    file = root / "train/sar/a.webp"
+    save(file, noise(ord("a"), 48, 48, 1)[:, :, None].repeat(3, axis=2))
+    assert torch.equal(SarOpticalPairs(root, size=16).items([0])["sar"], grey)
+    save(file, noise(0, 48, 48))
+    with pytest.raises(BadInput, match=r"sar/a\.webp.*colour"):
+        SarOpticalPairs(root, size=16).draw(1, rng())
+
+
+@pytest.mark.parametrize("lost", ["sar", "opt"])
+def test_a_missing_partner_is_named(tmp_path: Path, lost: str) -> None:
+    root = split_layout(tmp_path)
+    (root / "train" / lost / "b.webp").unlink()
+    with pytest.raises(BadInput, match=rf"b\.webp: got 'no partner'.*{lost}"):
+        SarOpticalPairs(root, size=16)
+
+
+def test_a_missing_sen12_folder_and_patch_are_named(tmp_path: Path) -> None:
+    root = sen12_layout(tmp_path)
+    (root / "ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p2.png").unlink()
+    with pytest.raises(BadInput, match=r"ROIs1158_spring_s1_1_p2\.png"):
+        SarOpticalPairs(root, size=16)
+    (root / "ROIs1158_spring/s2_1").rename(root / "elsewhere")
+    with pytest.raises(BadInput, match="s2_1"):
+        SarOpticalPairs(root, size=16)
+
+
+def test_pairs_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    root = split_layout(tmp_path)
+    with pytest.raises(BadInput, match=r"a\.webp.*48x48.*at least the crop size, 64 px"):
+        SarOpticalPairs(root, size=64).draw(1, rng())
+    save(root / "train/opt/b.webp", noise(0, 40, 48))
+    with pytest.raises(BadInput, match=r"sar/b\.webp.*48x48.*48x40 px in .*opt/b\.webp"):
+        SarOpticalPairs(root, size=16).draw(1, rng())
+    corrupt(root / "train/sar/a.webp", "truncated")
+    with pytest.raises(BadInput, match=r"sar/a\.webp"):
+        SarOpticalPairs(root, size=16).draw(1, rng())
+
+
+def test_folders_that_hold_no_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"CLASS/\{sar,opt\}"):
+        SarOpticalPairs(tmp_path)
+    with pytest.raises(BadInput, match=r"layout: got 'tiles'; allowed: auto \| split \| class \| sen12"):
+        SarOpticalPairs(tmp_path, layout="tiles")
+    save_pair(tmp_path / "agri/sar/R_1_p1.png", tmp_path / "agri/opt/R_1_p1.png", 0)
+    with pytest.raises(BadInput, match=r"one scene only \(R_1\)"):
+        SarOpticalPairs(tmp_path)
+    (tmp_path / "agri/sar/R_1_p1.png").unlink()
+    (tmp_path / "agri/opt/R_1_p1.png").unlink()
+    with pytest.raises(BadInput, match="with SAR/optical pairs"):
+        SarOpticalPairs(tmp_path)
+
+
+def test_the_real_pairs_open() -> None:
+    sentinel = SarOpticalPairs(real("sentinel-pairs"), "test", limit=2)
+    assert (sentinel.layout, len(sentinel)) == ("split", 2 * 256)
+    assert {sentinel.region_of(0), sentinel.region_of(511)} <= {"California", "Texas"}
+    sen12 = [SarOpticalPairs(real("sen12-pairs"), split, size=128) for split in ("train", "test")]
+    assert [data.layout for data in sen12] == ["class", "class"] and sum(len(data) for data in sen12) == 80 * 4
+
+
+# --- shapes
+
+
+def test_items_depend_on_seed_split_and_index_only() -> None:
+    first = CaptionedShapes(seed=3).items([5, 123_456_789])["image"]  # endless: far beyond len
+    assert torch.equal(first, CaptionedShapes(seed=3).items([5, 123_456_789])["image"])
+    for other in (CaptionedShapes(seed=4), CaptionedShapes(seed=3, split="test")):
+        assert not torch.equal(first, other.items([5, 123_456_789])["image"])
+
+
+def test_captions_agree_with_the_picture() -> None:
+    """Read the picture: which palette colours there are, where, and how large; then hold that against the words."""
+    data, count, side = CaptionedShapes(64, split="test"), 300, 64
+    pictures = (data.items(range(count))["image"].permute(0, 2, 3, 1).numpy() + 1) / 2
+    labels, captions = data.items(range(count))["label"], data.captions(range(count))
+    related = 0
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        assert caption == data.caption(i)
+        body, shade = caption.removesuffix(" background").split(" on a ")
+        grey = np.median(picture)  # the background is more than half of every picture
+        assert min(SHADES, key=lambda name: abs(SHADES[name] - grey)) == shade, caption
+        relation = next((r for r in RELATIONS if f" {r} " in body), None)
+        things = body.split(f" {relation} ") if relation else [body]
+        size, colour, shape = things[0].split()[1:]
+        assert LABELS[labels[i]] == f"{colour} {shape}"
+        colours = [thing.split()[2] for thing in things]
+        for name in COLOURS:
+            assert bool(seen(picture, name).any()) == (name in colours), caption
+        if relation and colours[0] != colours[1]:
+            related += 1
+            ys, xs = (np.array([np.nonzero(seen(picture, c))[axis].mean() for c in colours]) for axis in (0, 1))
+            across, down = xs[0] - xs[1], ys[0] - ys[1]
+            offset = {"left of": -across, "right of": across, "above": -down, "below": down}[relation]
+            assert offset > 0.15 * side and offset > max(abs(across), abs(down)) - 1, caption
+            extents = [np.ptp(np.nonzero(seen(picture, c))[1]) for c in colours]
+            assert extents[0] > extents[1], caption
+        if not relation:
+            assert (np.ptp(np.nonzero(seen(picture, colour))[1]) > 0.3 * side) == (size == "large"), caption
+    assert related > 80
+
+
+def seen(picture: NDArray[np.float32], colour: str) -> NDArray[np.bool_]:
+    """(H,W): the pixels that are fully of that colour of the palette."""
+    return np.asarray(np.abs(picture - np.array(COLOURS[colour], np.float32)).max(axis=-1) < 0.01)
+
+
+def test_each_shape_covers_its_own_part_of_its_box() -> None:
+    """The four shapes are told apart by how much of their bounding box they fill: disc, square, triangle, cross."""
+    data = CaptionedShapes(128)
+    what = data.scenes(range(80))
+    pictures = (data.items(range(80))["image"].permute(0, 2, 3, 1).numpy() + 1) / 2
+    filled: dict[str, list[float]] = {shape: [] for shape in SHAPES}
+    for i in np.flatnonzero(~what.second):
+        ys, xs = np.nonzero(seen(pictures[i], list(COLOURS)[what.colour[i, 0]]))
+        filled[SHAPES[what.shape[i, 0]]].append(len(xs) / (np.ptp(xs) + 1) / (np.ptp(ys) + 1))
+    expected = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 1 - (1 - 0.36) ** 2}
+    for shape, shares in filled.items():
+        assert shares and np.allclose(shares, expected[shape], atol=0.06), shape
+
+
+def test_objects_stay_inside_and_apart() -> None:
+    what = CaptionedShapes().scenes(range(2000))
+    radius = np.array(list(SIZES.values()))[what.size]
+    present = np.stack([np.ones_like(what.second), what.second], axis=1)
+    room = np.minimum(what.centre, 1 - what.centre).min(axis=2) - radius
+    assert room[present].min() > 0
+    apart = np.abs(what.centre[:, 0] - what.centre[:, 1]).max(axis=1) - radius.sum(axis=1)
+    assert apart[what.second].min() > 1 / 32  # a pixel at least at 32 px
+    assert 0.45 < what.second.mean() < 0.55
+
+
+def test_every_label_is_drawn_equally_often() -> None:
+    labels = CaptionedShapes(8).draw(24_000, rng())["label"]
+    assert len(LABELS) == 24 and LABELS[0] == "red circle"
+    assert torch.bincount(labels, minlength=24).float().sub(1000).abs().max() < 150
+
+
+def test_edges_are_antialiased() -> None:
+    data = CaptionedShapes(32)
+    i = next(i for i, c in enumerate(data.captions(range(100))) if c.startswith("a large red circle on a dark"))
+    red = data.items([i])["image"][0, 0]
+    assert 10 < int(((red > red.min() + 0.05) & (red < red.max() - 0.05)).sum()) < 60
