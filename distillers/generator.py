@@ -1,0 +1,184 @@
+"""What is saved, loaded, served and measured: a few-step generator (or its many-step teacher) as one call.
+
+A teacher opens as a Generator whose sampler is deterministic DDIM; a consistency student as one that re-noises between its
+steps. It does not know how it was trained, nor HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillers import weights
+from distillers.codec import ImageCodec
+from distillers.denoiser import Cond, Denoiser, Guided
+from distillers.errors import BadInput
+from distillers.schedule import VariancePreserving
+from distillers.weights import Info, Parts
+
+MAX_SEED = 2**63 - 1
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Endless unit Gaussian noise (B, *shape), float32 on CPU; image i's stream is a function of seeds[i] alone.
+
+    The stream of one seed is what `torch.Generator().manual_seed(seed)` gives to diffusers' pipelines, so the same seed
+    draws the same picture there.
+    """
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise BadInput("seed", seed, f"an integer from 0 to {MAX_SEED}")
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+
+
+class Generator(nn.Module):
+    """noise -> x0 in a few network calls; nfe == steps (twice that under guidance).
+
+    Args:
+        denoiser: the network behind `x0 = denoiser(x_t, t, cond)`.
+        codec: between x0 and pixels.
+        info: the manifest.
+    """
+
+    def __init__(self, denoiser: Denoiser, codec: ImageCodec, info: Info) -> None:
+        super().__init__()
+        self.denoiser, self.codec, self.info = denoiser, codec, info
+        self.schedule = denoiser.schedule
+
+    # --- the folder --------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Generator:
+        """Open a published folder, or any supported diffusers pipeline as a many-step generator."""
+        parts: Parts = weights.read(folder, device, dtype)
+        return cls(parts.denoiser, parts.codec, parts.info).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder: fp16 safetensors, scheduler, manifest."""
+        d = self.denoiser
+        weights.write(Path(folder), d.network, d.schedule, d.prediction, self.codec, self.info)
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+    def times(self, steps: int | None = None) -> list[float]:
+        """The times the network is called at, descending.
+
+        Raises:
+            BadInput: a student asked for a number of steps it was not published with; a teacher for none or over 1000.
+        """
+        steps = self.info.default_steps if steps is None else steps
+        if self.info.step_times:
+            if steps not in self.info.step_times:
+                raise BadInput("steps", steps, ", ".join(map(str, sorted(self.info.step_times))))
+            return self.info.step_times[steps]
+        if not 1 <= steps <= 1000:
+            raise BadInput("steps", steps, "1 to 1000")
+        if isinstance(self.schedule, VariancePreserving):  # diffusers' "trailing" spacing
+            count = self.schedule.t_max + 1
+            return [round(count - i * count / steps) - 1 for i in range(steps)]
+        return self.schedule.grid(steps + 1)[1:].flip(0).tolist()
+
+    def forward(
+        self, noise: Tensor, cond: Cond | None = None, steps: int | None = None, fresh: Iterator[Tensor] | None = None
+    ) -> Tensor:
+        """x0 (B, C, H, W) in the network's space, from unit Gaussian noise of that shape.
+
+        Args:
+            noise: unit Gaussian; the start x_T is this times sqrt(alpha(T)^2 + sigma(T)^2).
+            cond: as `encode_condition` gives.
+            steps: network calls; None for the folder's default.
+            fresh: where a consistency sampler takes its noise between steps; None draws from torch's global generator.
+        """
+        times = torch.tensor(self.times(steps), dtype=torch.float64, device=noise.device)
+        network = self._guided()
+        # The scale of p_T: 1 for variance-preserving schedules, sigma_max for exploding ones.
+        x_t = noise * torch.hypot(self.schedule.alpha(times[0]), self.schedule.sigma(times[0])).to(noise)
+        for i, t in enumerate(times):
+            x0: Tensor = network(x_t, t, cond)
+            if i + 1 == len(times):
+                return x0
+            if self.info.sampler == "ddim":
+                x_t = self.schedule.step(x_t, x0, t, times[i + 1])
+            else:  # multi-step consistency sampling (Song et al. 2023, Algorithm 1)
+                eps = next(fresh).to(noise) if fresh is not None else torch.randn_like(noise)
+                x_t = self.schedule.add_noise(x0, eps, times[i + 1])
+        raise AssertionError("times is never empty")
+
+    def _guided(self) -> nn.Module:
+        if self.info.guidance_scale == 1:
+            return self.denoiser
+        return Guided(self.denoiser, self.info.guidance_scale, null_label=len(self.info.labels))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        seeds: Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        sar: Tensor | None = None,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its own condition only.
+
+        Args:
+            seeds: one per image, 0 .. 2**63-1.
+            labels: class index per image, for class-conditional models.
+            sar: (B, 1, H, W) in [-1, 1], for translators; the result has its H and W.
+            steps: see `times`.
+            size: pixels (H, W); None for the published size, or the SAR's.
+        """
+        cond = self.encode_condition(labels, sar, count=len(seeds))
+        height, width = sar.shape[-2:] if sar is not None else size or self.info.size
+        if height % self.size_multiple or width % self.size_multiple or height < 8 or width < 8:
+            raise BadInput("size", (height, width), f"multiples of {self.size_multiple}, 8 or more")
+        shape = (self.codec.channels(3), height // self.codec.factor, width // self.codec.factor)
+        stream = seeded_noise(seeds, shape)
+        device = next(self.denoiser.parameters()).device
+        x0 = self.forward(next(stream).to(device), cond, steps, stream)
+        return self.codec.decode(x0).float().clamp(-1, 1).cpu()
+
+    def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
+        """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, then cropped back."""
+        height, width = sar.shape[-2:]
+        below, right = -height % self.size_multiple, -width % self.size_multiple
+        if min(height, width) < 8:
+            raise BadInput("sar", tuple(sar.shape), "a picture of 8 pixels a side or more")
+        padded = F.pad(sar, (0, right, 0, below), mode="reflect")
+        return self.sample([seed], sar=padded, steps=steps)[..., :height, :width]
+
+    def encode_condition(
+        self, labels: Sequence[int] | None = None, sar: Tensor | None = None, count: int | None = None
+    ) -> Cond | None:
+        """Check a condition against the task and bring it into the network's form."""
+        info, device = self.info, next(self.denoiser.parameters()).device
+        if labels is not None and info.task != "class-to-image":
+            raise BadInput("labels", list(labels), f"nothing: {info.name} takes no class")
+        if sar is not None and info.task != "sar-to-optical":
+            raise BadInput("sar", tuple(sar.shape), f"nothing: {info.name} is no translator")
+        if info.task == "class-to-image":
+            if labels is None:
+                raise BadInput("labels", None, f"one class per image, 0 to {len(info.labels) - 1}")
+            wrong = [label for label in labels if not 0 <= label < len(info.labels)]
+            if wrong or (count is not None and len(labels) != count):
+                raise BadInput("labels", wrong or list(labels), f"one class per image, 0 to {len(info.labels) - 1}")
+            return {"label": torch.tensor(list(labels), device=device)}
+        if info.task == "sar-to-optical":
+            channels = (info.sar or {}).get("channels", 1)
+            if sar is None or sar.ndim != 4 or sar.shape[1] != channels or (count is not None and len(sar) != count):
+                given = None if sar is None else tuple(sar.shape)
+                raise BadInput("sar", given, f"shape ({count or 'B'}, {channels}, H, W) in [-1, 1]")
+            return {"sar": self.codec.encode(sar.to(device))}
+        return None
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W must be multiples of this: the codec's patch times the network's downsampling."""
+        blocks = getattr(self.denoiser.network.config, "block_out_channels", (1,))
+        return int(self.codec.factor * 2 ** (len(blocks) - 1))

@@ -1,0 +1,80 @@
+"""A teacher: a denoiser nobody trains, with what turns pictures, labels and SAR into the network's terms.
+
+Any supported diffusers pipeline folder or hub id opens as one; `random` builds an untrained network, the start of the
+degenerate distiller that trains a teacher. Text-to-image pipelines enter here later: their prompt encoder becomes one more
+branch of `encode_condition`, their VAE is already a codec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers import weights
+from distillers.codec import ImageCodec, PixelUnshuffle
+from distillers.denoiser import Cond, Denoiser, Guided
+from distillers.errors import BadInput
+from distillers.schedule import Prediction, from_config
+from distillers.weights import Info
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """denoiser (frozen), codec, and the manifest of the folder it came from."""
+
+    denoiser: Denoiser
+    codec: ImageCodec
+    info: Info
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> Teacher:
+        """Open a folder that diffusers saved, or a hub id. Raises BadInput for what cannot be opened."""
+        parts = weights.read(path_or_hub_id, device)
+        return cls(parts.denoiser, parts.codec, parts.info)
+
+    @classmethod
+    def random(
+        cls, info: Info, network: dict[str, Any], schedule: dict[str, Any], prediction: Prediction, codec: ImageCodec
+    ) -> Teacher:
+        """An untrained `UNet2DModel` for info's task; `network` holds diffusers' own options.
+
+        One embedding more than there are labels: the last is the null label of classifier-free guidance.
+        """
+        from diffusers import UNet2DModel
+
+        channels = codec.channels(3)
+        sar = (info.sar or {}).get("channels", 0) if info.task == "sar-to-optical" else 0
+        options = {
+            "sample_size": info.size[0] // codec.factor,
+            "in_channels": channels + codec.channels(1) * sar if isinstance(codec, PixelUnshuffle) else channels,
+            "out_channels": channels,
+            **network,
+        }
+        if info.labels:
+            options["num_class_embeds"] = len(info.labels) + 1
+        try:
+            unet: nn.Module = UNet2DModel(**options)
+        except (TypeError, ValueError) as error:
+            raise BadInput("network", network, f"options of diffusers' UNet2DModel ({error})") from None
+        return cls(Denoiser(unet, from_config(schedule), prediction), codec, info)
+
+    def guided(self, guidance_scale: float) -> nn.Module:
+        """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
+        if guidance_scale == 1:
+            return self.denoiser
+        if not self.info.labels:
+            raise BadInput("guidance_scale", guidance_scale, "1: the teacher has no classes to guide by")
+        return Guided(self.denoiser, guidance_scale, null_label=len(self.info.labels))
+
+    def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+        """A batch of pictures (see `distillers.data`) as the network's terms: "x0" and the condition the task has."""
+        encoded: Cond = {"x0": self.codec.encode(batch["image"].to(device))}
+        if self.info.task == "class-to-image":
+            encoded["label"] = batch["label"].to(device)
+        if self.info.task == "sar-to-optical":
+            encoded["sar"] = self.codec.encode(batch["sar"].to(device))
+        return encoded
