@@ -1,0 +1,26 @@
+"""The folder is the registry: every file is one paper and one Distiller; the file's name is the method's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from distillers.distiller import Distiller
+from distillers.errors import BadInput
+
+
+def names() -> list[str]:
+    """All methods, by file name."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> type[Distiller]:
+    """The Distiller that file `name` defines. Raises BadInput listing what there is."""
+    if name not in names():
+        raise BadInput("method", name, ", ".join(names()))
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Distiller) and value.__module__ == module.__name__
+    )

@@ -1,0 +1,48 @@
+"""Denoising score matching: how a teacher is trained. The degenerate distiller: it learns from data alone.
+
+Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; velocity prediction: Salimans and Ho, "Progressive
+Distillation", 2022; label dropout for guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from distillers.distiller import Batch, Distiller, Turn, labels_and_images, trainable_copy
+from distillers.generator import Generator
+from distillers.losses import per_sample_mse
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Distiller):
+    """E || output(x_t, t) - target ||^2 in the network's own prediction type, t uniform."""
+
+    label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
+    sampling_steps: int = 50  # network calls when the teacher is served
+
+    def networks(self, teacher: Teacher) -> nn.ModuleDict:
+        return nn.ModuleDict({"student": trainable_copy(teacher.denoiser)})
+
+    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+        denoiser = nets["student"]
+        schedule = denoiser.schedule
+        x0, cond = labels_and_images(batch)
+        if cond and "label" in cond:
+            null = denoiser.network.config.num_class_embeds - 1
+            dropped = torch.rand(len(x0), device=x0.device) < self.label_dropout
+            cond = {**cond, "label": cond["label"].masked_fill(dropped, null)}
+        # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, eq. 14: the unweighted loss)
+        t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
+        eps = torch.randn_like(x0)
+        x_t = schedule.add_noise(x0, eps, t)
+        target = schedule.output_from(denoiser.prediction, x0, x_t, t)
+        yield "student", per_sample_mse(denoiser.output(x_t, t, cond), target).mean()
+
+    def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
+        info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=self.sampling_steps)
+        return Generator(nets["student"], teacher.codec, info)

@@ -1,0 +1,347 @@
+"""`train`: the one loop. Turns, accelerate, evaluation averages, checkpoints, resume, progress, tracker.
+
+It knows no method: a `Distiller` yields (player, loss) turns and the loop moves that player. Exact resume costs no state:
+iteration i draws its data and noise from generators seeded by (seed, i, process), so a run that is killed and started again
+repeats what an uninterrupted one would have done, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distillers.data import ImageData
+from distillers.distiller import Distiller, Turn, follow, slow_copy
+from distillers.errors import BadInput
+from distillers.generator import Generator, seeded_noise
+from distillers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The [train] table of a recipe."""
+
+    iterations: int = 10_000
+    batch: int = 64  # images per iteration and process
+    accumulation: int = 1  # micro-batches that one iteration's batch is split into
+    learning_rate: float = 1e-4
+    learning_rates: dict[str, float] | None = None  # per player, where it differs
+    optimizer: str = "radam"  # radam | adamw | adam
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 100  # iterations of linear rise
+    decay: str = "constant"  # constant | cosine | linear, to zero at the last iteration
+    clip: float = 1.0  # gradient norm per player
+    ema: float = 0.999  # decay of the evaluation average; 0 = none
+    precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
+    seed: int = 0
+    checkpoint_every: int = 500  # iterations
+    sample_every: int = 0  # iterations between sample grids; 0 = only at the end
+    samples: int = 16
+    log_every: int = 50
+    tracker: str = "tensorboard"  # any name accelerate knows, or "none"
+
+    def __post_init__(self) -> None:
+        positive = ("iterations", "batch", "accumulation", "learning_rate", "clip", "checkpoint_every", "log_every", "samples")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
+        for name, allowed in (
+            ("optimizer", ("radam", "adamw", "adam")),
+            ("decay", ("constant", "cosine", "linear")),
+            ("precision", ("no", "bf16", "fp16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"train.{name}", getattr(self, name), ", ".join(allowed))
+        if self.batch % self.accumulation:
+            raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
+        if not 0 <= self.ema < 1:
+            raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
+        if self.seed < 0:
+            raise BadInput("train.seed", self.seed, "0 or more")
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and where the last good checkpoint stands."""
+
+
+def train(
+    distiller: Distiller,
+    teacher: Teacher,
+    data: ImageData,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    description: dict[str, Any] | None = None,
+    device: str | None = None,
+) -> Generator:
+    """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
+
+    Args:
+        out: run folder: checkpoints/, samples/, logs/.
+        description: recorded in each checkpoint; a checkpoint of another description is refused.
+
+    Returns:
+        The generator with the averaged weights, on CPU.
+
+    Raises:
+        TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
+        BadInput: the checkpoints in `out` belong to another recipe.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    out.mkdir(parents=True, exist_ok=True)
+    tracker = None if settings.tracker == "none" else settings.tracker
+    accelerator = Accelerator(
+        mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
+    )
+    set_seed(settings.seed)  # networks() may add fresh parameters
+    run = _Run(distiller, teacher, settings, accelerator, out, description or {})
+    start = run.resume()
+    if tracker and accelerator.is_main_process:
+        accelerator.init_trackers("fewstep")
+    shown = accelerator.is_main_process
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _Termination() as termination, Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not shown) as progress:
+        bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
+        for i in range(start, settings.iterations):
+            run.iteration(i, data)
+            done = i + 1
+            if done % settings.log_every == 0 or done == settings.iterations or termination.asked:
+                losses = run.log(done)
+                shown_losses = "  ".join(f"{k} {v:.4f}" for k, v in losses.items())
+                progress.update(bar, completed=done, loss=shown_losses)
+                if not progress.console.is_terminal:  # a log file has no bar
+                    progress.console.print(f"iteration {done}/{settings.iterations}  loss {shown_losses}")
+            if settings.sample_every and done % settings.sample_every == 0:
+                run.draw_samples(done, data)
+            if done % settings.checkpoint_every == 0 or done == settings.iterations or termination.asked:
+                run.save(done)
+            if termination.asked and done < settings.iterations:
+                accelerator.end_training()
+                raise TrainingStopped(f"asked to stop at iteration {done}; the same command continues from {run.checkpoints}")
+    run.draw_samples(settings.iterations, data)
+    accelerator.end_training()
+    return run.generator()
+
+
+class _Run:
+    """The state of one training: networks, optimizers, averages, and their checkpoints."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        teacher: Teacher,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        out: Path,
+        description: dict[str, Any],
+    ) -> None:
+        self.distiller, self.settings, self.accelerator, self.description = distiller, settings, accelerator, description
+        self.teacher = teacher
+        self.out, self.checkpoints = out, out / "checkpoints"
+        self.nets = distiller.networks(teacher).to(accelerator.device)
+        players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
+        self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
+        students = [name for name in players if name.startswith("student")]
+        self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
+        self.losses: dict[str, Tensor] = {}
+        self.counted = 0
+
+    def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
+        s = self.settings
+        kind = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[s.optimizer]
+        rate = (s.learning_rates or {}).get(name, s.learning_rate)
+        optimizer: torch.optim.Optimizer = kind(
+            net.parameters(), lr=rate, betas=s.betas, weight_decay=s.weight_decay, foreach=True
+        )
+        for group in optimizer.param_groups:
+            group["peak"] = rate
+        return optimizer
+
+    # --- one iteration -----------------------------------------------------------------------------------------------
+    def iteration(self, i: int, data: ImageData) -> None:
+        """Draw a batch, play its turns, follow with the averages."""
+        s, process = self.settings, self.accelerator.process_index
+        torch.manual_seed(_mix(s.seed, i, process))
+        batch = self.teacher.encode_batch(data.draw(s.batch, np.random.default_rng((s.seed, i, process))), self.accelerator.device)
+        micro = [{k: v.chunk(s.accumulation)[j] for k, v in batch.items()} for j in range(s.accumulation)]
+        self.play([self.distiller.step(self.nets, part, i / s.iterations) for part in micro], self.rate(i))
+        decay = min(s.ema, (1 + i) / (10 + i))  # a short memory at first, so that the start is forgotten
+        for name, average in self.averages.items():
+            follow(average, self.nets[name], decay)
+        self.counted += 1
+
+    def play(self, steps: list[Iterator[Turn]], rate: float) -> None:
+        """Advance all micro-batches turn by turn; after each turn move that turn's player, and it only.
+
+        The first micro-batch leads: what a method does after its last turn (its target network follows) happens once.
+        """
+        leader, *others = steps
+        while True:
+            with self.accelerator.autocast():
+                turn = next(leader, None)
+            if turn is None:
+                for other in others:
+                    other.close()
+                return
+            player, loss = turn
+            optimizer = self.optimizers[player]
+            optimizer.zero_grad()
+            self._backward(player, loss, len(steps))
+            for other in others:
+                with self.accelerator.autocast():
+                    player_again, loss = next(other)
+                assert player_again == player, "micro-batches of one iteration take the same turns"
+                self._backward(player, loss, len(steps))
+            self._move(player, optimizer, rate)
+
+    def _backward(self, player: str, loss: Tensor, parts: int) -> None:
+        self.accelerator.backward(loss / parts)
+        self.losses[player] = self.losses.get(player, torch.zeros((), device=loss.device)) + loss.detach() / parts
+
+    def _move(self, player: str, optimizer: Any, rate: float) -> None:
+        parameters = [p for p in self.nets[player].parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:  # turns call parts of a network, so gradients are averaged here and not by DDP
+            for p in parameters:
+                p.grad = self.accelerator.reduce(p.grad, "mean")
+        self.accelerator.clip_grad_norm_(parameters, self.settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+
+    def rate(self, i: int) -> float:
+        """Learning-rate factor of iteration i: linear warm-up, then the chosen decay."""
+        s = self.settings
+        warm = min(1.0, (i + 1) / max(s.warmup, 1))
+        left = 1 - i / s.iterations
+        return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * float(np.cos(np.pi * left))}[s.decay]
+
+    # --- what people see ---------------------------------------------------------------------------------------------
+    def log(self, done: int) -> dict[str, float]:
+        """Mean losses since the last call. Raises TrainingStopped if any was not finite."""
+        means = {player: float(total) / max(self.counted, 1) for player, total in self.losses.items()}
+        bad = [player for player, value in means.items() if not np.isfinite(value)]
+        if bad:
+            last = self._latest()
+            raise TrainingStopped(
+                f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
+                f"last good checkpoint: {last or 'none yet'}. Lower train.learning_rate or train.clip and start again."
+            )
+        self.losses, self.counted = {}, 0
+        self.accelerator.log({f"loss/{k}": v for k, v in means.items()}, step=done)
+        return means
+
+    def generator(self) -> Generator:
+        """The method's generator with averaged weights, on CPU."""
+        nets = nn.ModuleDict({**self.nets, **self.averages})
+        return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
+
+    @torch.no_grad()
+    def draw_samples(self, done: int, data: ImageData) -> None:
+        """A grid of samples from fixed seeds and conditions: samples/NNNNNN.png."""
+        if not self.accelerator.is_main_process:
+            return
+        from distillers.pictures import grid_png
+
+        count, folder = self.settings.samples, self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        nets = nn.ModuleDict({**self.nets, **self.averages})
+        generator = self.distiller.generator(nets, self.teacher).eval()
+        batch = data.items(range(min(count, len(data))))
+        labels = [i % len(generator.info.labels) for i in range(len(batch["image"]))] if generator.info.labels else None
+        pictures = generator.sample(range(len(batch["image"])), labels=labels, sar=batch.get("sar"))
+        for net in self.optimizers:
+            self.nets[net].train()
+        grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def save(self, done: int) -> None:
+        """Write checkpoints/NNNNNNNN beside and rename: it is whole or absent. The two newest are kept."""
+        if any(not torch.isfinite(total) for total in self.losses.values()):
+            self.log(done)
+        if not self.accelerator.is_main_process:
+            return
+        self.checkpoints.mkdir(exist_ok=True)
+        temporary, final = self.checkpoints / f".{done:08d}.{os.getpid()}", self.checkpoints / f"{done:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        state = {
+            "nets": {name: net.state_dict() for name, net in self.nets.items() if name != "teacher"},
+            "averages": {name: net.state_dict() for name, net in self.averages.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (temporary / "about.json").write_text(json.dumps({"iteration": done, "description": self.description}))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in self._all()[:-2]:
+            shutil.rmtree(old)
+
+    def resume(self) -> int:
+        """Load the newest checkpoint; the iteration to go on with, 0 if there is none."""
+        latest = self._latest()
+        if latest is None:
+            return 0
+        about = json.loads((latest / "about.json").read_text())
+        if about["description"] != self.description:
+            raise BadInput(str(self.out), "checkpoints of another recipe", "an empty folder, or the recipe that began there")
+        state = torch.load(latest / "state.pt", map_location=self.accelerator.device, weights_only=True)
+        for name, values in state["nets"].items():
+            self.nets[name].load_state_dict(values)
+        for name, values in state["averages"].items():
+            self.averages[name].load_state_dict(values)
+        for name, values in state["optimizers"].items():
+            self.optimizers[name].load_state_dict(values)
+        return int(about["iteration"])
+
+    def _all(self) -> list[Path]:
+        return sorted(p for p in self.checkpoints.glob("[0-9]*") if (p / "about.json").is_file())
+
+    def _latest(self) -> Path | None:
+        found = self._all()
+        return found[-1] if found else None
+
+
+class _Termination:
+    """Notes SIGTERM while training, so that the loop can checkpoint at the end of the iteration."""
+
+    asked = False
+
+    def __enter__(self) -> _Termination:
+        self.before: Callable[..., Any] | int | None = None
+        try:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not the main thread: the caller owns the signals
+            pass
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several integers (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
