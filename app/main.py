@@ -1,0 +1,66 @@
+"""The service: `uvicorn --factory app.main:create_app`. Nothing happens at import, and torch is not imported by it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+from app import errors
+from app.engine.engine import Engine
+from app.limits import BodyLimit
+from app.routes import benchmarks, health, images, models, translations
+from app.settings import Settings
+from distillers.errors import BadInput
+from distillers.process import prepare_process
+
+STATIC = Path(__file__).parent / "static"
+PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:"
+PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; settings come from FEWSTEP_* variables unless given. BadInput without a weights folder."""
+    prepare_process()  # before the engine's thread imports torch
+    settings = settings or Settings()
+    if not settings.weights.is_dir():
+        raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
+    if not logging.getLogger("fewstep").hasHandlers():
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fewstep").setLevel(settings.log_level.upper())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = Engine(settings)
+        app.state.benchmarking = asyncio.Lock()
+        app.state.engine.start()
+        yield
+        app.state.engine.stop()
+
+    app = FastAPI(
+        title="Fewstep",
+        summary="One-step and few-step image generators, and their teachers.",
+        description="Every error is OpenAI's error object. The same seed gives the same picture, whatever the load.",
+        lifespan=lifespan,
+        docs_url=None,  # the stock page loads its scripts from elsewhere; ours is in static/
+        redoc_url=None,
+    )
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    errors.install(app)
+    for room in (images, translations, models, benchmarks, health):
+        app.include_router(room.router)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(STATIC / "docs.html", headers=PAGE_HEADERS)
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app

@@ -1,0 +1,1 @@
+"""Thin routes: parse, hand to the engine, answer."""

@@ -1,0 +1,85 @@
+"""POST /v1/benchmarks: a student measured now, on the device that serves, against its teacher on the same noises."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+
+from app.engine.engine import Engine
+from app.engine.model import Model
+from app.errors import ApiError, overloaded
+from app.images import decode_sar, pad
+from app.routes.answers import ERRORS, engine_of, unless_gone
+from app.schemas import SEEDS, BenchmarkRequest
+from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+router = APIRouter(tags=["benchmarks"])
+
+
+@router.post("/v1/benchmarks", responses=ERRORS, summary="Measure a model now")
+async def benchmark(body: BenchmarkRequest, request: Request) -> dict[str, Any]:
+    """Latency percentiles and the distance from the teacher's pictures, on few pictures, and the answer says so.
+
+    It has the device to itself while it runs: other requests wait. One at a time; a second one is answered with 503.
+    """
+    engine = engine_of(request)
+    student = engine.choose(body.model, lambda model: model.info.role == "student")
+    steps = student.check_steps(body.steps)
+    if body.seed + body.n > SEEDS:
+        raise BadInput("seed", body.seed, f"0..{SEEDS - body.n}")
+    teacher = _teacher(engine, student)
+    one_at_a_time = request.app.state.benchmarking
+    if one_at_a_time.locked():
+        raise overloaded("a benchmark is running", 10)
+    async with one_at_a_time:
+        work = engine.call(lambda: _measure(engine, student, teacher, steps, body.n, body.seed))
+        return {"object": "benchmark", **await unless_gone(request, work)}
+
+
+def _teacher(engine: Engine, student: Model) -> Model:
+    """The folder that a student names as its teacher, as it is served here."""
+    name = student.info.teacher
+    if name is None:
+        raise BadInput("model", student.name, "a student whose fewstep.json names its teacher")
+    if name not in engine.models:
+        message = f"the teacher of {student.name}, {name}, is not served here, so there is nothing to compare with"
+        raise ApiError(404, message, param="model", code="teacher_not_found")
+    return engine.models[name]
+
+
+def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int, seed: int) -> dict[str, Any]:
+    """On the engine's thread."""
+    from distillers.evaluate import quick_benchmark
+    from distillers.features import load_features
+
+    try:
+        space = "shapes" if student.info.data == "shapes" else "eurosat-landcover"
+        features = load_features(space, engine.settings.weights, engine.device)
+    except BadInput:  # not published here: pixels and latency are measured all the same
+        features = None
+    return quick_benchmark(
+        student.generator,
+        teacher.generator,
+        steps=steps,
+        n=n,
+        seed=seed,
+        features=features,
+        teacher_steps=teacher.default_steps,
+        batch=min(16, engine.settings.max_batch),
+        sar=_examples(engine, student) if student.translates else None,
+    )
+
+
+def _examples(engine: Engine, model: Model) -> "Tensor":
+    """The SAR tiles published with a translator, (B, 1, H, W) in [-1, 1]: `examples/*.png`, all of one size."""
+    import numpy as np
+    import torch
+
+    files = sorted((model.folder / "examples").glob("*.png"))
+    multiple = model.generator.size_multiple
+    tiles = [pad(decode_sar(file.read_bytes(), engine.settings.max_pixels), multiple) for file in files]
+    if len({tile.shape for tile in tiles}) != 1:
+        raise BadInput("model", model.name, "a translator with SAR tiles of one size in its examples/*.png")
+    return torch.from_numpy(np.stack(tiles)[:, None]).to(engine.device)

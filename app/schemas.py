@@ -1,0 +1,118 @@
+"""Request and answer bodies. A field that is not here is refused by name; OpenAI's own without effect are accepted."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from distillers.errors import BadInput
+
+Format = Literal["png", "jpeg", "webp"]
+SEEDS = 2**63  # a seed is below it
+
+
+def _no_url(value: object) -> object:
+    if value == "url":
+        raise BadInput("response_format", "url", "b64_json, or raw bytes by Accept: image/png; no picture is kept here")
+    return value
+
+
+ResponseFormat = Annotated[Literal["b64_json"], BeforeValidator(_no_url)]
+Unused = Annotated[Any, Field(description="Accepted because OpenAI's clients send it; without effect.")]
+
+
+class Body(BaseModel):
+    """A request body that names the fields it does not know, and those it does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def known_fields(cls, body: object) -> object:
+        """Before all else, so that a misspelt name is told as what it is."""
+        if isinstance(body, dict):
+            for name in body:
+                if name not in cls.model_fields:
+                    raise BadInput(str(name), body[name], f"no field of this name, but {', '.join(cls.model_fields)}")
+        return body
+
+
+class Sampling(Body):
+    """What generations and translations have in common."""
+
+    model: str | None = Field(None, description="A name of /v1/models. May be left out where the choice is clear.")
+    n: int | None = Field(None, ge=1, description="Pictures: 1 (the default) to the server's limit.")
+    seed: int | None = Field(
+        None, ge=0, lt=SEEDS, description="Picture i is drawn from seed + i alone. Random, and told, when left out."
+    )
+    steps: int | None = Field(None, ge=1, description="One of the model's steps; its default when left out.")
+    response_format: ResponseFormat | None = Field(None, description="For raw bytes: Accept: image/png and n = 1.")
+    output_format: Format = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp; 90 by default.")
+
+
+class ImageRequest(Sampling):
+    """OpenAI's images.generate, and a few fields more (`extra_body` in its Python client)."""
+
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "prompt": "Forest", "seed": 7}}
+    )
+
+    prompt: str | None = Field(
+        None,
+        description="A class label in any case, for example Forest. Empty or left out: each picture's class is drawn "
+        "from its seed. Must be empty for a model without classes.",
+    )
+    label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
+    size: str | None = Field(None, description='"WIDTHxHEIGHT" as the model draws it, or "auto".')
+    stream: Literal[False] | None = Field(None, description="Streaming is not offered.")
+    user: Unused = None
+    safety_identifier: Unused = None
+    quality: Unused = None
+    style: Unused = None
+    background: Unused = None
+    moderation: Unused = None
+    partial_images: Unused = None
+
+
+class TranslationRequest(Sampling):
+    """Parameters of a translation: form fields beside the file `image`, or the query of a raw body."""
+
+
+class BenchmarkRequest(Body):
+    """A small measurement, made now, on the device that serves."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "n": 16}})
+
+    model: str | None = Field(None, description="A student whose teacher is served beside it.")
+    steps: int | None = Field(None, ge=1, description="The student's steps; its default when left out.")
+    n: int = Field(16, ge=2, le=256, description="Pictures of each; few, and the answer says so.")
+    seed: int = Field(0, ge=0, lt=SEEDS)
+
+
+class Timings(BaseModel):
+    """Milliseconds: waiting, on the device, encoding; and the largest batch a picture of this request was drawn in."""
+
+    queue_ms: float
+    forward_ms: float
+    encode_ms: float
+    batch: int
+
+
+class ImageData(BaseModel):
+    """One picture."""
+
+    b64_json: str
+    seed: int = Field(description="Draws this picture alone.")
+    label: str | None = Field(None, description="Its class, where the model has classes.")
+
+
+class ImagesAnswer(BaseModel):
+    """OpenAI's ImagesResponse, and what is needed to draw the same again."""
+
+    created: int
+    data: list[ImageData]
+    model: str
+    steps: int
+    nfe: int = Field(description="Network evaluations per picture.")
+    seed: int
+    output_format: Format
+    size: str = Field(description="WIDTHxHEIGHT")
+    timings: Timings

@@ -1,0 +1,29 @@
+"""Everything the service can be told, as FEWSTEP_* environment variables."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """FEWSTEP_WEIGHTS=weights FEWSTEP_DEVICE=cpu ... ; every field has a default that serves a small machine."""
+
+    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", extra="ignore")
+
+    weights: Path = Field(
+        default=Path("weights"), description="folder of weights folders; each with a fewstep.json is served"
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda where there is one"
+    )
+    default_model: str | None = Field(default=None, description="served when a request names no model")
+    max_n: int = Field(default=16, ge=1, description="images per request")
+    max_steps: int = Field(default=250, ge=1, le=1000, description="steps of a teacher per image")
+    max_pixels: int = Field(default=1 << 20, ge=64, description="pixels per uploaded image, and of one batch together")
+    max_body_bytes: int = Field(default=16 << 20, ge=1024, description="bytes per request body")
+    max_batch: int = Field(default=16, ge=1, description="images per forward pass")
+    queue_limit: int = Field(default=256, ge=1, description="images waiting; beyond it 503")
+    codec_threads: int = Field(default=2, ge=1, description="threads that decode and encode images")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
