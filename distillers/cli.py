@@ -1,0 +1,345 @@
+"""`fewstep`: arguments in, one call of the library, readable errors out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillers.errors import BadInput
+from distillers.process import prepare_process
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Make diffusion models answer in one step: **distill** a teacher into a weights folder, look at what it
+    **generate**s or **translate**s, **evaluate** what the speed cost, and **serve** it over HTTP.
+
+    Start with `fewstep run`: it distils a small teacher on this machine, measures it and serves it.""",
+)
+
+Weights = Annotated[
+    Path, typer.Argument(help="A weights folder, such as weights/eurosat-consistency.", show_default=False)
+]
+Steps = Annotated[int | None, typer.Option(help="Network calls per picture; the folder's default if left out.")]
+Seed = Annotated[int, typer.Option(help="Picture i uses seed + i.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+Root = Annotated[Path, typer.Option("--weights", help="Where published folders are.", envvar="FEWSTEP_WEIGHTS")]
+
+
+@app.command()
+def distill(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe: a TOML file, or the name of a shipped one (`fewstep methods`).")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, e.g. train.batch=32 teacher=weights/mine", metavar="[KEY=VALUE]..."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to make; weights/<name of the recipe> if left out.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train what a recipe describes and publish it as a weights folder.
+
+    Stop it whenever you like: the same command goes on from its last checkpoint (under OUT/training).
+
+    Examples: `fewstep distill eurosat-consistency`,
+    `fewstep distill weights/eurosat-consistency/recipe.toml train.seed=1 --out weights/second`.
+    """
+    from distillers.publish import publish
+    from distillers.recipe import Recipe
+    from distillers.trainer import train
+
+    plan = Recipe.load(recipe, overrides)
+    folder = out or Path("weights") / plan.name
+    data = plan.open_data()
+    teacher = plan.open_teacher(data)
+    chosen = "cpu" if device == "cpu" else None
+    generator = train(
+        plan.distiller(), teacher, data, plan.settings(), folder / "training", description=plan.table(), device=chosen
+    )
+    publish(generator, plan, data, folder)
+    typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
+
+
+@app.command()
+def generate(
+    weights: Weights,
+    out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
+    n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw pictures from a weights folder or any supported diffusers pipeline.
+
+    Example: `fewstep generate weights/eurosat-consistency --label River --n 8 --steps 2 --out rivers.png`.
+    """
+    from distillers.generator import Generator
+    from distillers.pictures import grid_png
+
+    if not 1 <= n <= 1024:
+        raise BadInput("n", n, "1 to 1024")
+    generator = Generator.from_pretrained(weights, _device(device))
+    classes = generator.info.labels
+    chosen = (
+        [_label(label, classes)] * n if label is not None else [i % len(classes) for i in range(n)] if classes else None
+    )
+    grid_png(generator.sample(range(seed, seed + n), labels=chosen, steps=steps), columns=_columns(n), path=_png(out))
+    typer.echo(
+        f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
+        f"seeds {seed} to {seed + n - 1}"
+    )
+
+
+@app.command()
+def translate(
+    weights: Weights,
+    sar: Annotated[Path, typer.Argument(help="One SAR picture: 8-bit grey PNG, WebP or TIFF.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The optical picture to write (PNG).")] = Path("optical.png"),
+    steps: Steps = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Translate one SAR picture to optical. Colours are inferred, not measured; objects may be invented or missing.
+
+    Example: `fewstep translate weights/sar-optical-consistency tile.png optical.png`.
+    """
+    from distillers.data import read_sar
+    from distillers.generator import Generator
+    from distillers.pictures import grid_png
+
+    target = _png(out)
+    generator = Generator.from_pretrained(weights, _device(device))
+    picture = read_sar(sar)
+    grid_png(generator.translate(picture, seed=seed, steps=steps), columns=1, path=target, gap=0)
+    typer.echo(f"{out}: {picture.shape[-1]}x{picture.shape[-2]} px; colours are inferred, not measured")
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    n: Annotated[int, typer.Option(help="Pictures per row; more than the features (128).")] = 1000,
+    steps: Annotated[str | None, typer.Option(help="e.g. 1,2,4,8; all published counts if left out.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher folder; the one named in the folder, beside it, if left out.")
+    ] = None,
+    teacher_steps: Annotated[str, typer.Option(help="The teacher's rows, e.g. 50,250; empty for none.")] = "50",
+    path: Annotated[Path | None, typer.Option(help="Data folder; the recipe's if left out.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE or a folder.")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where report.json goes; into the weights folder if left out.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
+
+    Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`.
+    """
+    import json
+
+    from distillers.evaluate import evaluate as measure
+    from distillers.features import load_features
+    from distillers.generator import Generator
+    from distillers.publish import held_out, write_card
+
+    generator = Generator.from_pretrained(weights, _device(device))
+    data, train = held_out(weights, path)
+    counts = _counts("steps", steps) if steps else None
+    teacher_counts = _counts("teacher-steps", teacher_steps) if teacher_steps else []
+    beside = weights.parent / (generator.info.teacher or "")
+    source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
+    against = Generator.from_pretrained(source, _device(device)) if source and teacher_counts else None
+    space = load_features(
+        features or ("shapes" if generator.info.data == "shapes" else "eurosat-landcover"), weights.parent
+    )
+    with _bar() as progress:
+        bar = progress.add_task("drawing", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=what)
+
+        report = measure(
+            generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
+            teacher_steps=teacher_counts, train=train, progress=show,
+        )  # fmt: skip
+    target = out or weights / "report.json"
+    target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
+    if out is None:
+        write_card(weights)
+    typer.echo(report.markdown())
+
+
+@app.command()
+def serve(
+    weights: Root = Path("weights"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    device: Device = "auto",
+) -> None:
+    """Serve every folder below --weights over HTTP: OpenAI's image routes, SAR translation, benchmarks, a page at /.
+
+    Example: `fewstep serve --weights weights --port 8000`, then open http://127.0.0.1:8000.
+    """
+    import os
+
+    import uvicorn
+
+    if not weights.is_dir():
+        raise BadInput("weights", str(weights), "an existing folder of weights folders")
+    os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device
+    uvicorn.run("app.main:create_app", factory=True, host=host, port=port, log_level="info")
+
+
+@app.command()
+def run(
+    weights: Root = Path("weights"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    serving: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="Serve afterwards, or stop after the table.")
+    ] = True,
+) -> None:
+    """The whole job, small: distil the shapes teacher into one step (once), say what it cost, serve everything."""
+    folder = weights / "shapes-quickstart"
+    if not (folder / "report.json").is_file():
+        distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder, device="auto")
+        evaluate(
+            folder,
+            n=512,
+            steps="1,4",
+            teacher=None,
+            teacher_steps="50",
+            path=None,
+            features=None,
+            seed=0,
+            out=None,
+            device="auto",
+        )
+    else:
+        import json
+
+        typer.echo(json.loads((folder / "report.json").read_text())["markdown"])
+    typer.echo(f"pictures: {folder / 'grid.png'}")
+    if serving:
+        serve(weights, host, port, "auto")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros((), device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(
+            "device", name, f"cpu, or a CUDA device of this machine ({str(error).splitlines()[0]})"
+        ) from None
+    return chosen
+
+
+def _label(given: str, labels: list[str]) -> int:
+    lowered = [label.lower() for label in labels]
+    if given.lower() in lowered:
+        return lowered.index(given.lower())
+    if given.isdigit() and int(given) < len(labels):
+        return int(given)
+    raise BadInput("label", given, ", ".join(labels) or "nothing: this model has no classes")
+
+
+def _counts(field: str, text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(field, text, "whole numbers with commas, e.g. 1,2,4") from None
+    return counts
+
+
+def _columns(n: int) -> int:
+    return max(1, min(n, 8))
+
+
+def _png(path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise BadInput("out", str(path), "a name that ends in .png")
+    return path
+
+
+def _bar() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+
+
+@app.command()
+def results(
+    weights: Root = Path("weights"),
+    readme: Annotated[Path | None, typer.Option(help="Markdown to update between <!-- results --> marks.")] = None,
+) -> None:
+    """Collect the reports of all folders below --weights into one table."""
+    from distillers.publish import results as collect
+
+    table, mark = collect(weights), "<!-- results -->"
+    if readme is None:
+        typer.echo(table)
+        return
+    text = readme.read_text() if readme.is_file() else ""
+    if text.count(mark) != 2:
+        raise BadInput("readme", str(readme), f"an existing file with two lines {mark}")
+    before, _, after = text.split(mark)
+    readme.write_text(f"{before}{mark}\n\n{table}\n{mark}{after}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, what each needs, and the recipes that ship with the package."""
+    from dataclasses import fields
+
+    from distillers import methods as registry
+    from distillers.recipe import shipped
+
+    for name in registry.names():
+        kind = registry.find(name)
+        first = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name}: {first}")
+        for field in fields(kind):
+            typer.echo(f"    {name}.{field.name} = {field.default!r}")
+    typer.echo("recipes: " + ", ".join(shipped()))
+
+
+def main() -> Any:
+    """Entry point: bad input is one line on stderr and exit code 2; a stopped training 1."""
+    prepare_process()
+    try:
+        return app()
+    except BadInput as error:
+        typer.echo(f"error: {error}", err=True)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStopped":
+            raise
+        typer.echo(f"stopped: {error}", err=True)
+        sys.exit(1)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What turns a trained generator into a published folder: weights, recipe, picture, card.
+
+The card is written from the manifest, the recipe and the report alone, so that every number on it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import Tensor
+
+from distillers import weights
+from distillers.data import ImageData, open_data
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.pictures import grid_png, side_by_side
+from distillers.recipe import Recipe
+
+ATTRIBUTION = {
+    "eurosat": "EuroSAT (Helber et al. 2019, MIT). Contains modified Copernicus Sentinel data.",
+    "sentinel-pairs": "Contains modified Copernicus Sentinel data (Sentinel-1 GRD VH, Sentinel-2 L1C, 2020).",
+    "shapes": "Procedural; made by this project, no rights reserved.",
+}
+COLUMNS = 10  # of grid.png
+
+
+def publish(generator: Generator, recipe: Recipe, data: ImageData, folder: Path) -> None:
+    """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole."""
+    with weights.staged(folder) as new:
+        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions()}))
+        teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
+        seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
+        picture(generator, teacher, seen, new)
+        generator.save_pretrained(new)
+        write_card(new)
+
+
+def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageData]:
+    """The test and train split of what a folder was trained on, by its recipe; `path`: where the data stand now."""
+    if not (folder / "recipe.toml").is_file():
+        raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
+    options = dict(Recipe.load(folder / "recipe.toml").data)
+    if path is not None:
+        options["path"] = str(path)
+    kind = options.pop("kind", "images")
+    return open_data(kind, **{**options, "split": "test"}), open_data(kind, **{**options, "split": "train"})
+
+
+def versions() -> dict[str, str]:
+    """What the recipe was run with."""
+    packages = ("fewstep", "torch", "diffusers", "accelerate", "numpy")
+    found = {name: metadata.version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version(), **found}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def picture(generator: Generator, teacher: Generator | None, data: ImageData, folder: Path) -> None:
+    """grid.png: a row for every step count, the teacher above on the same noises and conditions.
+
+    For translators the columns are held-out SAR tiles, which also go to examples/*.png, ready to send.
+    """
+    info = generator.info
+    condition: dict[str, Any] = {}
+    above: dict[str, Tensor] = {}
+    below: dict[str, Tensor] = {}
+    if info.task == "sar-to-optical":
+        batch = data.items([i * len(data) // COLUMNS for i in range(COLUMNS)])
+        condition, above, below = {"sar": batch["sar"]}, {"SAR": batch["sar"]}, {"optical, the truth": batch["image"]}
+        for i, sar in enumerate(batch["sar"]):
+            grid_png(sar[None], columns=1, path=folder / "examples" / f"{i}.png", gap=0)
+    elif info.task == "class-to-image":
+        condition = {"labels": [i * len(info.labels) // COLUMNS for i in range(COLUMNS)]}
+    counts = [(model, k) for model in (teacher, generator) if model is not None for k in _shown(model)]
+    made = {_row(m, k): m.sample(range(COLUMNS), steps=k, **condition) for m, k in counts}
+    side_by_side({**above, **made, **below}, folder / "grid.png", zoom=max(1, 96 // info.size[0]))
+
+
+def _row(generator: Generator, steps: int) -> str:
+    return f"{generator.info.role}, {steps} step{'s' * (steps > 1)}"
+
+
+def _shown(generator: Generator) -> list[int]:
+    return sorted(generator.info.step_times) or [generator.info.default_steps]
+
+
+def results(root: Path) -> str:
+    """One Markdown table of all reports below root, each figure as its report.json has it."""
+    lines = ["| folder | row | NFE | Frechet | KID x1000 | PSNR | p50 ms | n |", "|---|---|---|---|---|---|---|---|"]
+    for name, folder in weights.find(root).items():
+        if not (folder / "report.json").is_file():
+            continue
+        for row in json.loads((folder / "report.json").read_text())["rows"]:
+            kid = row.get("kid_mean")
+            cells = (
+                row.get("nfe"),
+                _figure(row.get("frechet"), ".2f"),
+                _figure(None if kid is None else 1000 * kid, ".1f"),
+                _figure(row.get("psnr"), ".1f"),
+                _figure((row.get("latency_ms") or {}).get("p50"), ".1f"),
+                row["n"],
+            )
+            lines.append(
+                f"| {name} | {row['name']} | " + " | ".join("-" if c is None else str(c) for c in cells) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def write_card(folder: Path) -> None:
+    """README.md from fewstep.json, recipe.toml and, once measured, report.json."""
+    info = weights.Info.read(folder)
+    recipe = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
+    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "license: apache-2.0",
+        "tags: [diffusion, few-step, " + info.method + ", " + info.task + "]",
+        "---",
+        "",
+        f"# {info.name}",
+        "",
+        _what(info),
+        "",
+        "![samples](grid.png)",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_use(info, (folder / "model_index.json").is_file()),
+        "```",
+        "",
+        "## Measured",
+        "",
+        report["markdown"]
+        if report and "markdown" in report
+        else "Not measured yet: `fewstep evaluate` writes this part.",
+        "",
+        "## Data and limits",
+        "",
+        f"Trained on {info.data}. {ATTRIBUTION.get(info.data, 'See the data set for its licence.')}",
+        _limits(info),
+        "",
+        "## How it was made",
+        "",
+        f"`fewstep distill {info.name}/recipe.toml`:",
+        "",
+        "```toml",
+        recipe.strip(),
+        "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def _what(info: weights.Info) -> str:
+    kind = {
+        "image": "pictures",
+        "class-to-image": f"pictures of {len(info.labels)} classes",
+        "sar-to-optical": "optical from SAR",
+    }
+    size = "x".join(map(str, info.size))
+    if info.role == "teacher":
+        return f"A diffusion teacher: {kind[info.task]}, {size} px, {info.default_steps} steps by default."
+    counts = ", ".join(map(str, sorted(info.step_times)))
+    return f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
+
+
+def _use(info: weights.Info, stock: bool) -> list[str]:
+    labels = ", class_labels=0" if info.task == "class-to-image" else ""
+    if info.codec == "vae":  # DiTPipeline guides by 4 unless told otherwise
+        labels = f", class_labels=[0], guidance_scale={info.guidance_scale}"
+    if stock:
+        return [
+            "# plain diffusers, no line of ours",
+            "from diffusers import DiffusionPipeline",
+            f'pipe = DiffusionPipeline.from_pretrained("{info.name}")',
+            f"pipe(num_inference_steps={info.default_steps}{labels}).images[0].save('sample.png')",
+        ]
+    condition = ", sar=sar" if info.task == "sar-to-optical" else ", labels=[0]" if labels else ""
+    note = "  # sar: (1, 1, H, W) in [-1, 1]" if info.task == "sar-to-optical" else ""
+    patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
+    return [
+        f"# parts open with stock classes: UNet2DModel and the scheduler{patch}",
+        "from distillers import Generator",
+        f'pixels = Generator.from_pretrained("{info.name}").sample([0]{condition}){note}',
+    ]
+
+
+def _limits(info: weights.Info) -> str:
+    if info.task == "sar-to-optical":
+        return (
+            "Colours are inferred, not measured; objects may be invented or missing. SAR input: "
+            f"{info.sar}. Trained on two regions and one season: expect wrong colours elsewhere."
+        )
+    return "A small network trained briefly; it shows the method, not the state of the art."
