@@ -6,7 +6,7 @@ Pixels are float (B, 3, H, W) in [-1, 1] on both ends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class ImageCodec(nn.Module, ABC):
 
 
 class PixelUnshuffle(ImageCodec):
-    """Space to depth: a permutation of the pixels, so diffusion in either space is the same process at 1/factor^2 the cost.
+    """Space to depth: a permutation of the pixels, so diffusion in either space is the same process.
 
-    factor 1 is the identity.
+    It costs 1/factor^2 as much; factor 1 is the identity.
     """
 
     kind = "pixel-unshuffle"
@@ -53,23 +53,24 @@ class PixelUnshuffle(ImageCodec):
 
 
 class Vae(ImageCodec):
-    """A diffusers autoencoder, frozen; its scaling factor makes latents unit variance."""
+    """A diffusers autoencoder, frozen; its scaling and shift make latents zero mean and unit variance."""
 
     kind = "vae"
+    vae: Any  # a diffusers AutoencoderKL
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scaling = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scaling, self.shift = float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         latents: Tensor = self.vae.encode(pixels).latent_dist.mean
-        return latents * self.scaling
+        return (latents - self.shift) * self.scaling
 
     def decode(self, x0: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(x0 / self.scaling).sample
+        pixels: Tensor = self.vae.decode(x0 / self.scaling + self.shift).sample
         return pixels
 
     def channels(self, pixels: int) -> int:

@@ -1,13 +1,14 @@
 """What is saved, loaded, served and measured: a few-step generator (or its many-step teacher) as one call.
 
-A teacher opens as a Generator whose sampler is deterministic DDIM; a consistency student as one that re-noises between its
-steps. It does not know how it was trained, nor HTTP.
+A teacher opens as a Generator whose sampler is deterministic DDIM; a consistency student as one that re-noises between
+its steps. It does not know how it was trained, nor HTTP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from distillers import weights
 from distillers.codec import ImageCodec
-from distillers.denoiser import Cond, Denoiser, Guided
+from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info, Parts
@@ -29,6 +30,8 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tenso
     The stream of one seed is what `torch.Generator().manual_seed(seed)` gives to diffusers' pipelines, so the same seed
     draws the same picture there.
     """
+    if not len(seeds):
+        raise BadInput("seeds", seeds, "one or more")
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise BadInput("seed", seed, f"an integer from 0 to {MAX_SEED}")
@@ -70,18 +73,20 @@ class Generator(nn.Module):
         """The times the network is called at, descending.
 
         Raises:
-            BadInput: a student asked for a number of steps it was not published with; a teacher for none or over 1000.
+            BadInput: a student asked for a number of steps it was not published with; a teacher for none, over 1000,
+                or more than its schedule has.
         """
         steps = self.info.default_steps if steps is None else steps
         if self.info.step_times:
             if steps not in self.info.step_times:
                 raise BadInput("steps", steps, ", ".join(map(str, sorted(self.info.step_times))))
             return self.info.step_times[steps]
-        if not 1 <= steps <= 1000:
-            raise BadInput("steps", steps, "1 to 1000")
+        count = min(int(self.schedule.t_max) + 1, 1000) if isinstance(self.schedule, VariancePreserving) else 1000
+        if not 1 <= steps <= count:
+            raise BadInput("steps", steps, f"1 to {count}")
         if isinstance(self.schedule, VariancePreserving):  # diffusers' "trailing" spacing
-            count = self.schedule.t_max + 1
-            return [round(count - i * count / steps) - 1 for i in range(steps)]
+            clock = self.schedule.t_max + 1
+            return [round(clock - i * clock / steps) - 1 for i in range(steps)]
         return self.schedule.grid(steps + 1)[1:].flip(0).tolist()
 
     def forward(
@@ -96,7 +101,7 @@ class Generator(nn.Module):
             fresh: where a consistency sampler takes its noise between steps; None draws from torch's global generator.
         """
         times = torch.tensor(self.times(steps), dtype=torch.float64, device=noise.device)
-        network = self._guided()
+        network = weights.guided(self.denoiser, self.info, self.info.guidance_scale)
         # The scale of p_T: 1 for variance-preserving schedules, sigma_max for exploding ones.
         x_t = noise * torch.hypot(self.schedule.alpha(times[0]), self.schedule.sigma(times[0])).to(noise)
         for i, t in enumerate(times):
@@ -110,11 +115,6 @@ class Generator(nn.Module):
                 x_t = self.schedule.add_noise(x0, eps, times[i + 1])
         raise AssertionError("times is never empty")
 
-    def _guided(self) -> nn.Module:
-        if self.info.guidance_scale == 1:
-            return self.denoiser
-        return Guided(self.denoiser, self.info.guidance_scale, null_label=len(self.info.labels))
-
     @torch.inference_mode()
     def sample(
         self,
@@ -127,17 +127,18 @@ class Generator(nn.Module):
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its own condition only.
 
+        Alone or in any batch it is the same picture to about 1e-5: torch may sum in another order at another size.
+
         Args:
             seeds: one per image, 0 .. 2**63-1.
             labels: class index per image, for class-conditional models.
             sar: (B, 1, H, W) in [-1, 1], for translators; the result has its H and W.
             steps: see `times`.
-            size: pixels (H, W); None for the published size, or the SAR's.
+            size: pixels (H, W) of multiples of `size_multiple`; None for the published size, or the SAR's.
         """
         cond = self.encode_condition(labels, sar, count=len(seeds))
-        height, width = sar.shape[-2:] if sar is not None else size or self.info.size
-        if height % self.size_multiple or width % self.size_multiple or height < 8 or width < 8:
-            raise BadInput("size", (height, width), f"multiples of {self.size_multiple}, 8 or more")
+        height, width = (size or self.info.size) if sar is None else sar.shape[-2:]
+        self._check_size("size", height, width)
         shape = (self.codec.channels(3), height // self.codec.factor, width // self.codec.factor)
         stream = seeded_noise(seeds, shape)
         device = next(self.denoiser.parameters()).device
@@ -145,11 +146,12 @@ class Generator(nn.Module):
         return self.codec.decode(x0).float().clamp(-1, 1).cpu()
 
     def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
-        """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, then cropped back."""
+        """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, cropped back."""
+        least = max(8, self.size_multiple // 2 + 1)  # a reflection is shorter than the picture
+        if sar.ndim != 4 or min(sar.shape[-2:]) < least:
+            raise BadInput("sar", tuple(sar.shape), f"(1, 1, H, W), a picture of {least} pixels a side or more")
         height, width = sar.shape[-2:]
         below, right = -height % self.size_multiple, -width % self.size_multiple
-        if min(height, width) < 8:
-            raise BadInput("sar", tuple(sar.shape), "a picture of 8 pixels a side or more")
         padded = F.pad(sar, (0, right, 0, below), mode="reflect")
         return self.sample([seed], sar=padded, steps=steps)[..., :height, :width]
 
@@ -174,11 +176,20 @@ class Generator(nn.Module):
             if sar is None or sar.ndim != 4 or sar.shape[1] != channels or (count is not None and len(sar) != count):
                 given = None if sar is None else tuple(sar.shape)
                 raise BadInput("sar", given, f"shape ({count or 'B'}, {channels}, H, W) in [-1, 1]")
-            return {"sar": self.codec.encode(sar.to(device))}
+            self._check_size("sar", *sar.shape[-2:])
+            if not bool((sar.abs() <= 1 + 1e-3).all()):  # also refuses NaN
+                raise BadInput("sar", f"{sar.min()} to {sar.max()}", "values in [-1, 1]")
+            return {"sar": self.codec.encode(sar.to(device, torch.float32))}
         return None
+
+    def _check_size(self, field: str, height: int, width: int) -> None:
+        config: Any = self.denoiser.network.config
+        multiple, transformer = self.size_multiple, "patch_size" in config
+        if height % multiple or width % multiple or min(height, width) < 8 or (transformer and height != width):
+            square = ", square" if transformer else ""  # diffusers' DiT knows no other shape
+            raise BadInput(field, (height, width), f"multiples of {multiple}, 8 or more{square}")
 
     @property
     def size_multiple(self) -> int:
-        """H and W must be multiples of this: the codec's patch times the network's downsampling."""
-        blocks = getattr(self.denoiser.network.config, "block_out_channels", (1,))
-        return int(self.codec.factor * 2 ** (len(blocks) - 1))
+        """H and W must be multiples of this."""
+        return weights.size_multiple(self.denoiser.network, self.codec)

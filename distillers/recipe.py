@@ -11,16 +11,20 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for method = "dif
 
 from __future__ import annotations
 
+import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+import torch
 
 from distillers import methods
 from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
 from distillers.distiller import Distiller
 from distillers.errors import BadInput
+from distillers.generator import Generator
 from distillers.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.trainer import TrainSettings
@@ -33,12 +37,16 @@ SHIPPED = Path(__file__).parent / "recipes"
 class ModelSettings:
     """The [model] table: the untrained network that method = "diffusion" trains."""
 
-    task: str = "image"  # image | class-to-image | sar-to-optical
+    task: Literal["image", "class-to-image", "sar-to-optical"] = "image"
     patch: int = 1  # pixel-unshuffle factor
     prediction: Prediction = "v"
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp"})
     network: dict[str, Any] = field(default_factory=dict)  # options of diffusers' UNet2DModel
     sar: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.patch < 1:
+            raise BadInput("model.patch", self.patch, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +87,15 @@ class Recipe:
                 raise BadInput(key, table[key], "one of " + ", ".join(sorted(known - {"versions"})))
         if not isinstance(table.get("name"), str) or not table["name"]:
             raise BadInput("name", table.get("name"), "the name of the folder to make")
-        if (method == "diffusion") == ("teacher" in table):
-            allowed = "absent: diffusion trains from data" if method == "diffusion" else "a folder or hub id"
-            raise BadInput("teacher", table.get("teacher"), allowed)
+        teacher = table.get("teacher")
+        if method == "diffusion" and teacher is not None:
+            raise BadInput("teacher", teacher, "absent: diffusion trains from data")
+        if method != "diffusion" and not (isinstance(teacher, str) and teacher):
+            raise BadInput("teacher", teacher, "a folder or hub id")
         recipe = cls(
             name=table["name"],
             method=method,
-            teacher=table.get("teacher"),
+            teacher=teacher,
             data=_table(table, "data"),
             options=_table(table, method),
             train=_table(table, "train"),
@@ -116,19 +126,24 @@ class Recipe:
 
     def open_data(self) -> ImageData:
         options = dict(self.data)
-        return open_data(options.pop("kind", "images"), **options)
+        return open_data(str(options.pop("kind", "images")), **options)
 
     def open_teacher(self, data: ImageData, device: str = "cpu") -> Teacher:
         """The teacher of the recipe, described under the recipe's name; for diffusion an untrained one."""
-        from dataclasses import replace
-
         if self.teacher is not None:
             teacher = Teacher.from_pretrained(self.teacher, device)
-            named = teacher.info.name
-            info = replace(teacher.info, name=self.name, method=self.method, role="student", teacher=named, sha256={})
-            if info.task == "class-to-image" and data.labels and list(data.labels) != info.labels:
+            info = replace(
+                teacher.info,
+                name=self.name,
+                method=self.method,
+                role="student",
+                data=data.name,
+                teacher=teacher.info.name,
+                sha256={},
+            )
+            if info.task == "class-to-image" and list(data.labels) != info.labels:
                 raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
-            return Teacher(teacher.denoiser, teacher.codec, info)
+            return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
         model = self.model_settings()
         if model.task == "class-to-image" and not data.labels:
             raise BadInput("model.task", model.task, "image: the data have no class folders")
@@ -144,7 +159,19 @@ class Recipe:
             patch=model.patch,
             sar=(model.sar or {"channels": 1, "range": [-1, 1]}) if model.task == "sar-to-optical" else None,
         )
-        return Teacher.random(info, model.network, model.schedule, model.prediction, PixelUnshuffle(model.patch))
+        torch.manual_seed(self.settings().seed)
+        codec = PixelUnshuffle(model.patch)
+        return _fitting(Teacher.random(info, model.network, model.schedule, model.prediction, codec), data)
+
+
+def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
+    """The teacher, if it can learn from or teach on these data; else BadInput."""
+    if teacher.info.task == "sar-to-optical" and "sar" not in data.items([0]):
+        raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
+    multiple = Generator(teacher.denoiser, teacher.codec, teacher.info).size_multiple
+    if data.size % multiple:
+        raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")
+    return teacher
 
 
 def shipped() -> list[str]:
@@ -197,7 +224,10 @@ def _checked(kind: type, options: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in known:
             raise BadInput(f"{where}.{key}", value, ", ".join(sorted(known)))
         try:
-            checked[key] = TypeAdapter(hints[key], config=ConfigDict(strict=False)).validate_python(value)
+            # JSON's strict rules: a list is a tuple and 1 a float, but "1" and true are no numbers, nor are nan and inf
+            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False))
+            checked[key] = adapter.validate_json(json.dumps(value, default=str))
         except ValidationError as error:
-            raise BadInput(f"{where}.{key}", value, error.errors()[0]["msg"]) from None
+            first = error.errors()[0]
+            raise BadInput(".".join(map(str, (where, key, *first["loc"]))), value, first["msg"]) from None
     return checked

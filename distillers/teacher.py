@@ -1,8 +1,8 @@
 """A teacher: a denoiser nobody trains, with what turns pictures, labels and SAR into the network's terms.
 
 Any supported diffusers pipeline folder or hub id opens as one; `random` builds an untrained network, the start of the
-degenerate distiller that trains a teacher. Text-to-image pipelines enter here later: their prompt encoder becomes one more
-branch of `encode_condition`, their VAE is already a codec.
+degenerate distiller that trains a teacher. Text-to-image pipelines enter here later: their prompt encoder becomes one
+more branch of `encode_condition`, their VAE is already a codec.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distillers import weights
 from distillers.codec import ImageCodec, PixelUnshuffle
-from distillers.denoiser import Cond, Denoiser, Guided
+from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
 from distillers.schedule import Prediction, from_config
 from distillers.weights import Info
@@ -56,19 +56,16 @@ class Teacher:
         }
         if info.labels:
             options["num_class_embeds"] = len(info.labels) + 1
+        unet: nn.Module
         try:
-            unet: nn.Module = UNet2DModel(**options)
+            unet = UNet2DModel(**options)  # type: ignore[assignment]
         except (TypeError, ValueError) as error:
             raise BadInput("network", network, f"options of diffusers' UNet2DModel ({error})") from None
         return cls(Denoiser(unet, from_config(schedule), prediction), codec, info)
 
     def guided(self, guidance_scale: float) -> nn.Module:
         """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
-        if guidance_scale == 1:
-            return self.denoiser
-        if not self.info.labels:
-            raise BadInput("guidance_scale", guidance_scale, "1: the teacher has no classes to guide by")
-        return Guided(self.denoiser, guidance_scale, null_label=len(self.info.labels))
+        return weights.guided(self.denoiser, self.info, guidance_scale)
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """A batch of pictures (see `distillers.data`) as the network's terms: "x0" and the condition the task has."""

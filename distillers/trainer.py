@@ -1,16 +1,18 @@
 """`train`: the one loop. Turns, accelerate, evaluation averages, checkpoints, resume, progress, tracker.
 
-It knows no method: a `Distiller` yields (player, loss) turns and the loop moves that player. Exact resume costs no state:
-iteration i draws its data and noise from generators seeded by (seed, i, process), so a run that is killed and started again
-repeats what an uninterrupted one would have done, bit for bit on CPU.
+It knows no method: a `Distiller` yields (player, loss) turns and the loop moves that player. Exact resume costs no
+state: iteration i draws its data and noise from generators seeded by (seed, i, process), so a run that is killed and
+started again repeats what an uninterrupted one would have done, bit for bit on CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from distillers.data import ImageData
 from distillers.distiller import Distiller, Turn, follow, slow_copy
 from distillers.errors import BadInput
-from distillers.generator import Generator, seeded_noise
+from distillers.generator import Generator
 from distillers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -55,9 +57,9 @@ class TrainSettings:
     tracker: str = "tensorboard"  # any name accelerate knows, or "none"
 
     def __post_init__(self) -> None:
-        positive = ("iterations", "batch", "accumulation", "learning_rate", "clip", "checkpoint_every", "log_every", "samples")
-        for name in positive:
-            if getattr(self, name) <= 0:
+        counts = ("iterations", "batch", "accumulation", "checkpoint_every", "samples", "log_every")
+        for name in (*counts, "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
         for name, allowed in (
             ("optimizer", ("radam", "adamw", "adam")),
@@ -70,8 +72,16 @@ class TrainSettings:
             raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
         if not 0 <= self.ema < 1:
             raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
-        if self.seed < 0:
-            raise BadInput("train.seed", self.seed, "0 or more")
+        for name in ("warmup", "sample_every", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise BadInput("train.seed", self.seed, "0 to 4294967295")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput("train.betas", self.betas, "two numbers of 0 up to, not including, 1")
+        for player, rate in (self.learning_rates or {}).items():
+            if not rate > 0:
+                raise BadInput(f"train.learning_rates.{player}", rate, "a number above 0")
 
 
 class TrainingStopped(RuntimeError):
@@ -99,14 +109,23 @@ def train(
 
     Raises:
         TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
-        BadInput: the checkpoints in `out` belong to another recipe.
+        BadInput: the checkpoints in `out` belong to another recipe; a tracker or player that does not exist.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
+    tracker = _tracker(settings.tracker)
     out.mkdir(parents=True, exist_ok=True)
-    tracker = None if settings.tracker == "none" else settings.tracker
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training of this process may have differed
     accelerator = Accelerator(
         mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
     )
@@ -116,28 +135,48 @@ def train(
     if tracker and accelerator.is_main_process:
         accelerator.init_trackers("fewstep")
     shown = accelerator.is_main_process
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with _Termination() as termination, Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not shown) as progress:
-        bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
-        for i in range(start, settings.iterations):
-            run.iteration(i, data)
-            done = i + 1
-            if done % settings.log_every == 0 or done == settings.iterations or termination.asked:
-                losses = run.log(done)
-                shown_losses = "  ".join(f"{k} {v:.4f}" for k, v in losses.items())
-                progress.update(bar, completed=done, loss=shown_losses)
-                if not progress.console.is_terminal:  # a log file has no bar
-                    progress.console.print(f"iteration {done}/{settings.iterations}  loss {shown_losses}")
-            if settings.sample_every and done % settings.sample_every == 0:
-                run.draw_samples(done, data)
-            if done % settings.checkpoint_every == 0 or done == settings.iterations or termination.asked:
-                run.save(done)
-            if termination.asked and done < settings.iterations:
-                accelerator.end_training()
-                raise TrainingStopped(f"asked to stop at iteration {done}; the same command continues from {run.checkpoints}")
-    run.draw_samples(settings.iterations, data)
-    accelerator.end_training()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with (
+            _Termination() as termination,
+            Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not shown) as progress,
+        ):
+            bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
+            for i in range(start, settings.iterations):
+                run.iteration(i, data)
+                done = i + 1
+                last, stop = done == settings.iterations, run.any_process(termination.asked)
+                if done % settings.log_every == 0 or last or stop:
+                    losses = run.log(done)
+                    progress.update(bar, completed=done, loss="  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+                if settings.sample_every and done % settings.sample_every == 0 and not last:
+                    run.draw_samples(done, data)
+                if done % settings.checkpoint_every == 0 or last or stop:
+                    run.save(done)
+                if stop and not last:
+                    where = f"asked to stop at iteration {done}"
+                    raise TrainingStopped(f"{where}; the same command continues from {run.checkpoints}")
+        run.draw_samples(settings.iterations, data)
+    finally:
+        accelerator.end_training()
     return run.generator()
+
+
+def _tracker(name: str) -> str | None:
+    """The name, if accelerate can log there; None for "none"."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = sorted(str(tracker) for tracker in get_available_trackers())
+    if name != "none" and name not in installed:
+        others = ", ".join(sorted(set(LOGGER_TYPE_TO_CLASS) - set(installed)))
+        raise BadInput("train.tracker", name, f"none, {', '.join(installed)}; once installed: {others}")
+    return None if name == "none" else name
 
 
 class _Run:
@@ -152,16 +191,19 @@ class _Run:
         out: Path,
         description: dict[str, Any],
     ) -> None:
-        self.distiller, self.settings, self.accelerator, self.description = distiller, settings, accelerator, description
-        self.teacher = teacher
+        self.distiller, self.settings, self.accelerator = distiller, settings, accelerator
+        self.teacher, self.description = teacher, json.loads(json.dumps(description))  # as a checkpoint gives it back
         self.out, self.checkpoints = out, out / "checkpoints"
         self.nets = distiller.networks(teacher).to(accelerator.device)
         players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
+        for name in settings.learning_rates or {}:
+            if name not in players:
+                raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
         self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
         students = [name for name in players if name.startswith("student")]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
-        self.losses: dict[str, Tensor] = {}
-        self.counted = 0
+        self.losses: dict[str, Tensor] = {}  # sums since the last log
+        self.turns: Counter[str] = Counter()
 
     def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
         s = self.settings
@@ -179,13 +221,13 @@ class _Run:
         """Draw a batch, play its turns, follow with the averages."""
         s, process = self.settings, self.accelerator.process_index
         torch.manual_seed(_mix(s.seed, i, process))
-        batch = self.teacher.encode_batch(data.draw(s.batch, np.random.default_rng((s.seed, i, process))), self.accelerator.device)
+        pictures = data.draw(s.batch, np.random.default_rng((s.seed, i, process)))
+        batch = self.teacher.encode_batch(pictures, self.accelerator.device)
         micro = [{k: v.chunk(s.accumulation)[j] for k, v in batch.items()} for j in range(s.accumulation)]
         self.play([self.distiller.step(self.nets, part, i / s.iterations) for part in micro], self.rate(i))
         decay = min(s.ema, (1 + i) / (10 + i))  # a short memory at first, so that the start is forgotten
         for name, average in self.averages.items():
             follow(average, self.nets[name], decay)
-        self.counted += 1
 
     def play(self, steps: list[Iterator[Turn]], rate: float) -> None:
         """Advance all micro-batches turn by turn; after each turn move that turn's player, and it only.
@@ -197,9 +239,7 @@ class _Run:
             with self.accelerator.autocast():
                 turn = next(leader, None)
             if turn is None:
-                for other in others:
-                    other.close()
-                return
+                return  # the others are dropped where they stand
             player, loss = turn
             optimizer = self.optimizers[player]
             optimizer.zero_grad()
@@ -210,6 +250,7 @@ class _Run:
                 assert player_again == player, "micro-batches of one iteration take the same turns"
                 self._backward(player, loss, len(steps))
             self._move(player, optimizer, rate)
+            self.turns[player] += 1
 
     def _backward(self, player: str, loss: Tensor, parts: int) -> None:
         self.accelerator.backward(loss / parts)
@@ -217,7 +258,7 @@ class _Run:
 
     def _move(self, player: str, optimizer: Any, rate: float) -> None:
         parameters = [p for p in self.nets[player].parameters() if p.grad is not None]
-        if self.accelerator.num_processes > 1:  # turns call parts of a network, so gradients are averaged here and not by DDP
+        if self.accelerator.num_processes > 1:  # not by DDP, for turns call parts of a network
             for p in parameters:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
         self.accelerator.clip_grad_norm_(parameters, self.settings.clip)
@@ -235,17 +276,33 @@ class _Run:
     # --- what people see ---------------------------------------------------------------------------------------------
     def log(self, done: int) -> dict[str, float]:
         """Mean losses since the last call. Raises TrainingStopped if any was not finite."""
-        means = {player: float(total) / max(self.counted, 1) for player, total in self.losses.items()}
-        bad = [player for player, value in means.items() if not np.isfinite(value)]
-        if bad:
-            last = self._latest()
-            raise TrainingStopped(
-                f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
-                f"last good checkpoint: {last or 'none yet'}. Lower train.learning_rate or train.clip and start again."
-            )
-        self.losses, self.counted = {}, 0
+        means = self.check(done)
+        self.losses, self.turns = {}, Counter()
         self.accelerator.log({f"loss/{k}": v for k, v in means.items()}, step=done)
         return means
+
+    def check(self, done: int) -> dict[str, float]:
+        """Mean losses since the last log, over all processes so that they stop alike.
+
+        Raises:
+            TrainingStopped: a loss is not finite, or a weight (the gradient of a finite loss may be infinite).
+        """
+        means = {k: float(self.accelerator.reduce(total, "mean")) / self.turns[k] for k, total in self.losses.items()}
+        norms = {k: torch.stack(torch._foreach_norm(list(self.nets[k].parameters()))) for k in self.optimizers}
+        bad = [k for k in norms if not np.isfinite(means.get(k, 0.0)) or not norms[k].isfinite().all()]
+        if bad:
+            raise TrainingStopped(
+                f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
+                f"last good checkpoint: {self._latest() or 'none yet'}. "
+                "Start again in another folder with a lower train.learning_rate or train.clip."
+            )
+        return means
+
+    def any_process(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all leave in the same iteration."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
 
     def generator(self) -> Generator:
         """The method's generator with averaged weights, on CPU."""
@@ -273,12 +330,11 @@ class _Run:
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def save(self, done: int) -> None:
         """Write checkpoints/NNNNNNNN beside and rename: it is whole or absent. The two newest are kept."""
-        if any(not torch.isfinite(total) for total in self.losses.values()):
-            self.log(done)
+        self.check(done)
         if not self.accelerator.is_main_process:
             return
         self.checkpoints.mkdir(exist_ok=True)
-        temporary, final = self.checkpoints / f".{done:08d}.{os.getpid()}", self.checkpoints / f"{done:08d}"
+        temporary, final = self.checkpoints / f".{done:08d}", self.checkpoints / f"{done:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         state = {
@@ -293,8 +349,8 @@ class _Run:
         (temporary / "about.json").write_text(json.dumps({"iteration": done, "description": self.description}))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in self._all()[:-2]:
-            shutil.rmtree(old)
+        for old in {*self.checkpoints.glob("[0-9]*"), *self.checkpoints.glob(".[0-9]*")} - {*self._all()[-2:]}:
+            shutil.rmtree(old)  # older ones, and what a killed process left half written or half deleted
 
     def resume(self) -> int:
         """Load the newest checkpoint; the iteration to go on with, 0 if there is none."""
@@ -303,7 +359,8 @@ class _Run:
             return 0
         about = json.loads((latest / "about.json").read_text())
         if about["description"] != self.description:
-            raise BadInput(str(self.out), "checkpoints of another recipe", "an empty folder, or the recipe that began there")
+            allowed = "an empty folder, or the recipe that began there"
+            raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
         state = torch.load(latest / "state.pt", map_location=self.accelerator.device, weights_only=True)
         for name, values in state["nets"].items():
             self.nets[name].load_state_dict(values)
@@ -328,10 +385,8 @@ class _Termination:
 
     def __enter__(self) -> _Termination:
         self.before: Callable[..., Any] | int | None = None
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
             self.before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not the main thread: the caller owns the signals
-            pass
         return self
 
     def _ask(self, *_: Any) -> None:

@@ -1,14 +1,18 @@
 """The weights folder: what the two halves of the house share.
 
-A folder is a diffusers pipeline (safetensors only) plus `fewstep.json`, which says what the pipeline cannot: the task, the
-published step counts and their times, the labels' names, how the picture is laid out, and a sha256 of each part. A folder
-without `fewstep.json` is any diffusers pipeline and opens as a teacher.
+A folder is a diffusers pipeline (safetensors only) plus `fewstep.json`, which says what the pipeline cannot: the task,
+the published step counts and their times, the labels' names, how the picture is laid out, and a sha256 of each part. A
+folder without `fewstep.json` is any diffusers pipeline and opens as a teacher.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,24 @@ import torch
 from torch import nn
 
 from distillers.codec import ImageCodec, PixelUnshuffle, Vae
-from distillers.denoiser import Denoiser
+from distillers.denoiser import Denoiser, Guided
 from distillers.errors import BadInput
-from distillers.schedule import NoiseSchedule, Prediction, VariancePreserving, from_config, from_diffusers
+from distillers.schedule import (
+    NoiseSchedule,
+    Prediction,
+    RectifiedFlow,
+    VariancePreserving,
+    from_diffusers,
+)
 
 MANIFEST = "fewstep.json"
 TASKS = ("image", "class-to-image", "sar-to-optical")
-NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")
+SAMPLERS = ("consistency", "ddim")
+ROLES = ("teacher", "student")
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline")
+NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")  # the last is DiT as older diffusers saved it
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+PARTS = ("unet", "transformer", "vae", "scheduler")  # the network first: see `staged`
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -52,20 +67,43 @@ class Info:
     @classmethod
     def read(cls, folder: Path) -> Info:
         """Read and check a manifest. Raises BadInput naming what is wrong with it."""
+        from pydantic import TypeAdapter, ValidationError
+
         path = folder / MANIFEST
         try:
             raw = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise BadInput(str(path), str(error), "a readable fewstep.json") from None
+        if not isinstance(raw, dict):
+            raise BadInput(str(path), type(raw).__name__, "a JSON object")
         known = {f.name for f in fields(cls)}
         unknown, missing = set(raw) - known, {"name", "task", "method", "role", "sampler", "size"} - set(raw)
         if unknown or missing:
             raise BadInput(str(path), f"unknown {sorted(unknown)}, missing {sorted(missing)}", ", ".join(sorted(known)))
-        if raw["task"] not in TASKS:
-            raise BadInput(f"{path}: task", raw["task"], ", ".join(TASKS))
-        raw["size"] = tuple(raw["size"])
-        raw["step_times"] = {int(k): v for k, v in raw.get("step_times", {}).items()}
-        return cls(**raw)
+        try:
+            info = TypeAdapter(cls).validate_python(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+        info._check(path)
+        return info
+
+    def _check(self, path: Path) -> None:
+        values = {"task": TASKS, "sampler": SAMPLERS, "role": ROLES, "format": (1,)}
+        for key, allowed in values.items():
+            if getattr(self, key) not in allowed:
+                raise BadInput(f"{path}: {key}", getattr(self, key), ", ".join(map(str, allowed)))
+        if not all(len(times) == steps for steps, times in self.step_times.items()):
+            raise BadInput(f"{path}: step_times", self.step_times, "as many times as steps")
+        if self.step_times and self.default_steps not in self.step_times:
+            raise BadInput(f"{path}: default_steps", self.default_steps, f"one of {sorted(self.step_times)}")
+        if self.patch < 1 or min(self.size) < 1 or not isinstance(self.sar_channels, int):
+            raise BadInput(f"{path}: patch, size, sar", (self.patch, self.size, self.sar), "whole numbers above 0")
+
+    @property
+    def sar_channels(self) -> int:
+        """Pixel channels of the SAR input; 0 for models that take none."""
+        return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -81,8 +119,9 @@ class Parts:
 
 
 def find(root: Path) -> dict[str, Path]:
-    """Published folders below root, by name."""
-    return {p.parent.name: p.parent for p in sorted(Path(root).glob(f"*/{MANIFEST}"))}
+    """Published folders below root, by name. Hidden ones are on their way: see `staged`."""
+    folders = (p.parent for p in sorted(Path(root).glob(f"*/{MANIFEST}")))
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
 def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
@@ -93,53 +132,84 @@ def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     """
     folder = _local(path_or_hub_id)
     index = _json(folder / "model_index.json")
-    part = next((p for p in ("unet", "transformer") if (folder / p / "config.json").is_file()), None)
+    if index.get("_class_name") not in (None, *PIPELINES):
+        raise BadInput(f"{folder}: pipeline", index["_class_name"], ", ".join(PIPELINES))
+    part = next((p for p in PARTS[:2] if (_part(folder, index, p) / "config.json").is_file()), None)
     if part is None:
-        raise BadInput(
-            str(folder), index.get("_class_name", "no unet or transformer"), "a diffusers pipeline with a unet or transformer"
-        )
-    network = _network(folder / part)
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+        raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
     info = Info.read(folder) if (folder / MANIFEST).is_file() else None
     if info:
         verify(folder, info)
-    codec = _codec(folder, info, device)
-    if info is None:
-        info = _describe(folder, network, codec, index)
-    denoiser = Denoiser(network.to(device, dtype), _schedule(folder, scheduler), _prediction(folder, scheduler))
-    return Parts(denoiser.eval().requires_grad_(False), codec, info)
+    place = _part(folder, index, "scheduler")
+    scheduler = _json(place / "scheduler_config.json")
+    schedule, prediction = _schedule(place, scheduler), _prediction(place, scheduler)
+    network = _load(_part(folder, index, part), NETWORKS, dtype)
+    codec = _codec(folder, info)
+    info = info or _describe(folder, network, codec, index)
+    _check_fit(folder, network, codec, info)
+    denoiser = Denoiser(network.to(device), schedule, prediction)
+    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info)
 
 
-def write(folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, codec: ImageCodec, info: Info) -> None:
-    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
+def write(
+    folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, codec: ImageCodec, info: Info
+) -> None:
+    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors."""
+    scheduler = _scheduler(schedule, prediction, info)
+    with staged(folder) as new:
+        part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
+        _save_half(network, new / part)
+        scheduler.save_pretrained(new / "scheduler")
+        if isinstance(codec, Vae):
+            _save_half(codec.vae, new / "vae")
+        index = _model_index(network, scheduler, codec, info)
+        if index:
+            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        digests = {str(p.relative_to(new)): _sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
+        replace(info, sha256=digests).write(new)
 
-    Class-conditional and plain U-Nets in pixel space get a `model_index.json` naming `ConsistencyModelPipeline`: it is
-    diffusers' only pipeline that hands labels to a UNet2DModel, and it works with any of its schedulers.
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose content takes the place of the old when the block ends without error.
+
+    What is not published (training/) stays. The network goes first and the manifest, with the digests of all parts,
+    comes last: killed at any moment, the folder is the old one, the new one, or refused; never a mixture that opens.
     """
-    import copy
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # left behind by a killed process
+    new.mkdir(parents=True)
+    try:
+        yield new
+        folder.mkdir(exist_ok=True)
+        for name in (*PARTS, "model_index.json", "report.json"):  # the report measured the old weights
+            _remove(folder / name)
+        for item in sorted(new.iterdir(), key=lambda item: item.name == MANIFEST):
+            if item.is_dir():
+                _remove(folder / item.name)
+            item.replace(folder / item.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
-    import diffusers
 
-    folder.mkdir(parents=True, exist_ok=True)
-    part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
-    copy.deepcopy(network).to("cpu", torch.float16).save_pretrained(folder / part)
-    _scheduler(schedule, prediction, info).save_pretrained(folder / "scheduler")
-    if isinstance(codec, Vae):
-        codec.vae.save_pretrained(folder / "vae")
-    if part == "unet" and codec.factor == 1 and info.task != "sar-to-optical":
-        scheduler_class = "LCMScheduler" if info.sampler == "consistency" else "DDIMScheduler"
-        index = {
-            "_class_name": "ConsistencyModelPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "unet": ["diffusers", "UNet2DModel"],
-            "scheduler": ["diffusers", scheduler_class],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    replace(info, sha256=_digests(folder)).write(folder)
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _save_half(network: nn.Module, folder: Path) -> None:
+    # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32.
+    saved: Any = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16)
+    saved.save_pretrained(folder)
+    config = _json(folder / "config.json")
+    config.pop("_name_or_path", None)  # where the teacher lay on this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def verify(folder: Path, info: Info) -> None:
     """Raise BadInput if a part listed in the manifest is missing or is not the file that was published."""
+    for path in sorted(p for part in PARTS for p in folder.glob(f"{part}/*.safetensors")):
+        if str(path.relative_to(folder)) not in info.sha256:
+            raise BadInput(str(path), "a file that is not listed", "the files listed in fewstep.json")
     for name, digest in info.sha256.items():
         path = folder / name
         if not path.is_file():
@@ -148,27 +218,37 @@ def verify(folder: Path, info: Info) -> None:
             raise BadInput(str(path), "a file with another sha256", f"sha256 {digest} as listed in fewstep.json")
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.glob("*/*.safetensors"))}
-
-
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local(path_or_hub_id: str | Path) -> Path:
-    """A folder on disk: the given one, or diffusers' download of a hub id."""
+    """A folder on disk: the given one, or the local copy of a hub id: JSON and safetensors, never code."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    if isinstance(path_or_hub_id, str) and path_or_hub_id.count("/") == 1 and not path_or_hub_id.startswith((".", "/")):
-        from diffusers import DiffusionPipeline
+    is_hub_id = isinstance(path_or_hub_id, str) and path_or_hub_id.count("/") == 1 and path_or_hub_id[0] not in "./~"
+    if not is_hub_id or path.parent.is_dir():  # weights/misspelt is no hub id where there is a weights/
+        raise BadInput("model", str(path_or_hub_id), "an existing folder or a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
 
-        try:
-            return Path(DiffusionPipeline.download(path_or_hub_id, use_safetensors=True))
-        except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
-            raise BadInput("model", path_or_hub_id, f"an existing folder or a reachable hub id ({type(error).__name__})") from None
-    raise BadInput("model", str(path_or_hub_id), "an existing folder or a hub id of the form owner/name")
+    weights = "diffusion_pytorch_model"
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_hub_id), allow_patterns=["*.json", f"*{weights}.safetensors", f"*{weights}-*.safetensors"]
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        raise BadInput(
+            "model", path_or_hub_id, f"an existing folder or a reachable hub id ({type(error).__name__})"
+        ) from None
+
+
+def _part(folder: Path, index: dict[str, Any], name: str) -> Path:
+    """Where a part of a pipeline lies: its own folder or, in the first pipelines of diffusers, the root."""
+    return folder if name in index and not (folder / name).is_dir() else folder / name
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -176,28 +256,47 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise BadInput(str(path), str(error), "valid JSON") from None
+    if not isinstance(value, dict):
+        raise BadInput(str(path), type(value).__name__, "a JSON object")
     return value
 
 
-def _network(folder: Path) -> nn.Module:
+def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network of a folder, whole: diffusers itself would fill what is missing with random numbers."""
     import diffusers
 
     kind = _json(folder / "config.json").get("_class_name")
-    if kind not in NETWORKS:
-        raise BadInput(str(folder / "config.json"), kind, "a network of class " + ", ".join(NETWORKS))
+    if kind not in classes:
+        raise BadInput(str(folder / "config.json"), kind, "a network of class " + ", ".join(classes))
+    network: nn.Module
     try:
-        network: nn.Module = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        network, report = getattr(diffusers, kind).from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True
+        )
     except Exception as error:  # damaged safetensors surface as several private exception types
-        raise BadInput(str(folder), f"{type(error).__name__}: {str(error).splitlines()[0]}", "readable safetensors weights") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(str(folder), reason, "readable safetensors weights") from None
+    if report["missing_keys"] or type(network).__name__ == "Transformer2DModel":
+        reason = f"{type(network).__name__} without {sorted(report['missing_keys'])[:3]}"
+        raise BadInput(str(folder), reason, "a whole network of class " + ", ".join(classes))
     return network
 
 
 def _schedule(folder: Path, scheduler: dict[str, Any]) -> NoiseSchedule:
-    if not scheduler:
-        raise BadInput(str(folder / "scheduler"), "missing", "scheduler/scheduler_config.json")
-    return from_config(scheduler["fewstep"]) if "fewstep" in scheduler else from_diffusers(scheduler)
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    kind = scheduler.get("_class_name", "no scheduler")
+    known = {k.name for k in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"LCMScheduler"}
+    if kind not in known and not kind.startswith("FlowMatch"):  # any other has another clock, and would be read wrongly
+        raise BadInput(str(folder), kind, "scheduler_config.json of FlowMatch... or " + ", ".join(sorted(known)))
+    try:
+        return from_diffusers({key: value for key, value in scheduler.items() if key in ("_class_name", *BETAS)})
+    except BadInput:
+        raise
+    except Exception as error:  # whatever diffusers' constructor makes of wrong options
+        raise BadInput(str(folder), f"{type(error).__name__}: {error}", "options of diffusers' DDIMScheduler") from None
 
 
 def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
@@ -205,32 +304,32 @@ def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
     if "FlowMatch" in kind:
         return "flow"
     given = scheduler.get("prediction_type", "epsilon")
-    if given not in _PREDICTIONS or kind.startswith(("CM", "EDM")):
+    if given not in _PREDICTIONS:
         raise BadInput(str(folder / "scheduler"), f"{kind} with {given}", "prediction_type " + ", ".join(_PREDICTIONS))
     return _PREDICTIONS[given]
 
 
-def _codec(folder: Path, info: Info | None, device: str | torch.device) -> ImageCodec:
+def _codec(folder: Path, info: Info | None) -> ImageCodec:
     for part in ("vae", "vqvae"):
         if (folder / part / "config.json").is_file():
-            from diffusers import AutoencoderKL
-
-            kind = _json(folder / part / "config.json").get("_class_name")
-            if kind != "AutoencoderKL":
-                raise BadInput(str(folder / part), kind, "AutoencoderKL")
-            return Vae(AutoencoderKL.from_pretrained(folder / part, use_safetensors=True).to(device))
+            return Vae(_load(folder / part, ("AutoencoderKL",)))
     return PixelUnshuffle(info.patch if info else 1)
 
 
 def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
     """What can be told of a pipeline that is not ours."""
     config: Any = network.config
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    side = config.sample_size
+    if not side:
+        raise BadInput(f"{folder}: sample_size", side, "the size the network was trained at")
+    height, width = (side, side) if isinstance(side, int) else side
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     names = index.get("id2label") or {}
     labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
-    extra = config.in_channels - config.out_channels
-    task = "sar-to-optical" if isinstance(codec, PixelUnshuffle) and extra > 0 else "class-to-image" if labels else "image"
+    extra = config.in_channels - codec.channels(3)
+    task = (
+        "sar-to-optical" if isinstance(codec, PixelUnshuffle) and extra > 0 else "class-to-image" if labels else "image"
+    )
     return Info(
         name=folder.name,
         task=task,
@@ -238,7 +337,7 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
         role="teacher",
         data=folder.name,
         sampler="ddim",
-        size=(side * codec.factor, side * codec.factor),
+        size=(height * codec.factor, width * codec.factor),
         default_steps=50,
         labels=labels,
         codec=codec.kind,
@@ -247,28 +346,113 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
     )
 
 
+def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info) -> None:
+    """Refuse a network that the manifest does not describe; it would fail later, deep inside torch."""
+    config: Any = network.config
+    channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
+    if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
+        raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
+    expected = channels + (codec.channels(sar) if sar else 0)
+    if config.in_channels != expected or (config.out_channels or expected) not in (channels, 2 * channels):
+        given = f"{config.in_channels} in, {config.out_channels} out"
+        raise BadInput(f"{folder}: channels", given, f"{expected} in, {channels} out (or twice that: learned variance)")
+    classes = len(info.labels) if info.task == "class-to-image" else 0
+    if config.get("class_embed_type") or rows not in ((classes, classes + 1) if classes else (0,)):
+        raise BadInput(
+            f"{folder}: classes", config.get("class_embed_type") or rows, f"an embedding of {classes} classes"
+        )
+
+
+def class_rows(network: nn.Module) -> int:
+    """Rows of a network's class embedding. DiT has one more than the classes it counts, for the null class."""
+    config: Any = network.config
+    counted = config.get("num_embeds_ada_norm")
+    return counted + 1 if counted else config.get("num_class_embeds") or 0
+
+
+def guided(denoiser: Denoiser, info: Info, guidance_scale: float) -> nn.Module:
+    """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
+    if guidance_scale == 1:
+        return denoiser
+    if not info.labels or class_rows(denoiser.network) <= len(info.labels):
+        raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
+    return Guided(denoiser, guidance_scale, null_label=len(info.labels))
+
+
+def size_multiple(network: nn.Module, codec: ImageCodec) -> int:
+    """H and W in pixels must be multiples of this: the codec's factor times the network's patch or downsampling."""
+    config: Any = network.config
+    return codec.factor * (config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))
+
+
+def _model_index(network: nn.Module, scheduler: Any, codec: ImageCodec, info: Info) -> dict[str, Any] | None:
+    """The stock pipeline that draws this folder's pictures; None where there is none and parts open one by one.
+
+    For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
+    LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance.
+    """
+    import diffusers
+
+    config: Any = network.config
+    parts = {"scheduler": scheduler}
+    if isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
+        kind, parts["transformer"], parts["vae"] = "DiTPipeline", network, codec.vae
+    elif (
+        isinstance(codec, PixelUnshuffle)
+        and codec.factor == 1
+        and config.in_channels == config.out_channels
+        and info.guidance_scale == 1
+        and hasattr(scheduler, "scale_model_input")
+    ):
+        kind, parts["unet"] = "ConsistencyModelPipeline", network
+    else:
+        return None
+    named = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    return {"_class_name": kind, "_diffusers_version": diffusers.__version__, **named}
+
+
 def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> Any:
     """The stock scheduler that walks the same path as `Generator`."""
     import diffusers
 
-    if not isinstance(schedule, VariancePreserving):
-        raise BadInput("schedule", schedule.name, "vp for a folder that diffusers' schedulers can sample")
-    kind = {v: k for k, v in _PREDICTIONS.items()}[prediction]
-    config = {**schedule.betas_config, "prediction_type": kind, "clip_sample": False}
+    if isinstance(schedule, RectifiedFlow) and prediction == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    kinds = {v: k for k, v in _PREDICTIONS.items()}
+    if not isinstance(schedule, VariancePreserving) or prediction not in kinds:
+        given = f"{schedule.name} with {prediction}"
+        raise BadInput(
+            "schedule, prediction", given, f"flow with flow, or vp with {', '.join(kinds)}: what diffusers samples"
+        )
+    config = {
+        **schedule.betas_config,
+        "num_train_timesteps": _clock(schedule),
+        "prediction_type": kinds[prediction],
+        "clip_sample": False,
+    }
     if info.sampler == "consistency":
-        return diffusers.LCMScheduler(**config, original_inference_steps=LCM_POINTS)
+        return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
     return diffusers.DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
 
 
 LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
 
 
+def _clock(schedule: VariancePreserving) -> int:
+    return int(schedule.t_max) + 1
+
+
+def _lcm_points(schedule: VariancePreserving) -> int:
+    return min(LCM_POINTS, _clock(schedule))
+
+
 def lcm_times(schedule: VariancePreserving, steps: int) -> list[float]:
-    """The times stock LCMScheduler visits in so many steps, descending."""
+    """The times stock LCMScheduler visits in so many steps, descending. Raises BadInput for none or over 50."""
     import diffusers
 
-    scheduler = diffusers.LCMScheduler(
-        num_train_timesteps=int(schedule.t_max) + 1, original_inference_steps=LCM_POINTS
+    if not 1 <= steps <= _lcm_points(schedule):
+        raise BadInput("steps", steps, f"1 to {_lcm_points(schedule)}")
+    scheduler: Any = diffusers.LCMScheduler(
+        num_train_timesteps=_clock(schedule), original_inference_steps=_lcm_points(schedule)
     )
     scheduler.set_timesteps(steps)
     return [float(t) for t in scheduler.timesteps]

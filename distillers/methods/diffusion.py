@@ -1,7 +1,8 @@
 """Denoising score matching: how a teacher is trained. The degenerate distiller: it learns from data alone.
 
-Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; velocity prediction: Salimans and Ho, "Progressive
-Distillation", 2022; label dropout for guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
+Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho, "Progressive
+Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance: Ho and Salimans,
+"Classifier-Free Diffusion Guidance", 2022.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from distillers.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Distiller):
-    """E || output(x_t, t) - target ||^2 in the network's own prediction type, t uniform."""
+    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2, t uniform. Without the cap this is the velocity loss."""
 
+    snr_cap: float = 20.0  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
     sampling_steps: int = 50  # network calls when the teacher is served
 
@@ -36,12 +38,11 @@ class Diffusion(Distiller):
             null = denoiser.network.config.num_class_embeds - 1
             dropped = torch.rand(len(x0), device=x0.device) < self.label_dropout
             cond = {**cond, "label": cond["label"].masked_fill(dropped, null)}
-        # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, eq. 14: the unweighted loss)
+        # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, Algorithm 1)
         t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
-        eps = torch.randn_like(x0)
-        x_t = schedule.add_noise(x0, eps, t)
-        target = schedule.output_from(denoiser.prediction, x0, x_t, t)
-        yield "student", per_sample_mse(denoiser.output(x_t, t, cond), target).mean()
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+        weight = (schedule.snr(t).clamp(max=self.snr_cap) + 1).to(x0)
+        yield "student", (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
 
     def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
         info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=self.sampling_steps)

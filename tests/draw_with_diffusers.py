@@ -1,0 +1,77 @@
+"""Draws from weights folders with stock diffusers classes alone: `python draw_with_diffusers.py OUT FOLDER...`.
+
+Writes OUT/<folder>.npz with one array `steps_<k>` (B, H, W, 3) in [0, 1] for each step count: the published ones of a
+student, 1 and 5 of a teacher. Image i has seed i and class i; a translator's SAR is a ramp. Importing `distillers`
+fails.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+COUNT = 2
+
+
+def ramp(channels: int, height: int, width: int) -> torch.Tensor:
+    """The SAR that is sent: (COUNT, channels, height, width) from -1 to 1."""
+    row = torch.linspace(-1, 1, width).expand(COUNT, channels, height, width)
+    return row.contiguous()
+
+
+def generators() -> list[torch.Generator]:
+    """One random stream per image."""
+    return [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
+
+
+def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
+    """What the card's own lines do."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"class_labels": list(range(COUNT))} if about["task"] == "class-to-image" else {}
+    if type(pipeline).__name__ == "DiTPipeline":
+        options["guidance_scale"] = 1.0
+    else:
+        options["batch_size"] = COUNT
+    return pipeline(num_inference_steps=steps, generator=generators(), output_type="np", **options).images
+
+
+@torch.no_grad()
+def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
+    """Network and scheduler opened one by one, where no stock pipeline exists; pixels are pixel_shuffle of x0."""
+    network = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
+    patch, (height, width) = about["patch"], about["size"]
+    shape = (COUNT, 3 * patch**2, height // patch, width // patch)
+    sar = ramp(about["sar"]["channels"], height, width) if about["task"] == "sar-to-optical" else None
+    labels = torch.arange(COUNT) if about["task"] == "class-to-image" else None
+    streams = generators()
+    x = torch.stack([torch.randn(shape[1:], generator=stream) for stream in streams])
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x_in = x if sar is None else torch.cat([x, F.pixel_unshuffle(sar, patch)], dim=1)
+        output = network(x_in, t, class_labels=labels).sample[:, : shape[1]]
+        x = scheduler.step(output, t, x, generator=streams).prev_sample
+    return ((F.pixel_shuffle(x, patch) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def main() -> None:
+    """Every folder, every step count."""
+    sys.modules["distillers"] = None  # type: ignore[assignment]  # any import of it is an ImportError from here on
+    diffusers.utils.logging.disable_progress_bar()
+    out, *folders = map(Path, sys.argv[1:])
+    for folder in folders:
+        about = json.loads((folder / "fewstep.json").read_text())
+        draw = draw_with_pipeline if (folder / "model_index.json").is_file() else draw_with_parts
+        counts = [int(k) for k in about["step_times"]] or [1, 5]
+        np.savez(out / f"{folder.name}.npz", **{f"steps_{k}": draw(folder, about, k) for k in counts})
+    assert not any(name.startswith("distillers.") for name in sys.modules)
+
+
+if __name__ == "__main__":
+    main()

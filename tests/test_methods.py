@@ -1,0 +1,210 @@
+"""The contract over every method in the registry, on the true U-Net at 8 px. A new file in methods/ is held to it unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distillers import methods
+from distillers.codec import PixelUnshuffle
+from distillers.data import ImageData, open_data
+from distillers.distiller import Batch, Distiller
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.recipe import Recipe
+from distillers.schedule import from_config
+from distillers.teacher import Teacher
+from distillers.weights import Info
+
+NETWORK = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+FOLLOWERS = ("target",)  # what a method may move by itself
+pytestmark = pytest.mark.parametrize("name", methods.names())
+
+
+class Paired:
+    """Shapes with a grey copy for SAR: the batch of a translator."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        image = self.data.draw(n, rng)["image"]
+        return {"image": image, "sar": image.mean(1, keepdim=True)}
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return open_data("shapes", size=8)
+
+
+def teacher_for(task: str, data: ImageData) -> Teacher:
+    torch.manual_seed(0)
+    info = Info(
+        name="tiny",
+        task=task,
+        method="diffusion",
+        role="teacher",
+        data="shapes",
+        sampler="ddim",
+        size=(8, 8),
+        labels=list(data.labels) if task == "class-to-image" else [],
+        sar={"channels": 1} if task == "sar-to-optical" else None,
+    )
+    made = Teacher.random(info, NETWORK, {"name": "vp"}, "v", PixelUnshuffle(1))
+    made.denoiser.eval().requires_grad_(False)
+    return made
+
+
+def batch_for(teacher: Teacher, data: ImageData) -> Batch:
+    source = Paired(data) if teacher.info.task == "sar-to-optical" else data
+    return teacher.encode_batch(source.draw(4, np.random.default_rng(0)), "cpu")
+
+
+def digest(net: nn.Module) -> str:
+    parts = (v.detach().contiguous().numpy().tobytes() for v in net.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def learners(nets: nn.ModuleDict) -> dict[str, nn.Module]:
+    return {k: net for k, net in nets.items() if any(p.requires_grad for p in net.parameters())}
+
+
+def digests(nets: Any) -> dict[str, str]:
+    return {k: digest(net) for k, net in nets.items()}
+
+
+def iterate(method: Distiller, nets: nn.ModuleDict, batch: Batch, progress: float) -> list[str]:
+    """One iteration as the loop plays it; checks each turn. The players, in order."""
+    players, turns = [], method.step(nets, batch, progress)
+    optimizers = {k: torch.optim.SGD(net.parameters(), lr=1e-2) for k, net in learners(nets).items()}
+    before = digests(learners(nets))
+    for player, loss in turns:
+        assert player in optimizers, f"{player} does not learn"
+        assert digests(learners(nets)) == before, "a method moves learners by yielding, never by itself"
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() and loss.requires_grad
+        optimizers[player].zero_grad()
+        loss.backward()
+        missing = [k for k, p in nets[player].named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not missing, f"no gradient for {missing} of {player}"
+        optimizers[player].step()
+        after = digests(learners(nets))
+        assert [k for k in after if after[k] != before[k]] == [player]
+        before = after
+        players.append(player)
+    assert digests(learners(nets)) == before
+    return players
+
+
+@pytest.mark.parametrize("task", ["image", "class-to-image", "sar-to-optical"])
+def test_networks_turns_and_generator(name: str, task: str, data: ImageData) -> None:
+    method, teacher = methods.find(name)(), teacher_for(task, data)
+    batch, original = batch_for(teacher, data), digest(teacher.denoiser)
+    nets = method.networks(teacher)
+    assert isinstance(nets, nn.ModuleDict) and "student" in learners(nets)
+    assert not {p for net in learners(nets).values() for p in net.parameters()} & set(teacher.denoiser.parameters())
+    still = {k: net for k, net in nets.items() if k not in learners(nets) and k not in FOLLOWERS}
+    assert not any(module.training for net in still.values() for module in net.modules())
+    start, played = digests(nets), set()
+    for progress in (0.0, 0.5, 0.99):
+        torch.manual_seed(1)
+        played |= set(iterate(method, nets, batch, progress))
+    assert played == set(learners(nets)), "whoever learns has a turn"
+    assert digests(still) == {k: start[k] for k in still}, "frozen networks moved"
+    assert digest(teacher.denoiser) == original
+    moved = {k for k in nets if digest(nets[k]) != start[k]}
+    assert moved == {k for k in nets if k not in still}, "targets follow, learners move"
+
+    made = method.generator(nets, teacher)
+    own = set(made.denoiser.parameters())
+    assert not own & {p for k, net in nets.items() if k in FOLLOWERS or k in still for p in net.parameters()}
+    assert own <= {p for net in learners(nets).values() for p in net.parameters()}
+    assert (made.info.task, made.info.size, made.info.labels) == (task, (8, 8), teacher.info.labels)
+    assert made.info.default_steps in (made.info.step_times or {made.info.default_steps: None})
+    for steps, times in made.info.step_times.items():
+        assert len(times) == steps and times == sorted(times, reverse=True)
+        assert all(made.schedule.t_min <= t <= made.schedule.t_max for t in times)
+    sar = Paired(data).draw(2, np.random.default_rng(3))["sar"] if task == "sar-to-optical" else None
+    labels = [0, 1] if task == "class-to-image" else None
+    pictures = made.eval().sample([7, 8], labels=labels, sar=sar)
+    assert pictures.shape == (2, 3, 8, 8) and pictures.abs().max() <= 1
+    last = made.sample([8], labels=labels and labels[1:], sar=None if sar is None else sar[1:])
+    assert torch.allclose(pictures[1:], last, atol=1e-4)  # a picture depends on its own seed and condition only
+
+
+def test_a_step_is_a_function_of_the_global_seed(name: str, data: ImageData) -> None:
+    method, teacher = methods.find(name)(), teacher_for("class-to-image", data)
+    nets, batch = method.networks(teacher), batch_for(teacher, data)
+
+    def first_loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return next(method.step(nets, batch, 0.0))[1].item()
+
+    assert first_loss(5) == first_loss(5) != first_loss(6)
+
+
+def test_what_it_makes_survives_the_folder(name: str, data: ImageData, tmp_path: Path) -> None:
+    method, teacher = methods.find(name)(), teacher_for("class-to-image", data)
+    made = method.generator(method.networks(teacher), teacher).eval()
+    made.save_pretrained(tmp_path / "made")
+    opened = Generator.from_pretrained(tmp_path / "made")
+    assert (opened.info.step_times, opened.info.sampler) == (made.info.step_times, made.info.sampler)
+    for steps in made.info.step_times or [3]:
+        pair = [generator.sample([0, 1], labels=[0, 5], steps=steps) for generator in (made, opened)]
+        assert (pair[0] - pair[1]).abs().mean() < 0.02  # weights are published in half precision
+
+
+@pytest.mark.parametrize("schedule", ["edm", "flow", "trig"])
+def test_continuous_schedules(name: str, schedule: str, data: ImageData) -> None:
+    teacher = teacher_for("class-to-image", data)
+    teacher.denoiser.schedule = from_config({"name": schedule})
+    method = methods.find(name)()
+    nets = method.networks(teacher)
+    assert iterate(method, nets, batch_for(teacher, data), 0.0)
+    assert method.generator(nets, teacher).eval().sample([0], labels=[0]).isfinite().all()
+
+
+def test_it_is_one_paper_and_one_frozen_dataclass(name: str) -> None:
+    kind = methods.find(name)
+    module = inspect.getmodule(kind)
+    assert re.search(r"\b(19|20)\d\d\b", module.__doc__ or ""), "the docstring names the paper and its year"
+    defined = [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == module.__name__]
+    assert [v for v in defined if issubclass(v, Distiller)] == [kind]
+    assert is_dataclass(kind) and kind.__dataclass_params__.frozen
+    kind()  # every hyper-parameter has a default
+
+
+def test_every_field_is_explained_in_a_trailing_comment(name: str) -> None:
+    kind = methods.find(name)
+    lines = inspect.getsource(kind).splitlines()
+    for field in fields(kind):
+        (line,) = [line for line in lines if line.startswith(f"    {field.name}:")]
+        assert re.search(r"  # \S", line), f"{name}.{field.name} has no trailing comment"
+
+
+def test_unknown_and_wrongly_typed_fields_are_refused(name: str) -> None:
+    table = {"name": "x", "method": name, "data": {"kind": "shapes"}}
+    table |= {} if name == "diffusion" else {"teacher": "weights/x"}
+    known = ".*".join(sorted(f.name for f in fields(methods.find(name))))
+    with pytest.raises(BadInput, match=f"allowed: .*{known}") as refused:
+        Recipe.from_table(table | {name: {"nonsense": 1}})
+    assert refused.value.field == f"{name}.nonsense"
+    for field in fields(methods.find(name)):
+        with pytest.raises(BadInput) as refused:
+            Recipe.from_table(table | {name: {field.name: {"no": "such type"}}})
+        assert refused.value.field.startswith(f"{name}.{field.name}")

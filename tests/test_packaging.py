@@ -1,0 +1,290 @@
+"""The way in: metadata, the container files, the tree's size, and every command and request that the README shows."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from distillers.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+FEWSTEP = [sys.executable, "-c", "import sys; from distillers.cli import main; sys.exit(main())"]
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the project's root (or `cwd`), output captured as text."""
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "timeout": 120, **options}
+    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def tracked() -> list[Path]:
+    """What git tracks or would track on the next `git add .`."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout: what is tracked cannot be listed")
+    listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+    assert listed.returncode == 0, listed.stderr
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """(instruction, argument) pairs, comments dropped, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", (ROOT / "Dockerfile").read_text()))
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
+
+
+def exec_form(instruction: str) -> list[list[str]]:
+    """The commands that an instruction (CMD, ENTRYPOINT, HEALTHCHECK) holds as JSON lists, in order."""
+    return [json.loads(rest[rest.index("[") :]) for word, rest in dockerfile() if word == instruction]
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return [text for name, text in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README) if name == language]
+
+
+def readme_commands(program: str) -> list[str]:
+    """The README's shell commands that start with `program`, continued lines joined, comments cut."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.split(" ")[0].removeprefix(".venv/bin/") == program]
+
+
+# What pip is told
+
+
+def test_every_third_party_import_is_declared() -> None:
+    optional = PROJECT["optional-dependencies"]
+    listed = PROJECT["dependencies"] + [line for extra, lines in optional.items() if extra != "dev" for line in lines]
+    declared = {canonicalize_name(Requirement(line).name) for line in listed}
+    distributions = packages_distributions()
+    for file in [*ROOT.glob("distillers/**/*.py"), *ROOT.glob("app/**/*.py")]:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+        for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"distillers", "app"}:
+            providers = {canonicalize_name(found) for found in distributions.get(name, [name])}
+            assert providers & declared, (
+                f"{file.relative_to(ROOT)} imports {name}, which pyproject.toml does not ask for"
+            )
+
+
+def test_a_default_install_needs_no_torchvision() -> None:
+    assert "torchvision" not in {Requirement(line).name for line in PROJECT["dependencies"]}
+
+
+def test_constraints_are_exact_and_inside_the_declared_ranges() -> None:
+    lines = PROJECT["dependencies"] + [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    for line in pins:
+        name, version = line.split("==")
+        assert canonicalize_name(name) not in ranges or ranges[canonicalize_name(name)].contains(version), line
+
+
+def test_the_image_installs_a_package_that_is_whole(tmp_path: Path) -> None:
+    """The Dockerfile's own pip command, on what it copies, less the dependencies; the result is imported elsewhere."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("distillers", "app"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (command,) = re.findall(r"pip install .*", "\n".join(rest for word, rest in dockerfile() if word == "RUN"))
+    pip = [sys.executable, "-m", *shlex.split(command.replace("${PIP_EXTRA_ARGS}", ""))]
+    done = run([*pip, "--no-deps", "--no-build-isolation", "--target", str(target)], cwd=source)
+    assert done.returncode == 0, done.stderr
+
+    def files(root: Path, pattern: str) -> set[Path]:
+        return {file.relative_to(root) for file in root.glob(pattern) if file.is_file()}
+
+    for pattern in ("distillers/**/*.py", "distillers/recipes/*.toml", "app/**/*.py", "app/static/**/*"):
+        assert files(target, pattern) == files(ROOT, pattern), pattern
+    assert files(target, "distillers/recipes/*.toml")
+    script = (next(target.glob("fewstep-*.dist-info")) / "entry_points.txt").read_text()
+    assert "fewstep = distillers.cli:main" in script
+    loaded = run(
+        [sys.executable, "-c", "import distillers.cli as cli; print(callable(cli.main), cli.__file__)"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(target)},
+    )
+    assert loaded.stdout.split() == ["True", str(target / "distillers" / "cli.py")], loaded.stderr
+
+
+# What the repository carries
+
+
+def test_the_tree_stays_small_and_holds_nothing_that_executes_on_load() -> None:
+    files = tracked()
+    size = {file: file.stat().st_size for file in files}
+    assert sum(size.values()) < 50e6
+    assert sum(size[file] for file in files if file.is_relative_to(ROOT / "weights")) < 40e6
+    assert not [file for file in files if file.suffix in {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}]
+
+
+# Make, CI and containers
+
+
+@pytest.mark.parametrize("target", re.findall(r"`make (\w+)`|^make (\w+)", README, re.MULTILINE), ids="".join)
+def test_make_knows_every_target_the_readme_names(target: tuple[str, str]) -> None:
+    done = run(["make", "-n", "".join(target)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_and_ci_use_the_same_two_commands() -> None:
+    assert {"make run", "make test"} <= set("\n".join(blocks("bash")).splitlines())
+    assert re.findall(r"(?m)^make \w+$", (ROOT / ".ci" / "run").read_text()) == ["make lint", "make test"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    planned = run(["make", "-n", "-W", "pyproject.toml", "run"]).stdout
+    assert "[dev]" not in planned and "bin/fewstep run" in planned
+
+
+def test_make_says_what_is_missing_and_leaves_no_half_environment(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = run(["make", ".venv/bin/python", "PYTHON=false"], cwd=tmp_path)
+    assert done.returncode == 2 and "python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_workflow_runs_make_check_on_supported_pythons() -> None:
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text())["jobs"]["check"]
+    assert job["steps"][-1] == {"run": "make check"}
+    oldest = Requirement(f"python{PROJECT['requires-python']}").specifier
+    assert all(oldest.contains(version) for version in job["strategy"]["matrix"]["python"])
+
+
+def test_compose_and_dockerfile_agree() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    app, distill = compose["services"]["app"], compose["services"]["distill"]
+    stages = [rest.split(" AS ")[1] for word, rest in dockerfile() if word == "FROM"]
+    arguments = {rest.partition("=")[0] for word, rest in dockerfile() if word == "ARG"}
+    assert stages[-1] == app["build"]["target"] == "serve" and distill["build"]["target"] in stages
+    assert set(app["build"]["args"]) == set(distill["build"]["args"]) <= arguments
+    assert "profiles" not in app and distill["profiles"] == ["jobs"]
+    assert app["ports"] == ["127.0.0.1:8000:8000"]
+    (volume,) = app["volumes"]
+    assert distill["volumes"] == [volume] and volume.split(":")[0] in compose["volumes"]
+    assert ("VOLUME", volume.split(":")[1]) in dockerfile()
+
+
+def test_the_image_gets_every_file_it_copies_and_no_root() -> None:
+    kept = set(re.findall(r"(?m)^!(.*)", (ROOT / ".dockerignore").read_text()))
+    copied = {name for word, rest in dockerfile() if word == "COPY" for name in rest.split()[:-1] if name[:2] != "--"}
+    assert copied == kept and all((ROOT / name).exists() for name in copied)
+    instructions = [word for word, _ in dockerfile()]
+    assert instructions.index("USER") > max(i for i, word in enumerate(instructions) if word == "RUN")
+
+
+def test_the_distill_image_starts_with_help() -> None:
+    (entrypoint,), command = exec_form("ENTRYPOINT"), exec_form("CMD")[0]
+    assert entrypoint[0] == "fewstep"
+    done = run([*FEWSTEP, *entrypoint[1:], *command])
+    assert done.returncode == 0 and "RECIPE" in done.stdout.upper()
+
+
+# The README, run
+
+
+def test_readme_tree_has_a_line_for_every_module() -> None:
+    """Folders end in a slash and are followed by what is in them, two spaces deeper."""
+    (tree,) = blocks("")
+    shown, above = set(), [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        del above[depth + 1 :]
+        for name in line.split("  ")[depth].split():
+            shown.add(above[depth] + name)
+        above.append(above[depth] + line.split()[0])
+    assert not [name for name in shown if not list(ROOT.glob(name))]
+    modules = {
+        str(file.relative_to(ROOT)) for folder in ("distillers", "app") for file in ROOT.glob(f"{folder}/**/*.py")
+    }
+    assert not {name for name in modules if not name.endswith("__init__.py")} - shown
+
+
+@pytest.mark.parametrize("command", sorted({line.split()[1] for line in readme_commands("fewstep")}))
+def test_readme_commands_exist(command: str) -> None:
+    done = run([*FEWSTEP, command, "--help"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", blocks("toml"))
+def test_readme_recipes_are_accepted(block: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(block)
+    overrides = [word for line in readme_commands("fewstep") for word in line.split() if "=" in word]
+    assert overrides
+    assert Recipe.load(tmp_path / "recipe.toml", overrides).name
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The image's own start command on a free port; its health check, run as written, says when it is up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    (check,), start = exec_form("HEALTHCHECK"), exec_form("CMD")[-1]
+    assert start[0] == "fewstep" and check[0] == "python" and ADDRESS in check[-1]
+    log = tmp_path_factory.mktemp("served") / "log.txt"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [*FEWSTEP, *start[1:], "--port", port], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out
+        )
+    try:
+        alive = [sys.executable, *check[1:-1], check[-1].replace(":8000", f":{port}")]
+        deadline = time.monotonic() + 120
+        while run(alive).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        while (status := readiness(f"http://127.0.0.1:{port}/readyz")) == "opening":
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert status == "ready", f"the models of weights/ are not served: {status}"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def readiness(url: str) -> str:
+    """What /readyz says: opening, ready, or empty."""
+    try:
+        return str(json.load(urllib.request.urlopen(url, timeout=5))["status"])
+    except urllib.error.HTTPError as error:
+        return str(json.load(error)["status"])
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize("command", readme_commands("curl"))
+def test_readme_requests(served: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    done = run([*shlex.split(command.replace(ADDRESS, served)), "--fail-with-body"], cwd=tmp_path)
+    assert done.returncode == 0 and "error" not in done.stdout, done.stdout + done.stderr
+    assert done.stdout or list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_readme_python(served: str, block: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    done = run([sys.executable, "-c", block.replace(ADDRESS, served)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for picture in tmp_path.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")

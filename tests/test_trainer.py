@@ -1,0 +1,532 @@
+"""The loop: turns, accumulation, several processes; checkpoints, and resuming to the same bits after any kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from distillers.data import Batch, ImageData, open_data
+from distillers.distiller import Distiller, Turn, follow, labels_and_images, slow_copy, trainable_copy
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import per_sample_mse
+from distillers.methods.diffusion import Diffusion
+from distillers.recipe import Recipe
+from distillers.teacher import Teacher
+from distillers.trainer import TrainingStopped, TrainSettings, train
+
+NETWORK = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+TINY = {
+    "name": "tiny",
+    "method": "diffusion",
+    "data": {"kind": "shapes", "size": 8},
+    "model": {"task": "class-to-image", "network": NETWORK},
+    "diffusion": {"sampling_steps": 2},
+    "train": {"iterations": 8, "batch": 4, "warmup": 2, "samples": 2, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return open_data("shapes", size=8)
+
+
+@pytest.fixture(scope="module")
+def teacher(data: ImageData) -> Teacher:
+    return Recipe.from_table(TINY).open_teacher(data)
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Fresh processes that need not import torch again."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    context = multiprocessing.get_context("forkserver")
+    ours = ["distillers.cli", "distillers.publish", "distillers.recipe", "pydantic.fields"]
+    context.set_forkserver_preload([*ours, "accelerate.utils", "diffusers.schedulers", "torch.utils.tensorboard"])
+    return context
+
+
+def settings(**changes: Any) -> TrainSettings:
+    """Few iterations, no warm-up, and a clip that never clips."""
+    return TrainSettings(**{"iterations": 3, "batch": 4, "warmup": 0, "samples": 1, "clip": 1e9, "seed": 1, **changes})
+
+
+def values(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.double().norm() for t in tensors]).norm())
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return norm([x - y for x, y in zip(a, b, strict=True)])
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Distiller):
+    """A loss without noise, and a target network that follows half-way; writes down what happened."""
+
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    def networks(self, teacher: Teacher) -> nn.ModuleDict:
+        student = trainable_copy(teacher.denoiser)
+        return nn.ModuleDict({"student": student, "target": slow_copy(student)})
+
+    def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
+        x0, cond = labels_and_images(batch)
+        return per_sample_mse(net(x0, torch.full((len(x0),), 500.0), cond), x0).mean()
+
+    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, before = nets["student"], values(nets["student"])
+        yield "student", self.loss(student, batch, progress)
+        follow(nets["target"], student, 0.5)
+        self.seen.append(
+            {
+                "before": before,
+                "gradient": gradients(student),
+                "after": values(student),
+                "target": values(nets["target"]),
+            }
+        )
+
+    def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
+        return Generator(nets["student"], teacher.codec, teacher.info)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel(Regression):
+    """Two players, each of whose losses has gradients in both networks."""
+
+    def networks(self, teacher: Teacher) -> nn.ModuleDict:
+        return nn.ModuleDict({name: trainable_copy(teacher.denoiser) for name in ("student", "critic")})
+
+    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+        t = torch.full((len(batch["x0"]),), 300.0)
+        x0, cond = labels_and_images(batch)
+        for player, other in (("critic", "student"), ("critic", "student"), ("student", "critic")):
+            loss = per_sample_mse(nets["critic"](nets["student"](x0, t, cond), t, cond), x0).mean()
+            own = torch.autograd.grad(loss, list(nets[player].parameters()), retain_graph=True)
+            before, bystander = values(nets[player]), values(nets[other])
+            yield player, loss
+            self.seen.append(
+                {
+                    "player": player,
+                    "own": own,
+                    "before": before,
+                    "gradient": gradients(nets[player]),
+                    "after": values(nets[player]),
+                    "bystander moved": not same(bystander, values(nets[other])),
+                    "bystander gradient": norm(gradients(nets[other])),
+                }
+            )
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+def test_a_turn_moves_its_player_by_its_own_gradient_only(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    duel = Duel()
+    rates = {"critic": 1e-2}
+    # RAdam's first steps without momentum are plain gradient steps, so that the rate can be read off the weights.
+    train(
+        duel,
+        teacher,
+        data,
+        settings(betas=(0.0, 0.999), learning_rate=1e-3, learning_rates=rates),
+        tmp_path,
+        device="cpu",
+    )
+    assert [turn["player"] for turn in duel.seen] == ["critic", "critic", "student"] * 3
+    for turn in duel.seen[:4]:
+        assert not turn["bystander moved"]
+        assert turn["bystander gradient"] > 0  # the gradient reached the other player, and stayed out of its next turn:
+        assert distance(turn["gradient"], turn["own"]) < 1e-5 * norm(turn["own"])
+        rate = distance(turn["before"], turn["after"]) / norm(turn["own"])
+        assert rate == pytest.approx({"critic": 1e-2, "student": 1e-3}[turn["player"]], rel=1e-2)
+
+
+def test_each_player_is_clipped_alone(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    duel = Duel()
+    train(duel, teacher, data, settings(iterations=1, clip=1e-3), tmp_path, device="cpu")
+    for turn in duel.seen:
+        assert norm(turn["gradient"]) == pytest.approx(1e-3, rel=1e-2)
+        assert turn["bystander gradient"] > 2e-3 or turn["player"] == "critic"  # not yet clipped: it was not its turn
+
+
+@pytest.mark.parametrize(
+    ("decay", "warmup", "expected"),
+    [
+        ("constant", 4, [0.25, 0.5, 0.75, 1, 1]),
+        ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 2, [0.5, 0.9045, 0.6545, 0.3455, 0.0955]),
+    ],
+)
+def test_warm_up_and_decay(
+    decay: str, warmup: int, expected: list[float], teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    method = Regression()
+    chosen = settings(iterations=5, betas=(0.0, 0.999), learning_rate=1e-2, warmup=warmup, decay=decay)
+    train(method, teacher, data, chosen, tmp_path, device="cpu")
+    rates = [distance(turn["before"], turn["after"]) / norm(turn["gradient"]) for turn in method.seen]
+    assert [rate / 1e-2 for rate in rates] == pytest.approx(expected, rel=1e-2)
+
+
+def test_accumulation_gives_the_same_gradient_and_one_follow(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    whole, parts = Regression(), Regression()
+    train(whole, teacher, data, settings(), tmp_path / "1", device="cpu")
+    train(parts, teacher, data, settings(accumulation=4), tmp_path / "4", device="cpu")
+    assert len(whole.seen) == len(parts.seen) == 3
+    for one, four in zip(whole.seen, parts.seen, strict=True):
+        assert distance(one["gradient"], four["gradient"]) < 1e-4 * norm(one["gradient"])
+        assert distance(one["target"], four["target"]) < 0.05 * distance(one["before"], one["after"])
+    first = parts.seen[0]
+    halfway = [(a + b) / 2 for a, b in zip(first["before"], first["after"], strict=True)]
+    assert distance(first["target"], halfway) < 1e-2 * distance(first["before"], first["after"])
+
+
+def test_the_generator_holds_the_evaluation_average(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    method = Regression()
+    averaged = train(method, teacher, data, settings(learning_rate=1e-2, ema=0.15), tmp_path / "ema", device="cpu")
+    expected = method.seen[0]["before"]
+    for i, turn in enumerate(method.seen):
+        decay = min(0.15, (1 + i) / (10 + i))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, turn["after"], strict=True)]
+    assert distance(values(averaged.denoiser), expected) < 1e-5 * norm(expected)
+    last = train(method, teacher, data, settings(learning_rate=1e-2, ema=0.0), tmp_path / "none", device="cpu")
+    assert same(values(last.denoiser), method.seen[-1]["after"])
+
+
+def test_two_processes_are_one_with_both_batches(
+    processes: ForkServerContext, teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    """Over gloo; in the third iteration one of the two is asked to stop, and both leave."""
+    launcher = processes.Process(target=two_processes, args=(str(tmp_path),))
+    launcher.start()
+    launcher.join(200)
+    if not (tmp_path / "began").exists():
+        pytest.skip(f"no group of two processes on this machine: {(tmp_path / 'log').read_text()[-500:]}")
+    assert launcher.exitcode == 0, (tmp_path / "log").read_text()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0]["stopped"] == ranks[1]["stopped"] and "iteration 3" in ranks[0]["stopped"]
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["00000003"]
+
+    class Both:
+        """What processes 0 and 1 draw, in one batch."""
+
+        name, size, labels, items, __len__ = data.name, data.size, data.labels, data.items, data.__len__
+
+        def draw(self, n: int, rng: np.random.Generator) -> Batch:
+            halves = [data.draw(n // 2, np.random.default_rng((1, len(alone.seen), process))) for process in (0, 1)]
+            return {k: torch.cat([half[k] for half in halves]) for k in halves[0]}
+
+    alone = Regression()
+    train(alone, teacher, Both(), settings(batch=8), tmp_path / "alone", device="cpu")
+    for i, turn in enumerate(alone.seen):
+        assert same(ranks[0]["seen"][i]["after"], ranks[1]["seen"][i]["after"])
+        assert distance(ranks[0]["seen"][i]["gradient"], turn["gradient"]) < 1e-4 * norm(turn["gradient"])
+
+
+def two_processes(folder: str) -> None:
+    from accelerate import debug_launcher  # its command starts several processes on GPUs or under MPI only
+
+    output_to(Path(folder, "log"))
+    debug_launcher(one_of_two_processes, args=(folder,), num_processes=2)
+
+
+def one_of_two_processes(folder: str) -> None:
+    class Interrupted(Regression):
+        def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+            assert torch.distributed.get_world_size() == 2
+            Path(folder, "began").touch()
+            if len(self.seen) == 2 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield from super().step(nets, batch, progress)
+
+    rank = int(os.environ["RANK"])
+    plan, method = Recipe.from_table(TINY), Interrupted()
+    data = plan.open_data()
+    with pytest.raises(TrainingStopped) as stopped:
+        train(method, plan.open_teacher(data), data, settings(iterations=9), Path(folder, "run"), device="cpu")
+    torch.save({"seen": method.seen, "stopped": str(stopped.value)}, Path(folder, f"rank{rank}.pt"))
+
+
+# --- killed and started again ----------------------------------------------------------------------------------------
+def output_to(log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def fewstep(arguments: list[str], log: str, kill_at: int) -> None:
+    """The command, in a process that dies at its kill_at-th touch of a file while checkpoints are read or written."""
+    output_to(Path(log))
+    touches = 0
+
+    def audit(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal touches
+        deleting = event in ("os.remove", "os.rmdir")
+        touching = event in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and "checkpoints" in str(details[0])
+        touches += deleting or touching
+        if touches == kill_at and event != "os.kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at:
+        sys.addaudithook(audit)
+    from distillers import cli
+
+    sys.argv = ["fewstep", *arguments]
+    cli.main()
+
+
+@dataclass
+class Command:
+    """`fewstep distill` of one recipe into one folder, as often as it takes."""
+
+    context: ForkServerContext
+    recipe: Path
+    out: Path
+
+    def start(self, kill_at: int = 0) -> ForkServerProcess:
+        arguments = ["distill", str(self.recipe), "--out", str(self.out), "--device", "cpu"]
+        process = self.context.Process(target=fewstep, args=(arguments, str(self.log), kill_at))
+        process.start()
+        return process
+
+    def run(self, kill_at: int = 0) -> int:
+        process = self.start(kill_at)
+        process.join(120)
+        assert process.exitcode is not None, self.log.read_text()
+        return process.exitcode
+
+    @property
+    def log(self) -> Path:
+        return self.out.with_suffix(".log")
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(p.name for p in (self.out / "training" / "checkpoints").glob("*"))
+
+    def results(self) -> tuple[dict[str, Any], bytes]:
+        last = self.out / "training" / "checkpoints" / self.checkpoints[-1]
+        published = next(self.out.glob("unet/*.safetensors"))
+        return flat(torch.load(last / "state.pt", weights_only=True)), published.read_bytes()
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path; tensors as their bytes."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in flat(value, f"{name}/{key}").items()}
+    return {name: state.numpy().tobytes() if isinstance(state, Tensor) else state}
+
+
+@pytest.mark.parametrize("method", ["diffusion", "consistency"])
+def test_killed_anywhere_it_ends_with_the_same_bits(
+    method: str, processes: ForkServerContext, teacher: Teacher, tmp_path: Path
+) -> None:
+    table: dict[str, Any] = TINY
+    if method == "consistency":
+        Generator(teacher.denoiser, teacher.codec, teacher.info).save_pretrained(tmp_path / "teacher")
+        table = {k: TINY[k] for k in ("data", "train")} | {"name": "tiny-student", "method": method}
+        table |= {"teacher": str(tmp_path / "teacher"), "consistency": {"steps": [1, 2]}}
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tomli_w.dumps(table))
+    whole = Command(processes, recipe, tmp_path / "whole")
+    killed = Command(processes, recipe, tmp_path / "killed")
+    assert whole.run() == 0, whole.log.read_text()
+
+    rng = random.Random()  # another moment every time
+    moments: list[float] = []
+    for attempt in range(8):
+        if attempt % 4 == 3:  # at any moment
+            moments.append(rng.uniform(0.2, 1.5))
+            process = killed.start()
+            process.join(moments[-1])
+            process.kill()
+            process.join()
+        else:  # within a checkpoint, which 10 to 14 touches write
+            moments.append(rng.randint(3, 30))
+            assert killed.run(kill_at=int(moments[-1])) in (-signal.SIGKILL, 0), killed.log.read_text()
+    assert killed.run() == 0, killed.log.read_text()
+    assert killed.results() == whole.results(), f"killed at {moments}"
+    assert killed.checkpoints == ["00000007", "00000008"]
+
+
+def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(processes: ForkServerContext, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tomli_w.dumps(TINY | {"train": {**TINY["train"], "iterations": 300, "checkpoint_every": 299}}))  # type: ignore[dict-item]
+    command = Command(processes, recipe, tmp_path / "out")
+    process = command.start()
+    deadline = time.monotonic() + 60
+    while not list((command.out / "training" / "logs").glob("**/*tfevents*")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the tracker starts with the loop
+    time.sleep(0.3)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 1, command.log.read_text()
+    (stopped,) = command.checkpoints
+    assert f"stopped: asked to stop at iteration {int(stopped)};" in command.log.read_text()
+    assert "Traceback" not in command.log.read_text()
+    assert command.run() == 0, command.log.read_text()
+    assert command.checkpoints == ["00000299", "00000300"]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Breaks(Regression):
+    """Half-way the loss, or only its gradient, is no number any more."""
+
+    how: str
+
+    def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
+        weight = next(net.parameters())
+        zero = (weight * 0).sum()
+        extra = {"loss": zero / 0, "gradient": zero.sqrt()}[self.how] if progress >= 0.5 else zero
+        return super().loss(net, batch, progress) + extra
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(
+    how: str, teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    chosen = settings(iterations=10, checkpoint_every=2, log_every=100, ema=0.5)
+    with pytest.raises(TrainingStopped, match=r"student .*00000004"):
+        train(Breaks(how=how), teacher, data, chosen, tmp_path, device="cpu")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+    state = flat(torch.load(tmp_path / "checkpoints" / "00000004" / "state.pt", weights_only=True))
+    assert all(np.isfinite(np.frombuffer(v, np.float32)).all() for v in state.values() if isinstance(v, bytes))
+    made = train(Regression(), teacher, data, chosen, tmp_path, device="cpu")  # goes on from there
+    assert made.sample([0], labels=[0]).isfinite().all()
+
+
+def test_a_learning_rate_beyond_reason_stops_the_run(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match=r"student .*none yet"):
+        train(Diffusion(), teacher, data, settings(iterations=9, learning_rate=1e20, clip=1.0), tmp_path, device="cpu")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_only_the_recipe_that_began_there_goes_on(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    about = {"name": "first", "steps": (1, 2)}  # a tuple, which JSON knows as a list
+    train(Regression(), teacher, data, settings(), tmp_path, description=about, device="cpu")
+    again = Regression()
+    train(again, teacher, data, settings(), tmp_path, description=about, device="cpu")
+    assert not again.seen  # nothing was left to do
+    with pytest.raises(BadInput, match="another recipe") as refused:
+        train(again, teacher, data, settings(), tmp_path, description={"name": "second"}, device="cpu")
+    assert refused.value.field == str(tmp_path)
+
+
+def test_what_killed_processes_left_is_cleared_away(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    for name in (".00000001", ".00000001.4711", ".00000007"):  # half written
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half")
+    (tmp_path / "checkpoints" / "00000000").mkdir()  # half deleted
+    method = Regression()
+    train(method, teacher, data, settings(iterations=5, checkpoint_every=1), tmp_path, device="cpu")
+    assert len(method.seen) == 5
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000005"]
+
+
+# --- what people see -------------------------------------------------------------------------------------------------
+def test_losses_are_written_for_tensorboard(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    duel, critic = Duel(), []
+    train(duel, teacher, data, settings(iterations=4, log_every=2, learning_rate=1e-9), tmp_path, device="cpu")
+    events = EventAccumulator(str(tmp_path / "logs" / "fewstep")).Reload()
+    critic = events.Scalars("loss/critic")
+    assert [event.step for event in critic] == [2, 4]
+    # Nobody moves, so both players' means are of the same numbers, although one of them has two turns.
+    assert [e.value for e in critic] == pytest.approx([e.value for e in events.Scalars("loss/student")], rel=1e-3)
+
+
+def test_trackers_by_name(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    train(Regression(), teacher, data, settings(iterations=1, tracker="none"), tmp_path / "none", device="cpu")
+    assert not (tmp_path / "none" / "logs").exists()
+    with pytest.raises(BadInput, match=r"train\.tracker.*tensorboard.*wandb"):
+        train(Regression(), teacher, data, settings(tracker="nonsense"), tmp_path / "bad", device="cpu")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_sample_grids_have_the_right_size_and_change_nothing(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    chosen = {"iterations": 3, "samples": 5}
+    plain = train(Diffusion(sampling_steps=2), teacher, data, settings(**chosen), tmp_path / "a", device="cpu")
+    drawn = train(
+        Diffusion(sampling_steps=2), teacher, data, settings(**chosen, sample_every=1), tmp_path / "b", device="cpu"
+    )
+    assert same(values(plain.denoiser), values(drawn.denoiser))
+    pictures = sorted((tmp_path / "b" / "samples").iterdir())
+    assert [p.name for p in pictures] == ["000001.png", "000002.png", "000003.png"]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert (image.format, image.size) == ("PNG", (2 * 10 + 2, 3 * 10 + 2))  # two columns of 8 px and gaps
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+def test_bfloat16_runs_on_float32_weights(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    exact, rounded = Regression(), Regression()
+    train(exact, teacher, data, settings(), tmp_path / "no", device="cpu")
+    made = train(rounded, teacher, data, settings(precision="bf16"), tmp_path / "bf16", device="cpu")
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    error = distance(exact.seen[0]["gradient"], rounded.seen[0]["gradient"]) / norm(exact.seen[0]["gradient"])
+    assert 1e-5 < error < 0.2  # another precision, the same gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iterations", 0),
+        ("batch", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rates", {"student": -1.0}),
+        ("betas", (0.9, 1.0)),
+        ("weight_decay", -0.1),
+        ("warmup", -1),
+        ("ema", 1.0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("accumulation", 3),
+        ("optimizer", "sgd"),
+        ("decay", "steps"),
+        ("precision", "fp8"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(BadInput) as refused:
+        settings(**{name: value})
+    assert refused.value.field.startswith(f"train.{name}")
+
+
+def test_a_rate_for_nobody_is_refused(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"learning_rates\.critic.*student"):
+        train(Regression(), teacher, data, settings(learning_rates={"critic": 1e-3}), tmp_path, device="cpu")
