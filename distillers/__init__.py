@@ -1,4 +1,4 @@
-"""Fewstep's library: a teacher in, a few-step generator out. Light to import: torch is loaded on first use of a name."""
+"""Fewstep's library: a teacher in, a few-step generator out. Light: torch is loaded on first use of a name."""
 
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ _HOMES = {
     "NoiseSchedule": "schedule",
     "Teacher": "teacher",
 }
-__all__ = ["Denoiser", "Distiller", "Generator", "NoiseSchedule", "Teacher"]  # noqa: F822
+__all__ = ["Denoiser", "Distiller", "Generator", "NoiseSchedule", "Teacher"]
 __version__ = "0.1.0"
 
 

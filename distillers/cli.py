@@ -27,7 +27,7 @@ Weights = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Network calls per picture; the folder's default if left out.")]
 Seed = Annotated[int, typer.Option(help="Picture i uses seed + i.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", envvar="FEWSTEP_DEVICE")]
 Root = Annotated[Path, typer.Option("--weights", help="Where published folders are.", envvar="FEWSTEP_WEIGHTS")]
 
 

@@ -1,7 +1,7 @@
 """Any network behind one sentence: `x0 = denoiser(x_t, t, cond)`.
 
-After this wrapper, every loss, sampler and benchmark knows one signature only; whether the network predicts noise, data,
-velocity or flow, and how it is told the time, is said here once. It knows no file format: see `weights.py`.
+After this wrapper, every loss, sampler and benchmark knows one signature only; whether the network predicts noise,
+data, velocity or flow, and how it is told the time, is said here once. It knows no file format: see `weights.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
-from distillers.schedule import PREDICTIONS, EDM, NoiseSchedule, Prediction
+from distillers.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
 
 Cond = dict[str, Tensor]  # "label": int64 (B,); "sar": float (B, C, H, W) in the network's own layout
 
@@ -22,7 +22,7 @@ class Denoiser(nn.Module):
     """x0 = denoiser(x_t, t, cond), the minimum-mean-square estimate of the clean data.
 
     Args:
-        network: a diffusers `UNet2DModel` or `DiTTransformer2DModel`, or any module called as `network(x, time, **cond)`.
+        network: a diffusers `UNet2DModel` or `DiTTransformer2DModel`, or a module called as `network(x, time, **cond)`.
         schedule: what x_t = alpha x0 + sigma eps means for this network.
         prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0) or "flow" (eps - x0).
         sigma_data: standard deviation of the data; used only to scale inputs of a variance-exploding schedule.
@@ -30,7 +30,9 @@ class Denoiser(nn.Module):
     Shapes: x_t (B, C, H, W) or (B, D); t () or (B,); result like x_t, float32.
     """
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, sigma_data: float = 0.5) -> None:
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, sigma_data: float = 0.5
+    ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
@@ -43,13 +45,15 @@ class Denoiser(nn.Module):
     def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The raw network output, in the network's own prediction type, float32."""
         if isinstance(self.schedule, EDM):  # keep the input near unit variance (Karras et al. 2022, c_in)
-            x_in = x_t / (x_t.new_tensor(self.sigma_data) ** 2 + t.to(x_t) ** 2).sqrt().reshape(-1, *[1] * (x_t.ndim - 1))
+            x_in = x_t / like((self.sigma_data**2 + t.double() ** 2).sqrt(), x_t)
         else:
             x_in = x_t
         time = self.schedule.network_time(t).to(x_t).expand(x_t.shape[0])
         return call_network(self.network, x_in, time, cond or {}).float()
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)) -> list[Tensor]:
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)
+    ) -> list[Tensor]:
         """Activations of the named submodules, for discriminators. Each is the module's (first) output tensor.
 
         Raises:
@@ -85,7 +89,7 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
     if "sar" in cond:
         x = torch.cat([x, cond["sar"].to(x)], dim=1)
     if not hasattr(network, "config"):
-        return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))  # type: ignore[no-any-return]
+        return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))
     labels = {"class_labels": cond["label"]} if "label" in cond else {}
     if type(network).__name__ == "DiTTransformer2DModel":
         sample: Tensor = network(x, timestep=time.long(), **labels).sample

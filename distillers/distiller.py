@@ -1,7 +1,8 @@
 """The contract of a method: which networks it needs, and one training step as a generator of turns.
 
-A turn is `yield player, loss`. The loop zeroes that player's gradients, runs backward, clips, moves that player only, and
-resumes the generator. One-network training is one yield; a critic is `yield "critic", ...` before `yield "student", ...`.
+A turn is `yield player, loss`. The loop zeroes that player's gradients, runs backward, clips, moves that player only,
+and resumes the generator. One-network training is one yield; a critic is `yield "critic", ...` before `yield
+"student", ...`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +25,31 @@ Turn = tuple[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 
 
+class Networks(nn.ModuleDict):
+    """The networks of a method by name: denoisers, critics, discriminator heads."""
+
+    if TYPE_CHECKING:  # torch types every submodule as Tensor | Module
+
+        def __getitem__(self, key: str) -> Any: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
     @abstractmethod
-    def networks(self, teacher: Teacher) -> nn.ModuleDict:
+    def networks(self, teacher: Teacher) -> Networks:
         """ "student", "teacher" (frozen) and whoever else learns or is remembered, by name."""
 
     @abstractmethod
-    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         """Yield (player, scalar loss) turns for one iteration; progress runs from 0 to 1 over the training.
 
         Draws randomness from torch's global generator, which the loop seeds for every iteration.
         """
 
     @abstractmethod
-    def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         """What leaves the house: the trained network and the times it is called at."""
 
 

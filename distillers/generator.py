@@ -28,7 +28,7 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tenso
     """Endless unit Gaussian noise (B, *shape), float32 on CPU; image i's stream is a function of seeds[i] alone.
 
     The stream of one seed is what `torch.Generator().manual_seed(seed)` gives to diffusers' pipelines, so the same seed
-    draws the same picture there.
+    draws the same picture there. Like torch's CPU generator it knows a seed by its lower 32 bits.
     """
     if not len(seeds):
         raise BadInput("seeds", seeds, "one or more")

@@ -4,8 +4,8 @@
 
     x_t = alpha(t) x0 + sigma(t) eps,      eps ~ N(0, I).
 
-A schedule is the two functions alpha and sigma; all else follows (METHODS 1.0). Coefficients are computed in float64 and
-rounded once, on multiplication with the data. `t` is a float tensor of shape () or (B,); data has shape (B, ...).
+A schedule is the two functions alpha and sigma; all else follows. Coefficients are computed in float64
+and rounded once, on multiplication with the data. `t` is a float tensor of shape () or (B,); data has shape (B, ...).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class NoiseSchedule(ABC):
     def x0_from(self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Clean data from a network output of the given kind.
 
-        v is diffusers' velocity alpha eps - sigma x0 and needs alpha^2 + sigma^2 = 1 only if it is to be orthogonal; the
-        inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0.
+        v is diffusers' velocity alpha eps - sigma x0 and needs alpha^2 + sigma^2 = 1 only if it is to be orthogonal;
+        the inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0.
         """
         a, s = self._at(t, x_t)
         if prediction == "x0":
@@ -137,15 +137,17 @@ class NoiseSchedule(ABC):
         """Second-order correction: `x0_next` is the clean estimate at the end point of `step(x_t, x0, t, s)`.
 
         In u = x/alpha and r = sigma/alpha the ODE is du/dr = (u - x0)/r; Heun averages the slopes at both ends
-        (Karras et al. 2022, Algorithm 1). At sigma(s) = 0 the end slope does not exist and the first-order step is returned.
-        Schedules with a velocity average that instead: their grids are even in t, and their r leaps at t_max (from 1000 to
-        12 in the first of 20 steps), where Heun in r is worse than no correction.
+        (Karras et al. 2022, Algorithm 1). At sigma(s) = 0 the end slope does not exist and the first-order step is
+        returned. Schedules with a velocity average that instead: their grids are even in t, and their r leaps at
+        t_max (from 1000 to 12 in the first of 20 steps), where Heun in r is worse than no correction.
         """
         a_t, _ = self._at(t, x_t)
         a_s, s_s = self._at(s, x_t)
         euler = self.step(x_t, x0, t, s)
         if self.velocity:
-            velocities = self.output_from(self.velocity, x0, x_t, t) + self.output_from(self.velocity, x0_next, euler, s)
+            velocities = self.output_from(self.velocity, x0, x_t, t) + self.output_from(
+                self.velocity, x0_next, euler, s
+            )
             return torch.where(s_s > 0, x_t + like((s - t).double(), x_t) * velocities / 2, euler)
         r_t, r_s = like(self.noise_ratio(t), x_t), like(self.noise_ratio(s), x_t)
         slope_t = (x_t / a_t - x0) / r_t
@@ -188,7 +190,7 @@ class EDM(NoiseSchedule):
 
 
 class RectifiedFlow(NoiseSchedule):
-    """alpha = 1 - t, sigma = t (Liu et al. 2023). The network is told 1000 t, as diffusers' flow-matching schedulers do.
+    """alpha = 1 - t, sigma = t (Liu et al. 2023). The network is told 1000 t, as by diffusers' flow schedulers.
 
     t_max is 1 for Euler steps; ratios sigma/alpha need t_max < 1, hence the default.
     """
@@ -228,8 +230,9 @@ class Trigonometric(NoiseSchedule):
 class VariancePreserving(NoiseSchedule):
     """DDPM's discrete schedule, alpha^2 = abar_t, continued between the integers.
 
-    t counts diffusers' timesteps: 0 .. T-1 inclusive, float. ln(sigma/alpha) is interpolated linearly, so at integers the
-    values are diffusers' own. Mind that t = 0 is not clean (sigma = 0.01 for linear betas) and T-1 is not pure noise.
+    t counts diffusers' timesteps: 0 .. T-1 inclusive, float. ln(sigma/alpha) is interpolated linearly, so at integers
+    the values are diffusers' own. Mind that t = 0 is not clean (sigma = 0.01 for linear betas) and T-1 is not pure
+    noise.
     """
 
     name = "vp"
@@ -261,15 +264,23 @@ class VariancePreserving(NoiseSchedule):
 
     @classmethod
     def from_betas(
-        cls, beta_schedule: str = "linear", beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000
+        cls,
+        beta_schedule: str = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_train_timesteps: int = 1000,
     ) -> VariancePreserving:
         """The schedule that diffusers' DDPM/DDIM schedulers build from the same four numbers."""
         from diffusers import DDIMScheduler
 
         config = dict(
-            beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end, num_train_timesteps=num_train_timesteps
+            beta_schedule=beta_schedule,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            num_train_timesteps=num_train_timesteps,
         )
-        return cls(DDIMScheduler(**config).betas, config)
+        scheduler: Any = DDIMScheduler(**config)
+        return cls(scheduler.betas, config)
 
 
 _CONTINUOUS: dict[str, type[EDM] | type[RectifiedFlow] | type[Trigonometric]] = {
@@ -303,12 +314,10 @@ def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
     kind = scheduler_config.get("_class_name", "DDIMScheduler")
     if "FlowMatch" in kind:
         return RectifiedFlow()
-    if kind in ("CMStochasticIterativeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
-        return EDM(scheduler_config.get("sigma_min", 0.002), scheduler_config.get("sigma_max", 80.0))
     config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
     betas = diffusers.DDIMScheduler.from_config(config).betas
     if float(betas[-1]) >= 1:  # zero terminal SNR: alpha(T-1) = 0 has no sigma/alpha; stop just above it
         betas = betas.clamp(max=1 - 1e-6)
-    kept = {k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config}
+    kept: dict[str, Any] = {k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config}
     plain = len(kept) == 4 and not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None
     return VariancePreserving(betas, kept if plain else None)

@@ -1,8 +1,9 @@
 """Exact teachers: Gaussian mixtures in the plane, whose score and probability-flow map are known.
 
-A network teacher is itself wrong, so a student that disagrees with it proves nothing. Here E[x0 | x_t] is a formula, the
-probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number (METHODS 1.10). Any
-Distiller trains on `exact_teacher(ring())` with data `Points(ring())`, as it does on pictures; points have shape (B, 2).
+A network teacher is itself wrong, so a student that disagrees with it proves nothing. Here E[x0 | x_t] is a formula,
+the probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number (METHODS
+1.10). Any Distiller trains on `exact_teacher(ring())` with data `Points(ring())`, as it does on pictures; points have
+shape (B, 2).
 """
 
 from __future__ import annotations
@@ -206,6 +207,7 @@ def exact_teacher(mixture: GaussianMixture, seed: int = 0, prediction: Predictio
         torch.manual_seed(seed)
         network = StudentNetwork(mixture.means.shape[1])
     info = Info(
-        name="mixture", task="image", method="exact", role="teacher", data="points", sampler="ddim", size=(1, 1), default_steps=50
+        name="mixture", task="image", method="exact", role="teacher", data="points", sampler="ddim", size=(1, 1),
+        default_steps=50
     )
     return ExactTeacher(Denoiser(network, mixture.schedule, prediction), PixelUnshuffle(1), info, mixture=mixture)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.data import ImageData
-from distillers.distiller import Distiller, Turn, follow, slow_copy
+from distillers.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.teacher import Teacher
@@ -134,7 +134,6 @@ def train(
     start = run.resume()
     if tracker and accelerator.is_main_process:
         accelerator.init_trackers("fewstep")
-    shown = accelerator.is_main_process
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -145,7 +144,7 @@ def train(
     try:
         with (
             _Termination() as termination,
-            Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not shown) as progress,
+            Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not accelerator.is_main_process) as progress,
         ):
             bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
             for i in range(start, settings.iterations):
@@ -154,7 +153,10 @@ def train(
                 last, stop = done == settings.iterations, run.any_process(termination.asked)
                 if done % settings.log_every == 0 or last or stop:
                     losses = run.log(done)
-                    progress.update(bar, completed=done, loss="  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+                    shown = "  ".join(f"{player} {value:.4f}" for player, value in losses.items())
+                    progress.update(bar, completed=done, loss=shown)
+                    if not progress.console.is_terminal:  # a log file has no bar
+                        progress.console.print(f"iteration {done} of {settings.iterations}: loss {shown}")
                 if settings.sample_every and done % settings.sample_every == 0 and not last:
                     run.draw_samples(done, data)
                 if done % settings.checkpoint_every == 0 or last or stop:
@@ -306,7 +308,7 @@ class _Run:
 
     def generator(self) -> Generator:
         """The method's generator with averaged weights, on CPU."""
-        nets = nn.ModuleDict({**self.nets, **self.averages})
+        nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
 
     @torch.no_grad()
@@ -318,7 +320,7 @@ class _Run:
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
-        nets = nn.ModuleDict({**self.nets, **self.averages})
+        nets = Networks({**self.nets, **self.averages})
         generator = self.distiller.generator(nets, self.teacher).eval()
         batch = data.items(range(min(count, len(data))))
         labels = [i % len(generator.info.labels) for i in range(len(batch["image"]))] if generator.info.labels else None

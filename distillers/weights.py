@@ -176,6 +176,7 @@ def staged(folder: Path) -> Iterator[Path]:
     What is not published (training/) stays. The network goes first and the manifest, with the digests of all parts,
     comes last: killed at any moment, the folder is the old one, the new one, or refused; never a mixture that opens.
     """
+    folder = folder.resolve()
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # left behind by a killed process
     new.mkdir(parents=True)

@@ -8,6 +8,7 @@ fails.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -32,7 +33,7 @@ def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
     """What the card's own lines do."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"class_labels": list(range(COUNT))} if about["task"] == "class-to-image" else {}
+    options: dict[str, Any] = {"class_labels": list(range(COUNT))} if about["task"] == "class-to-image" else {}
     if type(pipeline).__name__ == "DiTPipeline":
         options["guidance_scale"] = 1.0
     else:
@@ -69,7 +70,8 @@ def main() -> None:
         about = json.loads((folder / "fewstep.json").read_text())
         draw = draw_with_pipeline if (folder / "model_index.json").is_file() else draw_with_parts
         counts = [int(k) for k in about["step_times"]] or [1, 5]
-        np.savez(out / f"{folder.name}.npz", **{f"steps_{k}": draw(folder, about, k) for k in counts})
+        drawn: dict[str, Any] = {f"steps_{k}": draw(folder, about, k) for k in counts}
+        np.savez(out / f"{folder.name}.npz", **drawn)
     assert not any(name.startswith("distillers.") for name in sys.modules)
 
 

@@ -249,7 +249,7 @@ def test_a_teacher_is_served_by_the_same_call(client: TestClient) -> None:
     assert client.post(GENERATE, json={"model": "classes-teacher", "label": 0, "steps": 3}).json()["nfe"] == 3
 
 
-BAD_BODIES = {
+BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "seed below zero": ({"seed": -1}, "seed", "0"),
     "seed too large": ({"seed": 2**63}, "seed", ""),
     "last seed too large": ({"seed": 2**63 - 1, "n": 2}, "seed", ""),

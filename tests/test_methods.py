@@ -1,4 +1,4 @@
-"""The contract over every method in the registry, on the true U-Net at 8 px. A new file in methods/ is held to it unasked."""
+"""The contract over every method in the registry, on the true U-Net at 8 px. A new method is held to it unasked."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distillers.data import Batch, ImageData, open_data
+from distillers.denoiser import Denoiser
 from distillers.distiller import Distiller, Turn, follow, labels_and_images, slow_copy, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -122,7 +123,9 @@ class Regression(Distiller):
         )
 
     def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
-        return Generator(nets["student"], teacher.codec, teacher.info)
+        student = nets["student"]
+        assert isinstance(student, Denoiser)
+        return Generator(student, teacher.codec, teacher.info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +275,7 @@ def one_of_two_processes(folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield from super().step(nets, batch, progress)
 
-    rank = int(os.environ["RANK"])
+    rank = torch.distributed.get_rank()
     plan, method = Recipe.from_table(TINY), Interrupted()
     data = plan.open_data()
     with pytest.raises(TrainingStopped) as stopped:
@@ -287,8 +290,8 @@ def output_to(log: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def fewstep(arguments: list[str], log: str, kill_at: int) -> None:
-    """The command, in a process that dies at its kill_at-th touch of a file while checkpoints are read or written."""
+def fewstep(arguments: list[str], log: str, kill_at: int, kill_after: float) -> None:
+    """The command. It dies at its kill_at-th touch of a checkpoint's files, or after kill_after seconds of computing."""
     output_to(Path(log))
     touches = 0
 
@@ -302,6 +305,9 @@ def fewstep(arguments: list[str], log: str, kill_at: int) -> None:
 
     if kill_at:
         sys.addaudithook(audit)
+    signal.setitimer(
+        signal.ITIMER_VIRTUAL, kill_after
+    )  # nobody handles its signal, which ends a process as SIGKILL does
     from distillers import cli
 
     sys.argv = ["fewstep", *arguments]
@@ -316,15 +322,15 @@ class Command:
     recipe: Path
     out: Path
 
-    def start(self, kill_at: int = 0) -> ForkServerProcess:
+    def start(self, kill_at: int = 0, kill_after: float = 0.0) -> ForkServerProcess:
         arguments = ["distill", str(self.recipe), "--out", str(self.out), "--device", "cpu"]
-        process = self.context.Process(target=fewstep, args=(arguments, str(self.log), kill_at))
+        process = self.context.Process(target=fewstep, args=(arguments, str(self.log), kill_at, kill_after))
         process.start()
         return process
 
-    def run(self, kill_at: int = 0) -> int:
-        process = self.start(kill_at)
-        process.join(120)
+    def run(self, kill_at: int = 0, kill_after: float = 0.0) -> int:
+        process = self.start(kill_at, kill_after)
+        process.join(300)
         assert process.exitcode is not None, self.log.read_text()
         return process.exitcode
 
@@ -364,18 +370,13 @@ def test_killed_anywhere_it_ends_with_the_same_bits(
     killed = Command(processes, recipe, tmp_path / "killed")
     assert whole.run() == 0, whole.log.read_text()
 
-    rng = random.Random()  # another moment every time
-    moments: list[float] = []
-    for attempt in range(8):
-        if attempt % 4 == 3:  # at any moment
-            moments.append(rng.uniform(0.2, 1.5))
-            process = killed.start()
-            process.join(moments[-1])
-            process.kill()
-            process.join()
-        else:  # within a checkpoint, which 10 to 14 touches write
-            moments.append(rng.randint(3, 30))
-            assert killed.run(kill_at=int(moments[-1])) in (-signal.SIGKILL, 0), killed.log.read_text()
+    rng = random.Random()  # other moments every time
+    touches = [rng.randint(3, 40) for _ in range(4)]  # a checkpoint takes 8 to 15
+    seconds = [rng.uniform(0.1, 0.9) for _ in range(2)]
+    moments = [{"kill_at": n} for n in touches] + [{"kill_after": s} for s in seconds]
+    rng.shuffle(moments)
+    for moment in moments:
+        assert killed.run(**moment) in (-signal.SIGKILL, -signal.SIGVTALRM, 0), killed.log.read_text()  # type: ignore[arg-type]
     assert killed.run() == 0, killed.log.read_text()
     assert killed.results() == whole.results(), f"killed at {moments}"
     assert killed.checkpoints == ["00000007", "00000008"]
@@ -458,7 +459,7 @@ def test_what_killed_processes_left_is_cleared_away(teacher: Teacher, data: Imag
 
 # --- what people see -------------------------------------------------------------------------------------------------
 def test_losses_are_written_for_tensorboard(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     duel, critic = Duel(), []
     train(duel, teacher, data, settings(iterations=4, log_every=2, learning_rate=1e-9), tmp_path, device="cpu")

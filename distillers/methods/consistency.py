@@ -1,8 +1,8 @@
 """Consistency distillation, and easy consistency tuning as its teacher-free variant.
 
 Song, Dhariwal, Chen and Sutskever, "Consistency Models", 2023 (Algorithm 2); pseudo-Huber distance: Song and Dhariwal,
-"Improved Techniques for Training Consistency Models", 2023; on a frozen teacher's discrete times with DDIM steps: Luo et al.,
-"Latent Consistency Models", 2023; without a teacher: Geng et al., "Consistency Models Made Easy", 2024.
+"Improved Techniques for Training Consistency Models", 2023; on a frozen teacher's discrete times with DDIM steps: Luo
+et al., "Latent Consistency Models", 2023; without a teacher: Geng et al., "Consistency Models Made Easy", 2024.
 
 f(x_t, t) maps every point of a probability-flow trajectory to its end. Two neighbours on one trajectory must agree.
 """
@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from distillers.denoiser import Cond, Denoiser
-from distillers.distiller import Batch, Distiller, Turn, follow, frozen, labels_and_images, slow_copy, trainable_copy
+from distillers.distiller import (
+    Batch,
+    Distiller,
+    Networks,
+    Turn,
+    follow,
+    frozen,
+    labels_and_images,
+    slow_copy,
+    trainable_copy,
+)
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import per_sample_mse, pseudo_huber
@@ -49,15 +59,15 @@ class Consistency(Distiller):
         if not 0 <= self.target_decay < 1:
             raise BadInput("consistency.target_decay", self.target_decay, "0 up to, not including, 1")
 
-    def networks(self, teacher: Teacher) -> nn.ModuleDict:
-        nets = {"student": trainable_copy(teacher.denoiser)}
+    def networks(self, teacher: Teacher) -> Networks:
+        nets: dict[str, nn.Module] = {"student": trainable_copy(teacher.denoiser)}
         if self.source == "teacher":
             nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
         if self.target_decay:
             nets["target"] = slow_copy(nets["student"])
-        return nn.ModuleDict(nets)
+        return Networks(nets)
 
-    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
         schedule: NoiseSchedule = student.schedule
         x0, cond = labels_and_images(batch)
@@ -97,7 +107,7 @@ class Consistency(Distiller):
     def tuning_times(
         self, schedule: NoiseSchedule, count: int, progress: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """t lognormal and r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, in units of sigma/alpha (Geng et al. 2024, sec. 3.2)."""
+        """t lognormal, r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, as ratios sigma/alpha (Geng et al. 2024)."""
         ratio = (self.log_mean + self.log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
         ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], device=device))
         ratio = ratio.clamp(2 * ends[0], ends[1])
@@ -105,7 +115,7 @@ class Consistency(Distiller):
         below = ratio * (1 - self.ratio_base ** -(stage + 1) * (1 + 8 * torch.sigmoid(-ratio)))
         return schedule.time_at_ratio(ratio), schedule.time_at_ratio(below.clamp_min(0))
 
-    def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # Never the target network: it is a lagging copy that exists for the loss.
         schedule = nets["student"].schedule
         info = replace(
@@ -120,8 +130,8 @@ class Consistency(Distiller):
 def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
     """f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t), with f(x, t_min) = x exactly (Song et al. 2023, eq. 5).
 
-    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the teacher's own
-    denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
+    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the
+    teacher's own denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
     """
     schedule = denoiser.schedule
     ratio = schedule.noise_ratio(t)

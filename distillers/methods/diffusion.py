@@ -1,8 +1,8 @@
 """Denoising score matching: how a teacher is trained. The degenerate distiller: it learns from data alone.
 
-Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho, "Progressive
-Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance: Ho and Salimans,
-"Classifier-Free Diffusion Guidance", 2022.
+Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho,
+"Progressive Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance:
+Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from distillers.distiller import Batch, Distiller, Turn, labels_and_images, trainable_copy
+from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
 from distillers.generator import Generator
 from distillers.losses import per_sample_mse
 from distillers.teacher import Teacher
@@ -27,10 +26,10 @@ class Diffusion(Distiller):
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
     sampling_steps: int = 50  # network calls when the teacher is served
 
-    def networks(self, teacher: Teacher) -> nn.ModuleDict:
-        return nn.ModuleDict({"student": trainable_copy(teacher.denoiser)})
+    def networks(self, teacher: Teacher) -> Networks:
+        return Networks({"student": trainable_copy(teacher.denoiser)})
 
-    def step(self, nets: nn.ModuleDict, batch: Batch, progress: float) -> Iterator[Turn]:
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         denoiser = nets["student"]
         schedule = denoiser.schedule
         x0, cond = labels_and_images(batch)
@@ -44,6 +43,6 @@ class Diffusion(Distiller):
         weight = (schedule.snr(t).clamp(max=self.snr_cap) + 1).to(x0)
         yield "student", (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
 
-    def generator(self, nets: nn.ModuleDict, teacher: Teacher) -> Generator:
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=self.sampling_steps)
         return Generator(nets["student"], teacher.codec, info)

@@ -1,0 +1,159 @@
+"""Every folder in weights/, as it is published: whole, small, honest on its card, and open to stock diffusers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from draw_with_diffusers import COUNT, ramp
+from safetensors import safe_open
+
+from distillers import weights
+from distillers.generator import Generator
+from distillers.recipe import Recipe
+from distillers.schedule import VariancePreserving
+from distillers.weights import Info
+
+ROOT = Path(__file__).parents[1] / "weights"
+FOLDERS = weights.find(ROOT)
+FOLDER_MEGABYTES, ALL_MEGABYTES = 25, 60  # they travel with the repository
+SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
+
+pytestmark = pytest.mark.skipif(not FOLDERS, reason="weights/ holds no published folder (fewstep distill makes one)")
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return FOLDERS[request.param]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What stock diffusers drew from every folder in a process that cannot import us, and what it said meanwhile."""
+    out = tmp_path_factory.mktemp("drawn")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(out), *map(str, FOLDERS.values())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+def published(folder: Path) -> list[Path]:
+    """The folder's files; training/ is not published."""
+    return [path for path in folder.rglob("*") if path.is_file() and "training" not in path.relative_to(folder).parts]
+
+
+def test_stock_diffusers_draws_the_same_pictures(folder: Path, stock: tuple[Path, str]) -> None:
+    generator = Generator.from_pretrained(folder)
+    info = generator.info
+    labels = list(range(COUNT)) if info.labels else None
+    sar = ramp(info.sar_channels, *info.size) if info.sar_channels else None
+    drawn = np.load(stock[0] / f"{folder.name}.npz")
+    assert drawn.files
+    for key in drawn.files:
+        ours = generator.sample(range(COUNT), labels=labels, sar=sar, steps=int(key.removeprefix("steps_")))
+        theirs = torch.from_numpy(drawn[key]).permute(0, 3, 1, 2)
+        torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)
+
+
+def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> None:
+    assert stock[1] == ""
+
+
+def test_every_weight_is_half_precision_and_listed(folder: Path) -> None:
+    info = Info.read(folder)
+    weights.verify(folder, info)
+    tensors = [path for path in published(folder) if path.suffix == ".safetensors"]
+    assert tensors and {str(path.relative_to(folder)) for path in tensors} <= set(info.sha256)
+    for path in tensors:
+        with safe_open(path, "pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        assert kinds == {"F16"}
+
+
+def test_nothing_that_runs_on_opening_is_in_the_folder(folder: Path) -> None:
+    allowed = {".safetensors", ".json", ".md", ".png", ".toml"}
+    assert {path.suffix for path in published(folder)} <= allowed
+
+
+def test_the_folders_are_small(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in published(folder)) < FOLDER_MEGABYTES * 1e6
+
+
+def test_all_folders_together_are_small() -> None:
+    assert sum(path.stat().st_size for one in FOLDERS.values() for path in published(one)) < ALL_MEGABYTES * 1e6
+
+
+def test_the_manifest_makes_sense(folder: Path) -> None:
+    info = Info.read(folder)
+    assert info.name == folder.name and info.data
+    assert bool(info.labels) == (info.task == "class-to-image") and len(set(info.labels)) == len(info.labels)
+    assert (info.sar is not None) == (info.task == "sar-to-optical")
+    assert info.role == ("student" if info.teacher else "teacher")
+    if info.role == "student":
+        assert info.teacher in FOLDERS and FOLDERS[info.teacher] != folder
+        teacher = Info.read(FOLDERS[info.teacher])
+        same = ("task", "data", "size", "labels", "sar", "patch", "codec")
+        assert [getattr(info, key) for key in same] == [getattr(teacher, key) for key in same]
+        assert info.default_steps == min(info.step_times)
+        for times in info.step_times.values():
+            assert times == sorted(times, reverse=True) and times[0] > 900
+    else:
+        assert not info.step_times and info.sampler == "ddim" and 1 < info.default_steps <= 250
+    schedule = Generator.from_pretrained(folder).schedule
+    assert isinstance(schedule, VariancePreserving)
+
+
+def test_it_draws_at_its_default_steps(folder: Path) -> None:
+    generator = Generator.from_pretrained(folder)
+    info = generator.info
+    labels = [0, len(info.labels) - 1] if info.labels else None
+    sar = ramp(info.sar_channels, *info.size) if info.sar_channels else None
+    pictures = generator.sample([0, 1], labels=labels, sar=sar)
+    assert pictures.shape == (2, 3, *info.size) and bool(torch.isfinite(pictures).all())
+    assert pictures.std() > 0.02 and not torch.equal(pictures[0], pictures[1])
+    assert float((pictures.abs() == 1).float().mean()) < 0.9  # not saturated
+
+
+def test_the_recipe_makes_this_folder(folder: Path) -> None:
+    recipe, info = Recipe.load(folder / "recipe.toml"), Info.read(folder)
+    assert (recipe.name, recipe.method) == (info.name, info.method)
+    assert (Path(recipe.teacher).name if recipe.teacher else None) == info.teacher
+
+
+def test_the_card_names_measured_numbers_only(folder: Path) -> None:
+    """Beside the recipe and the manifest, every number on the card is one that report.json prints."""
+    card, info = (folder / "README.md").read_text(), Info.read(folder)
+    assert card.startswith("---\n") and f"# {info.name}\n" in card and "license:" in card
+    assert (folder / "grid.png").is_file() and "(grid.png)" in card
+    measured = card.split("## Measured\n")[1].split("\n## ")[0].strip()
+    report = folder / "report.json"
+    if report.is_file():
+        assert measured == json.loads(report.read_text())["markdown"].strip()
+    else:
+        assert not re.search(r"\d", measured)
+    told = card.split("## Measured\n")[0].split("```")[0]
+    known = {*info.size, info.patch, len(info.labels), info.default_steps, *info.step_times}
+    assert {int(number) for number in re.findall(r"(?<![\w.-])\d+(?![\w.-])", told.split("---\n", 2)[2])} <= known
+
+
+def test_no_path_of_the_training_machine_is_published(folder: Path) -> None:
+    for path in published(folder):
+        if path.suffix in (".json", ".md", ".toml"):
+            assert not re.search(r'"(/|[A-Z]:\\)|/(home|root|Users|tmp)/', path.read_text()), path
+
+
+def test_a_translator_ships_sar_to_try(folder: Path) -> None:
+    if Info.read(folder).task != "sar-to-optical":
+        pytest.skip(f"{folder.name} is no translator")
+    from distillers.data import read_sar
+
+    examples = sorted((folder / "examples").glob("*.png"))
+    assert len(examples) >= 4
+    picture = Generator.from_pretrained(folder).translate(read_sar(examples[0]))
+    assert picture.shape[-2:] == read_sar(examples[0]).shape[-2:]

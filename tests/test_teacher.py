@@ -1,0 +1,453 @@
+"""Teachers are diffusers pipelines: what diffusers saved opens, means the same, or is refused by name."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distillers.codec import PixelUnshuffle, Vae
+from distillers.denoiser import Guided
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.schedule import RectifiedFlow
+from distillers.teacher import Teacher
+from distillers.weights import Info
+
+SIDE = 8
+NETWORK = {
+    "sample_size": SIDE,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+NULL = 1000  # the null class that stock DiTPipeline guides by, whatever the model
+
+
+def unet(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**{**NETWORK, **options})
+
+
+def save_parts(folder: Path, **parts: Any) -> Path:
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder
+
+
+def dit_pipeline(scheduler: Any, out_channels: int = 8, sample_size: int = 4) -> Any:
+    """A tiny DiT in the latent space of a tiny VAE; 8 output channels: learned variance, as the published ones."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=out_channels, num_layers=2,
+        sample_size=sample_size, patch_size=2, num_embeds_ada_norm=NULL, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    for parameter in transformer.parameters():  # far enough from its start, where all classes look alike
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8), norm_num_groups=4, sample_size=8, layers_per_block=1, scaling_factor=0.3,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    return diffusers.DiTPipeline(transformer, vae, scheduler)
+
+
+def ddim(**options: Any) -> Any:
+    return diffusers.DDIMScheduler(**{"clip_sample": False, "timestep_spacing": "trailing", **options})
+
+
+# --- U-Nets and their schedulers
+
+
+@pytest.mark.parametrize("pipeline", ["DDPMPipeline", "DDIMPipeline"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "epsilon", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"prediction_type": "sample", "trained_betas": np.linspace(0.01, 0.2, 50).tolist(), "num_train_timesteps": 50},
+    ],
+    ids=lambda options: " ".join(str(v) for v in options.values() if not isinstance(v, list)),
+)
+def test_a_unet_pipeline_means_what_its_scheduler_says(pipeline: str, options: dict[str, Any], tmp_path: Path) -> None:
+    scheduler = {"DDPMPipeline": diffusers.DDPMScheduler, "DDIMPipeline": diffusers.DDIMScheduler}[pipeline](**options)
+    getattr(diffusers, pipeline)(unet(), scheduler).save_pretrained(tmp_path)
+    teacher = Teacher.from_pretrained(tmp_path)
+    info = teacher.info
+    assert (info.task, info.role, info.sampler, info.size) == ("image", "teacher", "ddim", (SIDE, SIDE))
+    assert isinstance(teacher.codec, PixelUnshuffle) and teacher.codec.factor == 1
+    assert not teacher.denoiser.training and not any(p.requires_grad for p in teacher.denoiser.parameters())
+
+    stock: Any = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    stock.set_timesteps(10)
+    last = stock.config.num_train_timesteps - 1
+    every = torch.arange(last + 1)
+    alpha, sigma = teacher.denoiser.schedule.alpha(every), teacher.denoiser.schedule.sigma(every)
+    torch.testing.assert_close(alpha.square().float(), stock.alphas_cumprod, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha))
+
+    network = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    x_t = torch.randn(2, 3, SIDE, SIDE)
+    for t in (0, last // 2, last):
+        with torch.no_grad():
+            expected = stock.step(network(x_t, t).sample, t, x_t).pred_original_sample
+            torch.testing.assert_close(teacher.denoiser(x_t, torch.tensor(t)), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample", "epsilon"])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_pipeline_draws_its_own_pictures(prediction: str, steps: int, tmp_path: Path) -> None:
+    pipeline = diffusers.DDIMPipeline(unet(), ddim(prediction_type=prediction))
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    stock = pipeline(batch_size=2, generator=rngs, num_inference_steps=steps, output_type="np").images
+    ours = Generator.from_pretrained(tmp_path).sample([5, 6], steps=steps)
+    assert ours.std() > 0.1
+    torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(stock).permute(0, 3, 1, 2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "PNDMScheduler",
+        "EulerDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "LCMScheduler",
+    ],
+)
+def test_any_scheduler_with_ddpms_clock_gives_the_same_schedule(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.03, "prediction_type": "v_prediction"}
+    save_parts(tmp_path, unet=unet(), scheduler=getattr(diffusers, kind)(**options))
+    teacher = Teacher.from_pretrained(tmp_path)
+    alphas: Tensor = diffusers.DDIMScheduler(**options).alphas_cumprod  # type: ignore[attr-defined]
+    every = torch.arange(1000)
+    torch.testing.assert_close(teacher.denoiser.schedule.alpha(every).square().float(), alphas, atol=2e-6, rtol=1e-4)
+    assert teacher.denoiser.prediction == "v" and not caplog.text
+
+
+def test_a_learned_variance_is_left_aside(tmp_path: Path) -> None:
+    save_parts(tmp_path, unet=unet(out_channels=6), scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
+    teacher = Teacher.from_pretrained(tmp_path)
+    assert teacher.info.task == "image"
+    x_t, t = torch.randn(1, 3, SIDE, SIDE), torch.tensor(400)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.denoiser.output(x_t, t), unet(out_channels=6).eval()(x_t, 400).sample[:, :3])
+
+
+def test_a_flow_matching_pipeline(tmp_path: Path) -> None:
+    """x_t = (1 - sigma) x0 + sigma eps, and the network is told 1000 sigma: as the stock scheduler has it."""
+    stock: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusers.DDPMPipeline(unet(), stock).save_pretrained(tmp_path)
+    teacher = Teacher.from_pretrained(tmp_path)
+    assert isinstance(teacher.denoiser.schedule, RectifiedFlow) and teacher.denoiser.prediction == "flow"
+    network = unet().eval()
+    stock.set_timesteps(sigmas=[0.9, 0.6, 0.3])
+    x = torch.randn(2, 3, SIDE, SIDE)
+    ours = x
+    times = torch.tensor([0.9, 0.6, 0.3, 0.0])
+    with torch.no_grad():
+        for i, timestep in enumerate(stock.timesteps):
+            x = stock.step(network(x, timestep).sample, timestep, x).prev_sample
+            x0 = teacher.denoiser(ours, times[i])
+            ours = teacher.denoiser.schedule.step(ours, x0, times[i], times[i + 1])
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    assert Generator.from_pretrained(tmp_path).sample([0], steps=3).shape == (1, 3, SIDE, SIDE)
+
+
+def test_the_first_pipelines_lie_flat_in_their_folder(tmp_path: Path) -> None:
+    """As google/ddpm-* do: no subfolders, and the index names the parts."""
+    unet().save_pretrained(tmp_path)
+    diffusers.DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    teacher = Teacher.from_pretrained(tmp_path)
+    assert teacher.denoiser.prediction == "x0" and teacher.info.task == "image"
+
+
+def test_a_network_that_is_not_square(tmp_path: Path) -> None:
+    save_parts(tmp_path, unet=unet(sample_size=(8, 12)), scheduler=ddim())
+    assert Generator.from_pretrained(tmp_path).sample([0], steps=1).shape == (1, 3, 8, 12)
+
+
+# --- classes
+
+
+def test_all_rows_of_a_foreign_unet_are_classes_and_none_is_null(tmp_path: Path) -> None:
+    save_parts(tmp_path, unet=unet(num_class_embeds=5), scheduler=ddim(prediction_type="v_prediction"))
+    teacher = Teacher.from_pretrained(tmp_path)
+    assert (teacher.info.task, teacher.info.labels) == ("class-to-image", ["0", "1", "2", "3", "4"])
+    assert teacher.guided(1.0) is teacher.denoiser
+    with pytest.raises(BadInput, match=r"guidance_scale.*null class"):
+        teacher.guided(2.0)
+    generator = Generator.from_pretrained(tmp_path)
+    pictures = generator.sample([0, 0], labels=[0, 4], steps=1)
+    assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+    generator.info = replace(generator.info, guidance_scale=2.0)
+    with pytest.raises(BadInput, match="guidance_scale"):
+        generator.sample([0], labels=[0])
+
+
+def test_our_own_teachers_have_a_null_class_behind_the_last(tmp_path: Path) -> None:
+    info = Info(
+        name="x",
+        task="class-to-image",
+        method="m",
+        role="teacher",
+        data="d",
+        sampler="ddim",
+        size=(8, 8),
+        labels=["a", "b"],
+    )
+    network = {key: value for key, value in NETWORK.items() if key != "sample_size"}
+    teacher = Teacher.random(info, network, {"name": "vp"}, "v", PixelUnshuffle())
+    guided = teacher.guided(3.0)
+    assert isinstance(guided, Guided)
+    x_t, t, label = torch.randn(2, 3, 8, 8), torch.tensor(500.0), torch.tensor([0, 1])
+    with torch.no_grad():
+        chosen = teacher.denoiser(x_t, t, {"label": label})
+        null = teacher.denoiser(x_t, t, {"label": torch.tensor([2, 2])})
+        torch.testing.assert_close(guided(x_t, t, {"label": label}), null + 3 * (chosen - null), atol=1e-5, rtol=1e-4)
+    assert teacher.guided(1.0) is teacher.denoiser
+
+
+def test_a_teacher_without_classes_cannot_be_guided(tmp_path: Path) -> None:
+    save_parts(tmp_path, unet=unet(), scheduler=ddim())
+    with pytest.raises(BadInput, match="guidance_scale"):
+        Teacher.from_pretrained(tmp_path).guided(2.0)
+
+
+# --- DiT
+
+
+@pytest.mark.parametrize("out_channels", [4, 8], ids=["fixed variance", "learned variance"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_dit_draws_its_own_pictures(out_channels: int, guidance_scale: float, tmp_path: Path) -> None:
+    pipeline = dit_pipeline(ddim(), out_channels)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())  # with names, as the published ones have them
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({**index, "id2label": {"0": "tench, Tinca", "1": "goldfish"}})
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    stock = pipeline([1, 999], guidance_scale, rngs, num_inference_steps=4, output_type="np").images
+    generator = Generator.from_pretrained(tmp_path)
+    info = generator.info
+    assert (info.task, info.size, info.codec, len(info.labels)) == ("class-to-image", (8, 8), "vae", NULL)
+    assert info.labels[:3] == ["tench, Tinca", "goldfish", "2"]
+    generator.info = replace(info, guidance_scale=guidance_scale)
+    ours = generator.sample([5, 6], labels=[1, 999], steps=4)
+    assert ours.std() > 0.05
+    torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(stock).permute(0, 3, 1, 2), atol=1e-4, rtol=0)
+
+
+def test_dit_with_another_solver_and_in_the_older_spelling(tmp_path: Path) -> None:
+    pipeline = dit_pipeline(diffusers.DPMSolverMultistepScheduler())
+    pipeline.save_pretrained(tmp_path)
+    before = Generator.from_pretrained(tmp_path).sample([0], labels=[1], steps=2)
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    old = {**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(old))
+    assert torch.equal(Generator.from_pretrained(tmp_path).sample([0], labels=[1], steps=2), before)
+
+
+def test_dit_sizes(tmp_path: Path) -> None:
+    dit_pipeline(ddim()).save_pretrained(tmp_path)
+    generator = Generator.from_pretrained(tmp_path)
+    assert generator.size_multiple == 4  # the VAE's 2 times patches of 2
+    assert generator.sample([0], labels=[0], steps=1, size=(12, 12)).shape == (1, 3, 12, 12)
+    for size in ((8, 10), (8, 12), (4, 4)):
+        with pytest.raises(BadInput, match=r"size.*square"):
+            generator.sample([0], labels=[0], steps=1, size=size)
+
+
+def test_the_vae_scales_and_shifts_its_latents(tmp_path: Path) -> None:
+    vae: Any = dit_pipeline(ddim()).vae
+    vae.register_to_config(shift_factor=0.25)
+    codec, pixels = Vae(vae), torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(codec.encode(pixels), (latents - 0.25) * 0.3)
+        torch.testing.assert_close(codec.decode(codec.encode(pixels)), vae.decode(latents).sample, atol=1e-5, rtol=1e-4)
+    assert (codec.factor, codec.channels(3), tuple(codec.encode(pixels).shape)) == (2, 4, (2, 4, 4, 4))
+
+
+# --- SAR
+
+
+def test_a_sar_conditioned_unet(tmp_path: Path) -> None:
+    """Four channels in, three out: the fourth is the SAR, without noise, at every step."""
+    save_parts(tmp_path, unet=unet(in_channels=4, out_channels=3), scheduler=ddim(prediction_type="sample"))
+    teacher, generator = Teacher.from_pretrained(tmp_path), Generator.from_pretrained(tmp_path)
+    assert (teacher.info.task, teacher.info.sar) == ("sar-to-optical", {"channels": 1, "range": [-1, 1]})
+    sar = torch.rand(2, 1, 12, 8) * 2 - 1
+    batch = teacher.encode_batch({"image": torch.rand(2, 3, 12, 8), "sar": sar}, "cpu")
+    assert batch.keys() == {"x0", "sar"} and torch.equal(batch["sar"], sar)
+    x_t = torch.randn(2, 3, 12, 8)
+    network = unet(in_channels=4, out_channels=3).eval()
+    with torch.no_grad():
+        expected = network(torch.cat([x_t, sar], dim=1), 300).sample
+        torch.testing.assert_close(
+            teacher.denoiser(x_t, torch.tensor(300), {"sar": sar}), expected, atol=1e-5, rtol=1e-4
+        )
+    pictures = generator.sample([1, 1], sar=sar, steps=2)
+    assert pictures.shape == (2, 3, 12, 8) and not torch.allclose(pictures[0], pictures[1], atol=1e-3)
+
+
+def test_a_patched_batch_is_unshuffled_alike() -> None:
+    info = Info(
+        name="x",
+        task="sar-to-optical",
+        method="m",
+        role="teacher",
+        data="d",
+        sampler="ddim",
+        size=(8, 8),
+        sar={"channels": 1},
+        patch=2,
+    )
+    network = {key: value for key, value in NETWORK.items() if key != "sample_size"}
+    teacher = Teacher.random(info, network, {"name": "vp"}, "v", PixelUnshuffle(2))
+    assert (teacher.denoiser.network.config.in_channels, teacher.denoiser.network.config.sample_size) == (16, 4)  # type: ignore[union-attr]
+    image, sar = torch.rand(1, 3, 8, 8), torch.rand(1, 1, 8, 8)
+    batch = teacher.encode_batch({"image": image, "sar": sar}, "cpu")
+    assert batch["x0"].shape == (1, 12, 4, 4) and batch["sar"].shape == (1, 4, 4, 4)
+    torch.testing.assert_close(batch["sar"][0, 3, 1, 2], sar[0, 0, 3, 5])  # the lower right of each 2 x 2
+
+
+# --- refused
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a grey network": (lambda p: save_parts(p, unet=unet(in_channels=1, out_channels=1), scheduler=ddim()), "channels"),
+    "latents without a VAE": (
+        lambda p: save_parts(p, unet=unet(in_channels=4, out_channels=4), scheduler=ddim()), "channels",
+    ),
+    "timestep classes": (lambda p: save_parts(p, unet=unet(class_embed_type="timestep"), scheduler=ddim()), "classes"),
+    "SAR and classes": (
+        lambda p: save_parts(p, unet=unet(in_channels=4, out_channels=3, num_class_embeds=3), scheduler=ddim()),
+        "classes",
+    ),
+    "no size": (lambda p: save_parts(p, unet=unet(sample_size=None), scheduler=ddim()), "sample_size"),
+    "no scheduler": (lambda p: save_parts(p, unet=unet()), "scheduler"),
+    "another clock": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.CMStochasticIterativeScheduler()),
+        "CMStochasticIterativeScheduler",
+    ),
+    "EDM's clock": (lambda p: save_parts(p, unet=unet(), scheduler=diffusers.EDMEulerScheduler()), "EDMEulerScheduler"),
+    "a beta schedule of DDPM alone": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.DDPMScheduler(beta_schedule="sigmoid")), "sigmoid",
+    ),
+    "another prediction": (
+        lambda p: save_parts(
+            p, unet=unet(),
+            scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        ),
+        "flow_prediction",
+    ),
+    "another network": (lambda p: save_parts(p, unet=diffusers.UNet1DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock1DNoSkip",), up_block_types=("UpBlock1DNoSkip",),
+    ), scheduler=ddim()), "UNet1DModel"),
+    "another autoencoder": (
+        lambda p: save_parts(
+            p, unet=unet(), scheduler=ddim(), vae=diffusers.VQModel(block_out_channels=(4,), norm_num_groups=4)
+        ),
+        "VQModel",
+    ),
+    "a folder of nothing": (lambda p: p.mkdir(exist_ok=True), "unet or transformer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_we_cannot_teach_from_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    make, named = REFUSED[what]
+    make(tmp_path)
+    for kind in (Teacher, Generator):
+        with pytest.raises(BadInput, match=named):
+            kind.from_pretrained(tmp_path)
+
+
+def test_an_unknown_pipeline_is_refused_by_its_class(tmp_path: Path) -> None:
+    diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(BadInput, match=r"StableDiffusionPipeline.*DDPMPipeline.*DiTPipeline"):
+        Teacher.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_damaged_part_is_named(part: str, tmp_path: Path) -> None:
+    dit_pipeline(ddim()).save_pretrained(tmp_path)
+    path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BadInput, match=part):
+        Teacher.from_pretrained(tmp_path)
+
+
+def test_missing_folders_and_files_are_no_teachers(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for given in (tmp_path / "nowhere", tmp_path / "file", str(tmp_path / "nowhere"), "nowhere", "./no/where", "a/b/c"):
+        with pytest.raises(BadInput, match=r"model: got .*(nowhere|file|no/where|a/b/c)"):
+            Teacher.from_pretrained(given)
+
+
+def test_a_misspelt_folder_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"weights/misspelt.*owner/name$"):
+        Teacher.from_pretrained("weights/misspelt")
+
+
+def test_a_hub_id_opens_from_the_local_cache_and_is_refused_when_out_of_reach(tmp_path: Path) -> None:
+    """The hub client's own cache layout, offline, in a process of its own: it reads its settings once."""
+    cached = tmp_path / "hub" / "models--owner--teacher"
+    diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    script = (
+        "from distillers.errors import BadInput\n"
+        "from distillers.teacher import Teacher\n"
+        "print(Teacher.from_pretrained('owner/teacher').info.task)\n"
+        "try:\n"
+        "    Teacher.from_pretrained('owner/unknown')\n"
+        "except BadInput as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    task, error = done.stdout.splitlines()
+    assert task == "image" and "owner/unknown" in error and "reachable hub id" in error
+
+
+def test_a_network_that_cannot_be_built_is_refused() -> None:
+    info = Info(name="x", task="image", method="m", role="teacher", data="d", sampler="ddim", size=(8, 8))
+    for network in ({"block_out_channels": [8]}, {"norm_num_groups": 5}, {"surprise": 1}):
+        with pytest.raises(BadInput, match="network"):
+            Teacher.random(info, network, {"name": "vp"}, "v", PixelUnshuffle())
