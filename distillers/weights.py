@@ -201,6 +201,8 @@ def _save_half(network: nn.Module, folder: Path) -> None:
     # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32.
     saved: Any = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16)
     saved.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors writes for the owner alone; a server may be another user
+        file.chmod(0o644)
     config = _json(folder / "config.json")
     config.pop("_name_or_path", None)  # where the teacher lay on this machine
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
