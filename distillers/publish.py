@@ -182,24 +182,26 @@ def _what(info: weights.Info) -> str:
 
 
 def _use(info: weights.Info, stock: bool) -> list[str]:
-    labels = ", class_labels=0" if info.task == "class-to-image" else ""
-    if info.codec == "vae":  # DiTPipeline guides by 4 unless told otherwise
-        labels = f", class_labels=[0], guidance_scale={info.guidance_scale}"
     if stock:
+        labels = ", class_labels=0" if info.task == "class-to-image" else ""
         return [
             "# plain diffusers, no line of ours",
             "from diffusers import DiffusionPipeline",
+            "",
             f'pipe = DiffusionPipeline.from_pretrained("{info.name}")',
-            f"pipe(num_inference_steps={info.default_steps}{labels}).images[0].save('sample.png')",
+            f'pipe(num_inference_steps={info.default_steps}{labels}).images[0].save("sample.png")',
         ]
-    condition = ", sar=sar" if info.task == "sar-to-optical" else ", labels=[0]" if labels else ""
-    note = "  # sar: (1, 1, H, W) in [-1, 1]" if info.task == "sar-to-optical" else ""
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
-    return [
+    lines = [
         f"# parts open with stock classes: UNet2DModel and the scheduler{patch}",
         "from distillers import Generator",
-        f'pixels = Generator.from_pretrained("{info.name}").sample([0]{condition}){note}',
     ]
+    if info.task == "sar-to-optical":
+        opened = f'Generator.from_pretrained("{info.name}")'
+        read = f'read_sar("{info.name}/examples/0.png")'
+        return [*lines, "from distillers.data import read_sar", "", f"pixels = {opened}.translate({read}, seed=0)"]
+    labels = ", labels=[0]" if info.task == "class-to-image" else ""
+    return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 
 
 def _limits(info: weights.Info) -> str:

@@ -318,6 +318,8 @@ def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
     betas = diffusers.DDIMScheduler.from_config(config).betas
     if float(betas[-1]) >= 1:  # zero terminal SNR: alpha(T-1) = 0 has no sigma/alpha; stop just above it
         betas = betas.clamp(max=1 - 1e-6)
-    kept: dict[str, Any] = {k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config}
+    kept: dict[str, Any] = {
+        k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config
+    }
     plain = len(kept) == 4 and not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None
     return VariancePreserving(betas, kept if plain else None)

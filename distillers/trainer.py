@@ -197,6 +197,8 @@ class _Run:
         self.teacher, self.description = teacher, json.loads(json.dumps(description))  # as a checkpoint gives it back
         self.out, self.checkpoints = out, out / "checkpoints"
         self.nets = distiller.networks(teacher).to(accelerator.device)
+        teacher.codec.to(accelerator.device)
+        distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
         players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
         for name in settings.learning_rates or {}:
             if name not in players:
