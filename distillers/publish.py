@@ -184,6 +184,8 @@ def _what(info: weights.Info) -> str:
 def _use(info: weights.Info, stock: bool) -> list[str]:
     if stock:
         labels = ", class_labels=0" if info.task == "class-to-image" else ""
+        if info.codec == "vae":  # DiTPipeline wants a list, and guides by 4 unless told otherwise
+            labels = f", class_labels=[0], guidance_scale={info.guidance_scale}"
         return [
             "# plain diffusers, no line of ours",
             "from diffusers import DiffusionPipeline",

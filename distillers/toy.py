@@ -1,9 +1,9 @@
 """Exact teachers: Gaussian mixtures in the plane, whose score and probability-flow map are known.
 
 A network teacher is itself wrong, so a student that disagrees with it proves nothing. Here E[x0 | x_t] is a formula,
-the probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number (METHODS
-1.10). Any Distiller trains on `exact_teacher(ring())` with data `Points(ring())`, as it does on pictures; points have
-shape (B, 2).
+the probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number.
+Any Distiller trains on `exact_teacher(ring())` with data `Points(ring())`, as it does on pictures; points have shape
+(B, 2).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class GaussianMixture(nn.Module):
 
 
 def gaussian_flow_map(gaussian: GaussianMixture, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The flow map of a single Gaussian in closed form: x_s = a_s m + (sd_s / sd_t) (x_t - a_t m), sd^2 = a^2 std^2 + s^2."""
+    """One Gaussian's flow map in closed form: x_s = a_s m + (d_s / d_t)(x_t - a_t m), d^2 = a^2 std^2 + sigma^2."""
     if len(gaussian.means) != 1:
         raise BadInput("components", len(gaussian.means), "1")
     (a_t, s_t), (a_s, s_s) = gaussian._scales(x_t, t), gaussian._scales(x_t, s)
@@ -133,7 +134,7 @@ def ring() -> GaussianMixture:
 
 
 def asymmetric(seed: int) -> GaussianMixture:
-    """Five modes without symmetry: directions, distances, widths (up to 1:3) and weights (up to 1:4) drawn from the seed.
+    """Five modes without symmetry: directions, distances, widths (to 1:3) and weights (to 1:4) drawn from the seed.
 
     Centred, and scaled to unit variance on average over the two dimensions.
     """
@@ -155,18 +156,21 @@ class StudentNetwork(nn.Module):
     modes apart.
     """
 
+    frequencies: Tensor
+
     def __init__(self, dimensions: int = 2, width: int = 128, frequencies: int = 6) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(frequencies))
-        sizes = [dimensions + 2 * frequencies, width, width, width]
-        hidden = [layer for i in range(3) for layer in (nn.Linear(sizes[i], sizes[i + 1]), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, dimensions))
-        for layer in self.layers[::2]:
+        sizes = (dimensions + 2 * frequencies, width, width, width, dimensions)
+        linear = [nn.Linear(*pair) for pair in pairwise(sizes)]
+        for layer in linear:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        self.layers = nn.Sequential(*(part for layer in linear for part in (layer, nn.SiLU())))[:-1]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         phase = time[:, None] * self.frequencies
-        return self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))  # type: ignore[no-any-return]
+        out: Tensor = self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
+        return out
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,13 @@ def exact_teacher(mixture: GaussianMixture, seed: int = 0, prediction: Predictio
         torch.manual_seed(seed)
         network = StudentNetwork(mixture.means.shape[1])
     info = Info(
-        name="mixture", task="image", method="exact", role="teacher", data="points", sampler="ddim", size=(1, 1),
-        default_steps=50
+        name="mixture",
+        task="image",
+        method="exact",
+        role="teacher",
+        data="points",
+        sampler="ddim",
+        size=(1, 1),
+        default_steps=50,
     )
     return ExactTeacher(Denoiser(network, mixture.schedule, prediction), PixelUnshuffle(1), info, mixture=mixture)

@@ -14,12 +14,13 @@ from draw_with_diffusers import COUNT, ramp
 from safetensors import safe_open
 
 from distillers import weights
+from distillers.data import read_sar
 from distillers.generator import Generator
 from distillers.recipe import Recipe
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info
 
-ROOT = Path(__file__).parents[1] / "weights"
+ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weights"))
 FOLDERS = weights.find(ROOT)
 FOLDER_MEGABYTES, ALL_MEGABYTES = 25, 60  # they travel with the repository
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
@@ -149,11 +150,10 @@ def test_no_path_of_the_training_machine_is_published(folder: Path) -> None:
 
 
 def test_a_translator_ships_sar_to_try(folder: Path) -> None:
-    if Info.read(folder).task != "sar-to-optical":
-        pytest.skip(f"{folder.name} is no translator")
-    from distillers.data import read_sar
-
     examples = sorted((folder / "examples").glob("*.png"))
+    if Info.read(folder).task != "sar-to-optical":
+        assert not examples
+        return
     assert len(examples) >= 4
-    picture = Generator.from_pretrained(folder).translate(read_sar(examples[0]))
-    assert picture.shape[-2:] == read_sar(examples[0]).shape[-2:]
+    sar = read_sar(examples[0])
+    assert Generator.from_pretrained(folder).translate(sar).shape == (1, 3, *sar.shape[-2:])

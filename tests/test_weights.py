@@ -171,7 +171,9 @@ def test_the_lines_on_the_card_run(name: str, saved: Path, tmp_path: Path, monke
     write_card(tmp_path / name)
     block = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    known: dict[str, Any] = {"sar": ramp(1, 16, 16)[:1]}
+    (tmp_path / name / "examples").mkdir()  # as `publish` makes them for translators
+    Image.fromarray(np.full((16, 16), 80, np.uint8)).save(tmp_path / name / "examples" / "0.png")
+    known: dict[str, Any] = {}
     exec(block, known)
     drawn = known["pixels"] if "pixels" in known else np.asarray(Image.open("sample.png"))
     assert drawn.shape in ((1, 3, 16, 16), (16, 16, 3)) and drawn.std() > 0
@@ -472,7 +474,8 @@ def test_stopped_anywhere_the_folder_is_the_old_one_or_the_new_one_or_refused(
             outcomes.append("old")
         except BadInput:
             outcomes.append("refused")
-    assert contents(folder) == contents(new)  # and what was left behind is no obstacle
+    generator.save_pretrained(folder)  # and what was left behind is no obstacle
+    assert contents(folder) == contents(new)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert "old" in outcomes and ("refused" in outcomes) == (old != "none")
 

@@ -1,0 +1,216 @@
+"""`x0 = denoiser(x_t, t, cond)`, whatever the network predicts, how it is told the time, where the condition goes."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from torch import Tensor, nn
+
+from distillers.denoiser import Denoiser, Guided
+from distillers.errors import BadInput
+from distillers.schedule import (
+    EDM,
+    PREDICTIONS,
+    NoiseSchedule,
+    Prediction,
+    RectifiedFlow,
+    Trigonometric,
+    VariancePreserving,
+)
+
+SCHEDULES = [EDM(), VariancePreserving.from_betas(), RectifiedFlow(), Trigonometric()]
+VP = SCHEDULES[1]
+LABELS = 3  # the null label of guidance is the next one
+
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+
+
+class Recorder(nn.Module):
+    """A plain network that keeps what it was called with and answers what it was told to."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.answer, self.calls = answer, list[tuple[Tensor, Tensor, dict[str, Any]]]()
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        self.calls.append((x, time, cond))
+        return self.answer
+
+
+def unet(**options: Any) -> UNet2DModel:
+    torch.manual_seed(0)
+    small: dict[str, Any] = dict(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    return UNet2DModel(**{**small, **options}).eval()
+
+
+@pytest.fixture(scope="module")
+def conditional() -> Denoiser:
+    return Denoiser(unet(num_class_embeds=LABELS + 1), VP, "eps")
+
+
+@pytest.fixture
+def noisy() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x_t, t and labels of four pictures."""
+    x_t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x_t, torch.tensor([0.0, 250.0, 600.5, 999.0]), {"label": torch.tensor([0, 1, 2, 0])}
+
+
+# --- predictions, time, scale ----------------------------------------------------------------------------------------
+@each_schedule
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_network_that_is_right_gives_the_clean_data(schedule: NoiseSchedule, prediction: Prediction) -> None:
+    x0, eps = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    t = schedule.grid(8)[1:-1]  # at the ends float32 itself loses digits
+    x_t = schedule.add_noise(x0, eps, t)
+    denoiser = Denoiser(Recorder(schedule.output_from(prediction, x0, x_t, t)), schedule, prediction)
+    torch.testing.assert_close(denoiser(x_t, t), x0, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t", "told"),
+    [
+        (VP, 617.0, 617.0),
+        (EDM(), 2.0, 250 * math.log(2.0)),
+        (RectifiedFlow(), 0.25, 250.0),
+        (Trigonometric(), 0.5, 0.5),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_network_is_told_the_time_in_its_own_unit_once_per_sample(
+    schedule: NoiseSchedule, t: float, told: float
+) -> None:
+    network = Recorder(torch.zeros(2, 3))
+    Denoiser(network, schedule, "x0")(torch.randn(2, 3), torch.tensor(t, dtype=torch.float64))
+    ((_, time, cond),) = network.calls
+    torch.testing.assert_close(time, torch.tensor([told, told]))
+    assert cond == {}
+
+
+def test_only_a_variance_exploding_input_is_scaled_to_unit_variance() -> None:
+    for schedule in SCHEDULES:
+        t = schedule.grid(5)
+        x_t = schedule.add_noise(0.5 * torch.randn(5, 20_000), torch.randn(5, 20_000), t)
+        network = Recorder(torch.zeros_like(x_t))
+        Denoiser(network, schedule, "x0", sigma_data=0.5)(x_t, t)
+        if isinstance(schedule, EDM):
+            torch.testing.assert_close(network.calls[0][0].std(1), torch.ones(5), atol=0.02, rtol=0)
+        else:
+            assert torch.equal(network.calls[0][0], x_t)
+
+
+def test_an_unknown_prediction_is_refused_when_the_denoiser_is_made() -> None:
+    with pytest.raises(BadInput, match="prediction: got 'noise'"):
+        Denoiser(nn.Identity(), VP, "noise")  # type: ignore[arg-type]
+
+
+# --- diffusers' networks and conditions ------------------------------------------------------------------------------
+def test_labels_and_times_reach_a_unet(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    with torch.no_grad():
+        expected = conditional.network(x_t, t, class_labels=cond["label"]).sample
+        assert torch.equal(conditional.output(x_t, t, cond), expected)
+        assert not torch.equal(conditional.output(x_t, t, {"label": cond["label"].flip(0)}), expected)
+
+
+def test_sar_is_concatenated_without_noise(noisy: Any) -> None:
+    x_t, t, _ = noisy
+    denoiser, sar = Denoiser(unet(in_channels=5), VP, "v"), torch.rand(4, 2, 8, 8)
+    with torch.no_grad():
+        expected = denoiser.network(torch.cat([x_t, sar], 1), t).sample
+        assert torch.equal(denoiser.output(x_t, t, {"sar": sar}), expected)
+    assert expected.shape == x_t.shape
+
+
+def test_a_dit_is_told_whole_steps_and_its_learned_variance_is_left_out(noisy: Any) -> None:
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        out_channels=6,
+        num_layers=1,
+        sample_size=8,
+        patch_size=4,
+        num_embeds_ada_norm=LABELS,
+    ).eval()
+    x_t, t, cond = noisy
+    with torch.no_grad():
+        both = network(x_t, timestep=t.long(), class_labels=cond["label"]).sample
+        assert both.shape[1] == 6
+        assert torch.equal(Denoiser(network, VP, "eps").output(x_t, t, cond), both[:, :3])
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+def test_guidance_one_is_the_conditional_teacher_bit_for_bit(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    with torch.no_grad():
+        assert torch.equal(Guided(conditional, 1.0, null_label=LABELS)(x_t, t, cond), conditional(x_t, t, cond))
+
+
+def test_guidance_zero_is_the_unconditional_teacher(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    null = {"label": torch.full_like(cond["label"], LABELS)}
+    with torch.no_grad():
+        guided, uncond = Guided(conditional, 0.0, null_label=LABELS)(x_t, t, cond), conditional(x_t, t, null)
+        torch.testing.assert_close(guided, uncond, atol=1e-4, rtol=1e-5)
+        assert bool((uncond - conditional(x_t, t, cond)).abs().max() > 0.01)
+
+
+@pytest.mark.parametrize(
+    "t", [torch.tensor(600.0), torch.tensor([600.0, 20.0, 400.0, 900.0])], ids=["one time", "times"]
+)
+def test_lcm_counts_guidance_from_zero_and_it_acts_alike_on_noise(conditional: Denoiser, noisy: Any, t: Tensor) -> None:
+    """LCM: cond + w (cond - uncond). Our scale is w + 1, and guiding eps instead of x0 gives the same x0."""
+    x_t, _, cond = noisy
+    null, w = {"label": torch.full_like(cond["label"], LABELS)}, 2.5
+    with torch.no_grad():
+        with_label, without = conditional.output(x_t, t, cond), conditional.output(x_t, t, null)
+        lcm = VP.x0_from("eps", with_label + w * (with_label - without), x_t, t)
+        torch.testing.assert_close(
+            Guided(conditional, w + 1, null_label=LABELS)(x_t, t, cond), lcm, atol=1e-2, rtol=1e-4
+        )
+
+
+def test_guidance_without_a_label_is_no_guidance(noisy: Any) -> None:
+    x_t, t, _ = noisy
+    plain = Denoiser(unet(), VP, "eps")
+    with torch.no_grad():
+        assert torch.equal(Guided(plain, 4.0, null_label=0)(x_t, t, None), plain(x_t, t))
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+def test_features_are_the_named_activations_in_the_order_asked(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    seen: list[Tensor] = []
+    handle = conditional.network.mid_block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        middle, first = conditional.features(x_t, t, cond, layers=["mid_block", "down_blocks.0"])
+    handle.remove()
+    assert torch.equal(middle, seen[0]) and middle.shape == (4, 16, 4, 4)
+    assert first.shape == (4, 8, 4, 4), "a block that also returns its skips gives its first output"
+
+
+def test_features_leave_no_hooks_and_carry_gradients(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    x_t = x_t.clone().requires_grad_()
+    (middle,) = conditional.features(x_t, t, cond)
+    middle.square().sum().backward()
+    assert x_t.grad is not None and bool(x_t.grad.abs().sum() > 0)
+    assert not any(module._forward_hooks for module in conditional.network.modules())
+
+
+def test_features_refuse_a_layer_that_is_not_there(conditional: Denoiser, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    with pytest.raises(BadInput, match=r"layers: got \['middle'\]; .*mid_block"):
+        conditional.features(x_t, t, cond, layers=["mid_block", "middle"])
