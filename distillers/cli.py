@@ -52,6 +52,8 @@ def distill(
     Examples: `fewstep distill eurosat-consistency`,
     `fewstep distill weights/eurosat-consistency/recipe.toml train.seed=1 --out weights/second`.
     """
+    from accelerate import PartialState
+
     from distillers.publish import publish
     from distillers.recipe import Recipe
     from distillers.trainer import train
@@ -60,10 +62,19 @@ def distill(
     folder = out or Path("weights") / plan.name
     data = plan.open_data()
     teacher = plan.open_teacher(data)
-    chosen = "cpu" if device == "cpu" else None
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput("device", device, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     generator = train(
-        plan.distiller(), teacher, data, plan.settings(), folder / "training", description=plan.table(), device=chosen
+        plan.distiller(),
+        teacher,
+        data,
+        plan.settings(),
+        folder / "training",
+        description=plan.table(),
+        device="cpu" if _device(device) == "cpu" else None,
     )
+    if not PartialState().is_main_process:
+        return
     publish(generator, plan, data, folder)
     typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
 

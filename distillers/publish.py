@@ -199,9 +199,13 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
         "from distillers import Generator",
     ]
     if info.task == "sar-to-optical":
-        opened = f'Generator.from_pretrained("{info.name}")'
-        read = f'read_sar("{info.name}/examples/0.png")'
-        return [*lines, "from distillers.data import read_sar", "", f"pixels = {opened}.translate({read}, seed=0)"]
+        return [
+            *lines,
+            "from distillers.data import read_sar",
+            "",
+            f'sar = read_sar("{info.name}/examples/0.png")',
+            f'pixels = Generator.from_pretrained("{info.name}").translate(sar, seed=0)',
+        ]
     labels = ", labels=[0]" if info.task == "class-to-image" else ""
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 

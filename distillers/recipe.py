@@ -47,6 +47,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.patch < 1:
             raise BadInput("model.patch", self.patch, "1 or more")
+        if self.schedule.get("name", "vp") != "vp":
+            raise BadInput("model.schedule.name", self.schedule["name"], "vp, which diffusers' schedulers can sample")
 
 
 @dataclass(frozen=True, kw_only=True)

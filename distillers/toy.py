@@ -142,7 +142,7 @@ def asymmetric(seed: int) -> GaussianMixture:
     angle_u, radius_u, std_u, weight_u = torch.rand(4, 5, generator=rng, dtype=torch.float64)
     angle = (torch.arange(5) + 0.4 * angle_u) * (2 * math.pi / 5)
     means = (0.8 + radius_u)[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
-    stds, weights = 0.08 + 0.16 * std_u, 1 + 3 * weight_u
+    stds, weights = 0.12 + 0.2 * std_u, 1 + 3 * weight_u
     share = (weights / weights.sum())[:, None]
     means = means - (share * means).sum(0)
     scale = (share * (means.square() + stds[:, None] ** 2)).sum(0).mean().sqrt()

@@ -138,7 +138,7 @@ def test_samples_are_pixels() -> None:
 # --- times
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 16, 50, 999, 1000])
 def test_a_teachers_times_are_diffusers_trailing_ones(steps: int) -> None:
     from diffusers import DDIMScheduler
 

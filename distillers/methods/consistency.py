@@ -44,20 +44,26 @@ class Consistency(Distiller):
     solver: Literal["heun", "ddim"] = "heun"  # the teacher's step: two network calls or one
     points: int = 40  # N, times on the grid (source = teacher)
     target_decay: float = 0.95  # mu of the target network; 0 = the student itself
-    distance: Literal["pseudo-huber", "l2"] = "pseudo-huber"
+    distance: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # d
     guidance_scale: float = 1.0  # of the teacher; 1 = none
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts the generator is published with
     # easy consistency tuning (source = data)
     ratio_base: float = 2.0  # q: r/t approaches 1 - 1/q^(k+1)
     stages: int = 8  # times that the gap halves over the training
     log_mean: float = -1.1  # of ln(sigma/alpha) at t
-    log_std: float = 2.0
+    log_std: float = 2.0  # of the same
 
     def __post_init__(self) -> None:
         if self.points < 2:
             raise BadInput("consistency.points", self.points, "2 or more")
         if not 0 <= self.target_decay < 1:
             raise BadInput("consistency.target_decay", self.target_decay, "0 up to, not including, 1")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise BadInput("consistency.steps", self.steps, "different step counts of 1 or more, at least one")
+        if self.ratio_base <= 1 or self.stages < 1 or self.log_std <= 0 or self.guidance_scale < 0:
+            given = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
+            allowed = "above 1; 1 or more; above 0; 0 or more"
+            raise BadInput("consistency.ratio_base, stages, log_std, guidance_scale", given, allowed)
 
     def networks(self, teacher: Teacher) -> Networks:
         nets: dict[str, nn.Module] = {"student": trainable_copy(teacher.denoiser)}
@@ -123,6 +129,7 @@ class Consistency(Distiller):
             sampler="consistency",
             step_times={k: sampling_times(schedule, k) for k in self.steps},
             default_steps=min(self.steps),
+            guidance_scale=1.0,  # the teacher's is in the student's weights
         )
         return Generator(nets["student"], teacher.codec, info)
 
