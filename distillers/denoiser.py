@@ -90,9 +90,10 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
         x = torch.cat([x, cond["sar"].to(x)], dim=1)
     if not hasattr(network, "config"):
         return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))
+    x = x.to(next(network.parameters()).dtype)  # a network opened in half precision
     labels = {"class_labels": cond["label"]} if "label" in cond else {}
     if type(network).__name__ == "DiTTransformer2DModel":
-        sample: Tensor = network(x, timestep=time.long(), **labels).sample
+        sample: Tensor = network(x, timestep=time, **labels).sample
     else:
         sample = network(x, time, **labels).sample
     # DiT and improved-DDPM networks also output a learned variance in further channels; the mean comes first.

@@ -144,7 +144,10 @@ class Recipe:
                 sha256={},
             )
             if info.task == "class-to-image" and list(data.labels) != info.labels:
-                raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
+                numbered = info.labels == [str(i) for i in range(len(data.labels))]  # a pipeline that has no names
+                if not numbered:
+                    raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
+                info = replace(info, labels=list(data.labels))
             return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
         model = self.model_settings()
         if model.task == "class-to-image" and not data.labels:

@@ -33,7 +33,7 @@ from distillers.trainer import TrainSettings, _Run
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {"ring": ring, "asymmetric": lambda: asymmetric(0)}
 METHODS: dict[str, Distiller] = {"consistency": Consistency(points=20, steps=(1, 2, 4))}
 SETTINGS = TrainSettings(
-    iterations=5000, batch=256, learning_rate=3e-3, warmup=100, decay="cosine", clip=10.0, ema=0.99, tracker="none"
+    iterations=4000, batch=256, learning_rate=2e-2, warmup=100, decay="cosine", clip=10.0, ema=0.99, tracker="none"
 )
 
 

@@ -319,7 +319,7 @@ def test_what_leaves_is_the_average_of_the_student_and_never_the_target() -> Non
 
 
 # --- trainings against thresholds ------------------------------------------------------------------------------------
-SHORT = SETTINGS
+
 RMSE, AGREEMENT = 0.10, 0.97  # margins over the worst seed: docs/results/exact/consistency.json
 
 
@@ -340,7 +340,7 @@ def test_a_student_without_the_boundary_fails(monkeypatch: pytest.MonkeyPatch) -
     """A free x0 head, c_skip = 0: nothing ties f to the data, and any constant function is consistent."""
     monkeypatch.setattr(consistency, "consistency_function", lambda denoiser, x_t, t, cond=None: denoiser(x_t, t, cond))
     teacher = exact_teacher(ring(), prediction="x0")
-    verdict = judge(train_on(teacher, ring(), METHODS["consistency"], SHORT).generator(), "ring")
+    verdict = judge(train_on(teacher, ring(), METHODS["consistency"], SETTINGS).generator(), "ring")
     assert verdict.rmse > 5 * RMSE, verdict
 
 
@@ -349,7 +349,7 @@ def test_a_target_network_that_hardly_follows_fails() -> None:
     """mu = 0.999: the students learns from where it was a thousand iterations ago; neither network may pass."""
     method = Consistency(points=20, target_decay=0.999)
     teacher = exact_teacher(ring())
-    run = train_on(teacher, ring(), method, SHORT)
+    run = train_on(teacher, ring(), method, SETTINGS)
     for leaving in (run.generator(), Generator(run.nets["target"], teacher.codec, run.generator().info)):
         verdict = judge(leaving, "ring")
         assert verdict.rmse > 5 * RMSE, verdict

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,16 @@ def test_samples_are_pixels() -> None:
         pictures = generator.sample([1, 2], **condition(generator, 2))
         assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.float32
         assert -1 <= pictures.min() < pictures.max() <= 1 and not pictures.requires_grad
+
+
+def test_half_precision_draws_nearly_the_same_pictures(tmp_path: Path) -> None:
+    untrained(sampler="consistency").save_pretrained(tmp_path / "tiny")
+    whole, half = (
+        Generator.from_pretrained(tmp_path / "tiny", dtype=dtype).sample([1, 2])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.float32 and not torch.equal(whole, half), "bfloat16 was used"
+    assert (whole - half).abs().mean() < 0.05
 
 
 # --- times

@@ -71,7 +71,7 @@ def read_image(path: Path) -> Image.Image:
 
 def to_tensor(pixels: Pixels) -> Tensor:
     """uint8 (B,H,W,C) to float32 (B,C,H,W) in [-1,1]."""
-    channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    channels_first = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     return channels_first.float().div_(127.5).sub_(1.0)
 
 
