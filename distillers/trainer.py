@@ -353,8 +353,7 @@ class _Run:
         (temporary / "about.json").write_text(json.dumps({"iteration": done, "description": self.description}))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in {*self.checkpoints.glob("[0-9]*"), *self.checkpoints.glob(".[0-9]*")} - {*self._all()[-2:]}:
-            shutil.rmtree(old)  # older ones, and what a killed process left half written or half deleted
+        self._prune()
 
     def resume(self) -> int:
         """Load the newest checkpoint; the iteration to go on with, 0 if there is none."""
@@ -372,7 +371,14 @@ class _Run:
             self.averages[name].load_state_dict(values)
         for name, values in state["optimizers"].items():
             self.optimizers[name].load_state_dict(values)
+        if self.accelerator.is_main_process:
+            self._prune()
         return int(about["iteration"])
+
+    def _prune(self) -> None:
+        """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
+        for old in {*self.checkpoints.glob("[0-9]*"), *self.checkpoints.glob(".[0-9]*")} - {*self._all()[-2:]}:
+            shutil.rmtree(old)
 
     def _all(self) -> list[Path]:
         return sorted(p for p in self.checkpoints.glob("[0-9]*") if (p / "about.json").is_file())
