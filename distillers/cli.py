@@ -227,7 +227,7 @@ def run(
         distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder, device="auto")
         evaluate(
             folder,
-            n=512,
+            n=256,
             steps="1,4",
             teacher=None,
             teacher_steps="50",
