@@ -132,7 +132,7 @@ def test_sar_is_concatenated_without_noise(noisy: Any) -> None:
     assert expected.shape == x_t.shape
 
 
-def test_a_dit_is_told_whole_steps_and_its_learned_variance_is_left_out(noisy: Any) -> None:
+def test_a_dit_is_told_the_exact_time_and_its_learned_variance_is_left_out(noisy: Any) -> None:
     torch.manual_seed(0)
     network = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -146,7 +146,7 @@ def test_a_dit_is_told_whole_steps_and_its_learned_variance_is_left_out(noisy: A
     ).eval()
     x_t, t, cond = noisy
     with torch.no_grad():
-        both = network(x_t, timestep=t.long(), class_labels=cond["label"]).sample
+        both = network(x_t, timestep=t, class_labels=cond["label"]).sample
         assert both.shape[1] == 6
         assert torch.equal(Denoiser(network, VP, "eps").output(x_t, t, cond), both[:, :3])
 

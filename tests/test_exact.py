@@ -341,15 +341,15 @@ def test_a_student_without_the_boundary_fails(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(consistency, "consistency_function", lambda denoiser, x_t, t, cond=None: denoiser(x_t, t, cond))
     teacher = exact_teacher(ring(), prediction="x0")
     verdict = judge(train_on(teacher, ring(), METHODS["consistency"], SETTINGS).generator(), "ring")
-    assert verdict.rmse > 5 * RMSE, verdict
+    assert verdict.rmse > 3 * RMSE, verdict
 
 
 @pytest.mark.slow
 def test_a_target_network_that_hardly_follows_fails() -> None:
-    """mu = 0.999: the students learns from where it was a thousand iterations ago; neither network may pass."""
+    """mu = 0.999: the student learns from where it was a thousand iterations ago; neither network may pass."""
     method = Consistency(points=20, target_decay=0.999)
     teacher = exact_teacher(ring())
     run = train_on(teacher, ring(), method, SETTINGS)
     for leaving in (run.generator(), Generator(run.nets["target"], teacher.codec, run.generator().info)):
         verdict = judge(leaving, "ring")
-        assert verdict.rmse > 5 * RMSE, verdict
+        assert verdict.rmse > 3 * RMSE, verdict
