@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageDa
     """The test and train split of what a folder was trained on, by its recipe; `path`: where the data stand now."""
     if not (folder / "recipe.toml").is_file():
         raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
-    options = dict(Recipe.load(folder / "recipe.toml").data)
+    return splits(Recipe.load(folder / "recipe.toml"), path)
+
+
+def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageData]:
+    """The test and the train split of a recipe's data."""
+    options = dict(recipe.data)
     if path is not None:
         options["path"] = str(path)
     kind = options.pop("kind", "images")
@@ -71,20 +77,30 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData, fo
 
     For translators the columns are held-out SAR tiles, which also go to examples/*.png, ready to send.
     """
-    info = generator.info
+    models = [model for model in (teacher, generator) if model is not None]
+    draw_rows({_row(model, k): (model, k) for model in models for k in _shown(model)}, data, folder / "grid.png")
+    if generator.info.task == "sar-to-optical":
+        for i, sar in enumerate(data.items(_columns(data))["sar"]):
+            grid_png(sar[None], columns=1, path=folder / "examples" / f"{i}.png", gap=0)
+
+
+def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData, path: Path) -> None:
+    """A PNG with a labelled row for each (model, steps), on the same noises and conditions; SAR above, truth below."""
+    info = list(models.values())[-1][0].info
     condition: dict[str, Any] = {}
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
     if info.task == "sar-to-optical":
-        batch = data.items([i * len(data) // COLUMNS for i in range(COLUMNS)])
+        batch = data.items(_columns(data))
         condition, above, below = {"sar": batch["sar"]}, {"SAR": batch["sar"]}, {"optical, the truth": batch["image"]}
-        for i, sar in enumerate(batch["sar"]):
-            grid_png(sar[None], columns=1, path=folder / "examples" / f"{i}.png", gap=0)
     elif info.task == "class-to-image":
         condition = {"labels": [i * len(info.labels) // COLUMNS for i in range(COLUMNS)]}
-    counts = [(model, k) for model in (teacher, generator) if model is not None for k in _shown(model)]
-    made = {_row(m, k): m.sample(range(COLUMNS), steps=k, **condition) for m, k in counts}
-    side_by_side({**above, **made, **below}, folder / "grid.png", zoom=max(1, 96 // info.size[0]))
+    made = {row: model.sample(range(COLUMNS), steps=k, **condition) for row, (model, k) in models.items()}
+    side_by_side({**above, **made, **below}, path, zoom=max(1, 96 // info.size[0]))
+
+
+def _columns(data: ImageData) -> list[int]:
+    return [i * len(data) // COLUMNS for i in range(COLUMNS)]
 
 
 def _row(generator: Generator, steps: int) -> str:
@@ -144,6 +160,7 @@ def write_card(folder: Path) -> None:
         "```python",
         *_use(info, (folder / "model_index.json").is_file()),
         "```",
+        *_use_adapter(info, "transformer" if (folder / "transformer").is_dir() else "unet"),
         "",
         "## Measured",
         "",
@@ -208,6 +225,28 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
         ]
     labels = ", labels=[0]" if info.task == "class-to-image" else ""
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
+
+
+def _use_adapter(info: weights.Info, part: str) -> list[str]:
+    """How stock diffusers puts the adapter onto the teacher's network. Its pipelines for these networks cannot."""
+    if not info.lora or not info.lora.base:
+        return []
+    kind = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}[part]
+    return [
+        "",
+        f"The weights above are `{info.lora.base}` with a LoRA of rank {info.lora.rank} added. "
+        "The LoRA alone, onto the teacher's network, with plain diffusers and `peft`:",
+        "",
+        "```python",
+        f"from diffusers import {kind}",
+        "from diffusers.loaders import PeftAdapterMixin",
+        "",
+        f"class Network({kind}, PeftAdapterMixin): ...",
+        "",
+        f'network = Network.from_pretrained("{info.lora.base}", subfolder="{part}")',
+        f'network.load_lora_adapter("{info.name}", weight_name="{weights.ADAPTER}", prefix="{part}")',
+        "```",
+    ]
 
 
 def _limits(info: weights.Info) -> str:

@@ -2,7 +2,8 @@
 
 A folder is a diffusers pipeline (safetensors only) plus `fewstep.json`, which says what the pipeline cannot: the task,
 the published step counts and their times, the labels' names, how the picture is laid out, and a sha256 of each part. A
-folder without `fewstep.json` is any diffusers pipeline and opens as a teacher.
+folder without `fewstep.json` is any diffusers pipeline and opens as a teacher. A student that is an adapter is saved
+twice: added to its teacher's weights, which is what opens and is served, and alone, for those who have the teacher.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distillers.adapter import fused, has_lora, lora_rank, lora_state
 from distillers.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.denoiser import Denoiser, Guided
 from distillers.errors import BadInput
@@ -32,6 +34,7 @@ from distillers.schedule import (
 )
 
 MANIFEST = "fewstep.json"
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
 TASKS = ("image", "class-to-image", "sar-to-optical")
 SAMPLERS = ("consistency", "ddim")
 ROLES = ("teacher", "student")
@@ -40,6 +43,14 @@ NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")  # the
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 PARTS = ("unet", "transformer", "vae", "scheduler")  # the network first: see `staged`
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter of a folder. Its alpha is its rank, whatever it was trained with: see `lora_state`."""
+
+    rank: int
+    base: str | None  # name of the teacher whose network it changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,7 @@ class Info:
     guidance_scale: float = 1.0
     teacher: str | None = None
     sar: dict[str, Any] | None = None  # channels and value range of the SAR input
+    lora: Lora | None = None  # set by `write` if the folder holds an adapter
     sha256: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -99,6 +111,8 @@ class Info:
             raise BadInput(f"{path}: default_steps", self.default_steps, f"one of {sorted(self.step_times)}")
         if self.patch < 1 or min(self.size) < 1 or not isinstance(self.sar_channels, int):
             raise BadInput(f"{path}: patch, size, sar", (self.patch, self.size, self.sar), "whole numbers above 0")
+        if self.lora and (self.lora.rank < 1 or ADAPTER not in self.sha256):
+            raise BadInput(f"{path}: lora", self.lora, f"a rank of 1 or more, and {ADAPTER} under sha256")
 
     @property
     def sar_channels(self) -> int:
@@ -106,7 +120,10 @@ class Info:
         return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        entries = asdict(self)
+        if not self.lora:  # unknown to folders and readers older than it
+            del entries["lora"]
+        (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -154,9 +171,17 @@ def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
 def write(
     folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, codec: ImageCodec, info: Info
 ) -> None:
-    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors."""
+    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
+
+    A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
+    """
     scheduler = _scheduler(schedule, prediction, info)
+    lora = None
     with staged(folder) as new:
+        if has_lora(network):
+            lora = Lora(rank=lora_rank(network), base=info.teacher)
+            _save_adapter(network, new / ADAPTER)
+            network = fused(network)
         part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
         _save_half(network, new / part)
         scheduler.save_pretrained(new / "scheduler")
@@ -166,7 +191,7 @@ def write(
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         digests = {str(p.relative_to(new)): _sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
-        replace(info, sha256=digests).write(new)
+        replace(info, sha256=digests, lora=lora).write(new)
 
 
 @contextmanager
@@ -183,7 +208,7 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield new
         folder.mkdir(exist_ok=True)
-        for name in (*PARTS, "model_index.json", "report.json"):  # the report measured the old weights
+        for name in (*PARTS, ADAPTER, "model_index.json", "report.json"):  # the report measured the old weights
             _remove(folder / name)
         for item in sorted(new.iterdir(), key=lambda item: item.name == MANIFEST):
             if item.is_dir():
@@ -208,9 +233,18 @@ def _save_half(network: nn.Module, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _save_adapter(network: nn.Module, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {key: value.to("cpu", torch.float16) for key, value in lora_state(network).items()}
+    save_file(state, file, {"format": "pt"})
+    file.chmod(0o644)
+
+
 def verify(folder: Path, info: Info) -> None:
     """Raise BadInput if a part listed in the manifest is missing or is not the file that was published."""
-    for path in sorted(p for part in PARTS for p in folder.glob(f"{part}/*.safetensors")):
+    parts = sorted(p for part in PARTS for p in folder.glob(f"{part}/*.safetensors"))
+    for path in (*parts, *folder.glob(ADAPTER)):
         if str(path.relative_to(folder)) not in info.sha256:
             raise BadInput(str(path), "a file that is not listed", "the files listed in fewstep.json")
     for name, digest in info.sha256.items():
@@ -240,7 +274,8 @@ def _local(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(path_or_hub_id), allow_patterns=["*.json", f"*{weights}.safetensors", f"*{weights}-*.safetensors"]
+                str(path_or_hub_id),
+                allow_patterns=["*.json", f"*{weights}.safetensors", f"*{weights}-*.safetensors", ADAPTER],
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
@@ -434,7 +469,9 @@ def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> A
     }
     if info.sampler == "consistency":
         return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
-    return diffusers.DDIMScheduler(**config, timestep_spacing="trailing", set_alpha_to_one=True)
+    # One step at t_min, as BOOT's students are called, is what "leading" makes of one step.
+    spacing = "leading" if info.step_times == {1: [schedule.t_min]} else "trailing"
+    return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
 
 
 LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)

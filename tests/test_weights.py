@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distillers import weights
+from distillers.adapter import add_lora
 from distillers.codec import PixelUnshuffle, Vae
 from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
@@ -76,6 +77,15 @@ def transformer(info: Info) -> Generator:
     return Generator(denoiser, Vae(vae), replace(info, codec="vae", patch=2)).eval()
 
 
+def with_adapter(generator: Generator) -> Generator:
+    """A LoRA student: the network and, on top, a change that is not zero."""
+    add_lora(generator.denoiser.network, 2)
+    for name, parameter in generator.denoiser.network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.03)
+    return generator
+
+
 def draw_with_diffusers(out: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(out), *map(str, folders)]
@@ -94,6 +104,7 @@ FOLDERS: dict[str, Callable[[], Generator]] = {
     "sar-student": lambda: untrained(describe("sar-to-optical", "consistency")),
     "patched-student": lambda: untrained(describe("class-to-image", "consistency", patch=2)),
     "transformer-teacher": lambda: transformer(describe("class-to-image")),
+    "adapter-student": lambda: with_adapter(untrained(describe("class-to-image", "consistency"))),
 }
 
 
@@ -409,10 +420,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_writing_over_an_older_folder_leaves_nothing_of_it(saved: Path, tmp_path: Path) -> None:
-    """DiT with VAE, then a patched U-Net without a pipeline, then a plain one; what is not published stays."""
+    """An adapter, a DiT with VAE, a patched U-Net without a pipeline, a plain one; what is not published stays."""
     folder = tmp_path / "x"
     (folder / "training").mkdir(parents=True)
     (folder / "training" / "log").write_text("kept")
+    shutil.copytree(saved / "adapter-student", folder, dirs_exist_ok=True)
     for name in ("transformer-teacher", "sar-student", "plain-teacher"):
         Generator.from_pretrained(saved / name).save_pretrained(folder)
         expected = contents(saved / name)
@@ -446,7 +458,7 @@ def stopper() -> Stopper:
     return Stopper()
 
 
-@pytest.mark.parametrize("old", ["none", "plain-student", "class-student", "transformer-teacher"])
+@pytest.mark.parametrize("old", ["none", "plain-student", "class-student", "transformer-teacher", "adapter-student"])
 def test_stopped_anywhere_the_folder_is_the_old_one_or_the_new_one_or_refused(
     old: str, saved: Path, tmp_path: Path, stopper: Stopper
 ) -> None:
