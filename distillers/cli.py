@@ -147,6 +147,9 @@ def evaluate(
     features: Annotated[
         str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE or a folder.")
     ] = None,
+    mean_of: Annotated[
+        int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
+    ] = 0,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where report.json goes; into the weights folder if left out.")
@@ -162,6 +165,7 @@ def evaluate(
     from distillers.evaluate import evaluate as measure
     from distillers.features import load_features
     from distillers.generator import Generator
+    from distillers.progress import drawing_bar
     from distillers.publish import held_out, write_card
 
     generator = Generator.from_pretrained(weights, _device(device))
@@ -174,21 +178,72 @@ def evaluate(
     space = load_features(
         features or ("shapes" if generator.info.data == "shapes" else "eurosat-landcover"), weights.parent
     )
-    with _bar() as progress:
-        bar = progress.add_task("drawing", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total, description=what)
-
+    with drawing_bar() as show:
         report = measure(
             generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
-            teacher_steps=teacher_counts, train=train, progress=show,
+            teacher_steps=teacher_counts, train=train, mean_of=mean_of, progress=show,
         )  # fmt: skip
     target = out or weights / "report.json"
     target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
     if out is None:
         write_card(weights)
     typer.echo(report.markdown())
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="A TOML file that names recipes of one teacher.", show_default=False)],
+    runs: Annotated[Path, typer.Option(help="Where the students are trained, one folder each.")] = Path("runs"),
+    jobs: Annotated[int, typer.Option(help="Trainings at a time; they share the cores.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """Train the students of a study alike, measure them together: STUDY.json, .md and .png beside the TOML file.
+
+    What is there already is not made again: stop it whenever you like, the same command goes on.
+
+    Example: `fewstep compare docs/results/eurosat.toml --jobs 2`.
+    """
+    from distillers.compare import compare as run_study
+
+    failed = run_study(study, runs=runs, device=_device(device), jobs=jobs, say=lambda line: typer.echo(line, err=True))
+    typer.echo(study.with_suffix(".md").read_text())
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def benchmark(
+    recipes: Annotated[list[str], typer.Argument(help="TOML files or names of shipped recipes.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for every recipe, e.g. train.batch=8; repeatable.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Iterations to time.")] = 10,
+    progress: Annotated[float, typer.Option(help="Where in the training, 0 to 1: curricula change the work.")] = 0.9,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json to write, with the table in a .md beside it.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Time one training iteration of each recipe against the network passes that it cannot avoid.
+
+    Example: `fewstep benchmark eurosat-consistency shapes-consistency --set train.batch=8 --out cost.json`.
+    """
+    import json
+    from dataclasses import asdict
+
+    from distillers.cost import measure, table
+    from distillers.recipe import Recipe
+
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
+    place = "cpu" if _device(device) == "cpu" else None
+    plans = [Recipe.load(recipe, overrides) for recipe in recipes]
+    costs = [measure(plan, iterations=iterations, progress=progress, device=place) for plan in plans]
+    typer.echo(table(costs))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")
+        out.with_suffix(".md").write_text(table(costs))
 
 
 @app.command()
@@ -233,6 +288,7 @@ def run(
             teacher_steps="50",
             path=None,
             features=None,
+            mean_of=0,
             seed=0,
             out=None,
             device="auto",
@@ -284,21 +340,6 @@ def _png(path: Path) -> Path:
     if path.suffix.lower() != ".png":
         raise BadInput("out", str(path), "a name that ends in .png")
     return path
-
-
-def _bar() -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
 
 
 @app.command()

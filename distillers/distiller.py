@@ -11,10 +11,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from distillers.weights import TASKS
 
 if TYPE_CHECKING:
     from distillers.generator import Generator
@@ -36,6 +38,8 @@ class Networks(nn.ModuleDict):
 @dataclass(frozen=True, kw_only=True)
 class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
+
+    tasks: ClassVar[tuple[str, ...]] = TASKS  # what it can be used for
 
     @abstractmethod
     def networks(self, teacher: Teacher) -> Networks:

@@ -16,11 +16,11 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from distillers.generator import Generator
 
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn
+R = TypeVar("R")
+Column = tuple[str, Callable[[R], Any], str]  # of a table: its head, the value of a row, how that is formatted
 PSNR_CAP = 100.0  # dB; identical pictures would be infinite, which JSON cannot say
 SSIM_WINDOW = 11  # pixels; smaller pictures have no SSIM
 
@@ -218,6 +220,12 @@ class Report:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "Report":
+        """The report that `to_dict` told; keys beside it are left out."""
+        own = {f.name: told[f.name] for f in fields(cls) if f.name in told}
+        return cls(**{**own, "rows": [Row(**row) for row in told["rows"]]})
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in self.rows]}
 
@@ -231,28 +239,39 @@ class Report:
         """The table with its conditions under it."""
         held = next((row.agreement["with"] for row in self.rows if row.agreement), "")
         paced = next((next(iter(row.speed_up)) for row in self.rows if row.speed_up), "")
-        heads: list[tuple[str, Callable[[Row], Any], str]] = [
-            ("", lambda r: r.name, ""), ("NFE", lambda r: r.nfe, ""), ("Frechet", lambda r: r.frechet, ".3f"),
-            ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
-            ("precision", lambda r: r.precision, ".3f"), ("recall", lambda r: r.recall, ".3f"),
-            ("PSNR", lambda r: r.psnr, ".2f"), ("SSIM", lambda r: r.ssim, ".3f"),
+        heads: list[Column[Row]] = [
+            ("", lambda r: r.name, ""), *QUALITY,
             (f"RMSE to {held}", lambda r: r.agreement and r.agreement["rmse"], ".3f"),
             ("p50 ms", lambda r: r.latency_ms and r.latency_ms["p50"], ".1f"),
             (f"speed-up over {paced}", lambda r: r.speed_up and next(iter(r.speed_up.values())), ".1f"),
         ]  # fmt: skip
-        heads = [head for head in heads if any(head[1](row) is not None for row in self.rows)]
-        cells = [[_cell(value(row), form) for _, value, form in heads] for row in self.rows]
-        lines = [[name for name, _, _ in heads], ["---"] * len(heads), *cells]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown_table(heads, self.rows) + "\n\n" + "\n".join([self.conditions(), *self.notes]) + "\n"
+
+    def conditions(self) -> str:
+        """On what, with what, where and when, in one line."""
         s, f = self.setting, self.features
         share = f", classifier accuracy {100 * f['accuracy']:.1f} % on {f['n_test']}" if f.get("accuracy") else ""
-        said = [
+        return (
             f"n = {self.n}, seeds {self.seeds[0]} to {self.seeds[1]}; reference: {self.data}, {self.split} split; "
             f"feature space {f['name']}{share}; {s['device']}, {s['threads']} threads, torch {s['torch']}, "
-            f"{s['date']}.",
-            *self.notes,
-        ]
-        return table + "\n\n" + "\n".join(said) + "\n"
+            f"{s['date']}."
+        )
+
+
+QUALITY: list[Column[Row]] = [
+    ("NFE", lambda r: r.nfe, ""), ("Frechet", lambda r: r.frechet, ".3f"),
+    ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
+    ("precision", lambda r: r.precision, ".3f"), ("recall", lambda r: r.recall, ".3f"),
+    ("PSNR", lambda r: r.psnr, ".2f"), ("SSIM", lambda r: r.ssim, ".3f"),
+]  # fmt: skip
+
+
+def markdown_table(columns: "Sequence[Column[R]]", rows: "Sequence[R]") -> str:
+    """One line for each row; "-" for None; a column that no row has anything for is left out."""
+    columns = [column for column in columns if any(column[1](row) is not None for row in rows)]
+    cells = [[_cell(value(row), form) for _, value, form in columns] for row in rows]
+    lines = [[name for name, _, _ in columns], ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(value: Any, form: str) -> str:
@@ -299,7 +318,7 @@ def evaluate(
     generator: "Generator", data: "ImageData", *, n: int, features: "Features", seed: int = 0,
     steps: Sequence[int] | None = None, teacher: "Generator | None" = None, teacher_steps: Sequence[int] = (50,),
     train: "ImageData | None" = None, split: str = "test", batch: int = 64, latency_repeats: int = 20,
-    device: str | torch.device | None = None, progress: Progress | None = None,
+    mean_of: int = 0, device: str | torch.device | None = None, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Measure `generator` at each of `steps` (None: all it publishes), and `teacher` at `teacher_steps` beside it.
 
@@ -308,9 +327,12 @@ def evaluate(
     n of its pictures against the reference, without it one half of the reference against the other, at half the n.
     Agreement is with the teacher at the largest of `teacher_steps`. latency_repeats 0: no latency. n must exceed the
     number of features.
+
+    mean_of: for translators, one more row at each of `steps`: picture i is the mean of so many samples, whose seeds are
+    seed + i + k n for k = 0, 1, ...; 0 for none. Such a mean is what PSNR rewards, and no sample of anything.
     """
     steps = steps or sorted(generator.info.step_times) or [generator.info.default_steps]
-    _check_evaluation(generator, teacher, data, n, seed, batch, features)
+    check_evaluation(generator, teacher, data, n=n, seed=seed, batch=batch, features=features, mean_of=mean_of)
     for model in (generator, teacher, features):
         if model is not None:
             model.to(device or _device(generator))
@@ -319,6 +341,7 @@ def evaluate(
     entries = [(teacher, s) for s in sorted(teacher_steps)] if teacher is not None else []
     contestants = [
         *(_entrant(model, s, n, len(reference)) for model, s in [*entries, *((generator, s) for s in steps)]),
+        *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in steps if mean_of),
         *(_baselines(colour, n, len(reference)) if generator.info.task == "sar-to-optical" else ()),
     ]
     done = 0
@@ -344,10 +367,11 @@ def evaluate(
     )  # fmt: skip
 
 
-def _check_evaluation(
-    generator: "Generator", teacher: "Generator | None", data: "ImageData", n: int, seed: int, batch: int,
-    features: "Features",
+def check_evaluation(
+    generator: "Generator", teacher: "Generator | None", data: "ImageData", *, n: int, features: "Features",
+    seed: int = 0, batch: int = 64, mean_of: int = 0,
 ) -> None:  # fmt: skip
+    """BadInput for what `evaluate` could not measure."""
     info = generator.info
     if min(n, len(data)) <= features.num_features:
         raise BadInput(
@@ -355,6 +379,8 @@ def _check_evaluation(
         )
     if seed < 0 or batch < 1:
         raise BadInput("seed, batch", (seed, batch), "seed of 0 or more, batch of 1 or more")
+    if mean_of and (mean_of < 2 or info.task != "sar-to-optical"):
+        raise BadInput("mean_of", mean_of, "0, or 2 and more where SAR is translated: one truth has many samples")
     _check_teacher(generator, teacher)
     if info.task == "class-to-image" and not _agree(data.labels, info.labels):
         raise BadInput("data", list(data.labels), f"data with the model's labels: {list(info.labels)}")
@@ -405,6 +431,17 @@ def _entrant(generator: "Generator", steps: int, n: int, n_reference: int) -> _C
     return _Contestant(
         row, lambda items, seeds: _call(generator, steps, _condition(generator, items), seeds)(), generator
     )
+
+
+def _mean_entrant(generator: "Generator", steps: int, n: int, n_reference: int, mean_of: int) -> _Contestant:
+    """The mean of samples whose seeds are n apart, so that no two pictures share one. It has no latency."""
+    one = _entrant(generator, steps, n, n_reference)
+
+    def draw(items: "Batch", seeds: Sequence[int]) -> Tensor:
+        return torch.stack([one.draw(items, [s + k * n for s in seeds]) for k in range(mean_of)]).mean(0)
+
+    row = replace(one.row, name=f"{one.row.name}, mean of {mean_of}", nfe=(one.row.nfe or 0) * mean_of)
+    return _Contestant(row, draw)
 
 
 def _baselines(colour: Tensor, n: int, n_reference: int) -> Iterator[_Contestant]:

@@ -116,15 +116,15 @@ class Recipe:
     # --- what the parts of a job are built from ----------------------------------------------------------------------
     def distiller(self) -> Distiller:
         kind = methods.find(self.method)
-        return kind(**_checked(kind, self.options, self.method))
+        return kind(**checked(kind, self.options, self.method))
 
     def settings(self) -> TrainSettings:
-        return TrainSettings(**_checked(TrainSettings, self.train, "train"))
+        return TrainSettings(**checked(TrainSettings, self.train, "train"))
 
     def model_settings(self) -> ModelSettings:
         if self.model and self.method != "diffusion":
             raise BadInput("model", sorted(self.model), 'absent: only method = "diffusion" builds a network')
-        return ModelSettings(**_checked(ModelSettings, self.model, "model"))
+        return ModelSettings(**checked(ModelSettings, self.model, "model"))
 
     def open_data(self) -> ImageData:
         options = dict(self.data)
@@ -148,6 +148,8 @@ class Recipe:
                 if not numbered:
                     raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
                 info = replace(info, labels=list(data.labels))
+            if info.task not in (allowed := methods.find(self.method).tasks):
+                raise BadInput("teacher", f"{self.teacher}, a teacher of {info.task}", " or ".join(allowed))
             return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
         model = self.model_settings()
         if model.task == "class-to-image" and not data.labels:
@@ -190,6 +192,11 @@ def _read(path: str | Path) -> dict[str, Any]:
         file = SHIPPED / f"{path}.toml"
     if not file.is_file():
         raise BadInput("recipe", str(path), "a TOML file or one of " + ", ".join(shipped()))
+    return read_toml(file)
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises BadInput if it is none."""
     try:
         return tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -219,7 +226,7 @@ def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _checked(kind: type, options: dict[str, Any], where: str) -> dict[str, Any]:
+def checked(kind: type, options: dict[str, Any], where: str) -> dict[str, Any]:
     """Options with TOML's types brought to the dataclass's; unknown and wrongly typed keys refused by name."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 

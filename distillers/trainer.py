@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from distillers.data import ImageData
 from distillers.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.progress import progress_bar
 from distillers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -101,7 +104,7 @@ def train(
     """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
 
     Args:
-        out: run folder: checkpoints/, samples/, logs/.
+        out: run folder: checkpoints/, samples/, logs/, cost.json.
         description: recorded in each checkpoint; a checkpoint of another description is refused.
 
     Returns:
@@ -111,46 +114,29 @@ def train(
         TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
         BadInput: the checkpoints in `out` belong to another recipe; a tracker or player that does not exist.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TextColumn
 
     tracker = _tracker(settings.tracker)
+    pauses = (settings.log_every, settings.sample_every, settings.checkpoint_every)
     out.mkdir(parents=True, exist_ok=True)
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training of this process may have differed
-    accelerator = Accelerator(
-        mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
-    )
-    set_seed(settings.seed)  # networks() may add fresh parameters
-    run = _Run(distiller, teacher, settings, accelerator, out, description or {})
-    start = run.resume()
+    run = begin(distiller, teacher, settings, out, description=description, device=device, tracker=tracker)
+    accelerator, start = run.accelerator, run.resume()
     if tracker and accelerator.is_main_process:
         accelerator.init_trackers("fewstep")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     try:
         with (
             _Termination() as termination,
-            Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not accelerator.is_main_process) as progress,
+            progress_bar(TextColumn("{task.fields[loss]}"), disable=not accelerator.is_main_process) as progress,
         ):
             bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
+            run.start_clock()
             for i in range(start, settings.iterations):
                 run.iteration(i, data)
                 done = i + 1
                 last, stop = done == settings.iterations, run.any_process(termination.asked)
+                if not (last or stop or any(every and done % every == 0 for every in pauses)):
+                    continue
+                run.stop_clock()
                 if done % settings.log_every == 0 or last or stop:
                     losses = run.log(done)
                     shown = "  ".join(f"{player} {value:.4f}" for player, value in losses.items())
@@ -164,10 +150,35 @@ def train(
                 if stop and not last:
                     where = f"asked to stop at iteration {done}"
                     raise TrainingStopped(f"{where}; the same command continues from {run.checkpoints}")
+                run.start_clock()
+        run.write_cost(settings.iterations)
         run.draw_samples(settings.iterations, data)
     finally:
         accelerator.end_training()
     return run.generator()
+
+
+def begin(
+    distiller: Distiller,
+    teacher: Teacher,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    description: dict[str, Any] | None = None,
+    device: str | None = None,
+    tracker: str | None = None,
+) -> Run:
+    """The run before its first iteration: networks, optimizers, seeds. Arguments as `train`'s."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training of this process may have differed
+    accelerator = Accelerator(
+        mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
+    )
+    set_seed(settings.seed)  # networks() may add fresh parameters
+    return Run(distiller, teacher, settings, accelerator, out, description or {})
 
 
 def _tracker(name: str) -> str | None:
@@ -181,7 +192,7 @@ def _tracker(name: str) -> str | None:
     return None if name == "none" else name
 
 
-class _Run:
+class Run:
     """The state of one training: networks, optimizers, averages, and their checkpoints."""
 
     def __init__(
@@ -199,6 +210,9 @@ class _Run:
         self.nets = distiller.networks(teacher).to(accelerator.device)
         teacher.codec.to(accelerator.device)
         distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
+        own = {id(p) for p in teacher.denoiser.parameters()}
+        # made of the teacher alone, and made again with it: checkpoints need not hold it
+        self.given = {k for k, net in self.nets.items() if all(id(p) in own for p in net.parameters())} | {"teacher"}
         players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
         for name in settings.learning_rates or {}:
             if name not in players:
@@ -208,6 +222,9 @@ class _Run:
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
+        self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
 
     def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
         s = self.settings
@@ -331,6 +348,40 @@ class _Run:
             self.nets[net].train()
         grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
 
+    # --- what it costs -----------------------------------------------------------------------------------------------
+    def start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Count the stretch since `start_clock`, once the device has done it. Not per iteration: waiting costs."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        self.seconds += time.perf_counter() - self._started
+
+    def cost(self, done: int) -> dict[str, Any]:
+        """What `done` iterations took: wall seconds of iterations alone (no logs, samples, checkpoints), peak memory.
+
+        Memory in MB: tensors on a GPU; on CPU the resident size of the whole process, whatever else it did before.
+        """
+        from distillers.evaluate import device_name
+
+        device = self.accelerator.device
+        self.peak_mb = max(self.peak_mb, _peak_memory(device))
+        return {
+            "iterations": done,
+            "batch": self.settings.batch * self.accelerator.num_processes,  # images per iteration
+            "seconds": self.seconds,
+            "peak_memory_mb": self.peak_mb,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "precision": self.settings.precision,
+        }
+
+    def write_cost(self, done: int) -> None:
+        """cost.json in the run folder."""
+        if self.accelerator.is_main_process:
+            (self.out / "cost.json").write_text(json.dumps(self.cost(done), indent=2) + "\n")
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def save(self, done: int) -> None:
         """Write checkpoints/NNNNNNNN beside and rename: it is whole or absent. The two newest are kept."""
@@ -342,7 +393,7 @@ class _Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         state = {
-            "nets": {name: net.state_dict() for name, net in self.nets.items() if name != "teacher"},
+            "nets": {name: net.state_dict() for name, net in self.nets.items() if name not in self.given},
             "averages": {name: net.state_dict() for name, net in self.averages.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
@@ -350,9 +401,12 @@ class _Run:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        (temporary / "about.json").write_text(json.dumps({"iteration": done, "description": self.description}))
+        spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "peak_memory_mb")}
+        about = {"iteration": done, "description": self.description, **spent}
+        (temporary / "about.json").write_text(json.dumps(about))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        self.write_cost(done)
         self._prune()
 
     def resume(self) -> int:
@@ -371,6 +425,7 @@ class _Run:
             self.averages[name].load_state_dict(values)
         for name, values in state["optimizers"].items():
             self.optimizers[name].load_state_dict(values)
+        self.seconds, self.peak_mb = about.get("seconds", 0.0), about.get("peak_memory_mb", 0.0)
         if self.accelerator.is_main_process:
             self._prune()
         return int(about["iteration"])
@@ -405,6 +460,16 @@ class _Termination:
     def __exit__(self, *_: Any) -> None:
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MB: the most that tensors took on a GPU; elsewhere the most that this process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, kilobytes elsewhere
 
 
 def _mix(*numbers: int) -> int:

@@ -299,6 +299,30 @@ def test_pairs_have_psnr_ssim_regions_and_baselines(pairs: ImageData, space: Fea
     assert "reward blur" in said.markdown() and json.loads(said.to_json())["rows"][1]["ssim"] is not None
 
 
+def test_the_mean_of_samples_is_a_row_of_its_own(pairs: ImageData, space: Features) -> None:
+    student = tiny("sar-to-optical", "student")
+    said = evaluate(student, pairs, n=140, steps=[1, 2], features=space, latency_repeats=1, mean_of=3, seed=5)
+    rows = {row.name: row for row in said.rows}
+    names = ["student, 1 step", "student, 2 steps", "student, 1 step, mean of 3", "student, 2 steps, mean of 3"]
+    assert [row.name for row in said.rows if row.role == "student"] == names
+    items = pairs.items([int(i) for i in np.linspace(0, len(pairs) - 1, 140).round()])
+    drawn = [student.sample(range(5 + 140 * k, 145 + 140 * k), sar=items["sar"], steps=2) for k in range(3)]
+    row, mean = rows["student, 2 steps, mean of 3"], torch.stack(drawn).mean(0)
+    assert row.psnr == pytest.approx(float(psnr(mean, items["image"]).mean()), abs=1e-3)
+    assert row.psnr > rows["student, 2 steps"].psnr  # noise averages out
+    assert (row.steps, row.nfe, row.latency_ms) == (2, 6, None) and row.regions is not None
+    assert "| student, 2 steps, mean of 3 | 6 |" in said.markdown()
+
+
+@pytest.mark.parametrize(("task", "mean_of"), [("class-to-image", 4), ("sar-to-optical", 1), ("sar-to-optical", -2)])
+def test_a_mean_of_samples_needs_samples_of_one_truth(
+    task: str, mean_of: int, shapes: ImageData, pairs: ImageData, space: Features
+) -> None:
+    data = pairs if task == "sar-to-optical" else shapes
+    with pytest.raises(BadInput, match="mean_of"):
+        evaluate(tiny(task, "student", data.labels), data, n=140, features=space, mean_of=mean_of)
+
+
 def test_what_cannot_be_compared_is_refused(shapes: ImageData, space: Features, pairs: ImageData) -> None:
     student = tiny("class-to-image", "student", shapes.labels)
     for wrong, given in {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
@@ -28,7 +30,7 @@ from distillers.losses import per_sample_mse
 from distillers.methods.diffusion import Diffusion
 from distillers.recipe import Recipe
 from distillers.teacher import Teacher
-from distillers.trainer import TrainingStopped, TrainSettings, train
+from distillers.trainer import Run, TrainingStopped, TrainSettings, train
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],
@@ -442,6 +444,55 @@ def test_what_killed_processes_left_is_cleared_away(teacher: Teacher, data: Imag
     train(method, teacher, data, settings(iterations=5, checkpoint_every=1), tmp_path, device="cpu")
     assert len(method.seen) == 5
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000005"]
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Sleepy(Regression):
+    """Iterations of 50 ms at least; at iteration `fails` the process is as good as killed."""
+
+    fails: int = -1
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        if len(self.seen) == self.fails:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        yield from super().step(nets, batch, progress)
+
+
+def test_the_cost_is_that_of_all_iterations_whoever_ran_them(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    chosen = settings(iterations=8, checkpoint_every=2, sample_every=3)
+    begun = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        train(Sleepy(fails=5), teacher, data, chosen, tmp_path, device="cpu")
+    first = json.loads((tmp_path / "cost.json").read_text())
+    assert first["iterations"] == 4 and first["seconds"] >= 4 * 0.05
+    train(Sleepy(), teacher, data, chosen, tmp_path, device="cpu")
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert first["seconds"] + 4 * 0.05 <= cost["seconds"] <= time.perf_counter() - begun
+    assert cost.pop("seconds") and cost.pop("device").startswith("cpu")
+    assert first["peak_memory_mb"] <= (peak := cost.pop("peak_memory_mb")) < 1e5 and peak > 50  # torch alone takes more
+    assert cost == {"iterations": 8, "batch": 4, "threads": torch.get_num_threads(), "precision": "no"}
+
+
+def test_a_checkpoint_from_before_costs_were_counted_goes_on(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Sleepy(fails=2), teacher, data, settings(checkpoint_every=2), tmp_path, device="cpu")
+    (tmp_path / "checkpoints" / "00000002" / "about.json").write_text('{"iteration": 2, "description": {}}')
+    train(Sleepy(), teacher, data, settings(checkpoint_every=2), tmp_path, device="cpu")
+    assert json.loads((tmp_path / "cost.json").read_text())["seconds"] >= 0.05
+
+
+def test_samples_and_checkpoints_are_no_part_of_the_cost(
+    teacher: Teacher, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, draw = Run.save, Run.draw_samples
+    monkeypatch.setattr(Run, "save", lambda run, done: (time.sleep(1), save(run, done))[1])
+    monkeypatch.setattr(Run, "draw_samples", lambda run, done, data: (time.sleep(1), draw(run, done, data))[1])
+    begun = time.perf_counter()
+    train(Regression(), teacher, data, settings(checkpoint_every=2, sample_every=1), tmp_path, device="cpu")
+    seconds = json.loads((tmp_path / "cost.json").read_text())["seconds"]
+    assert 0 < seconds <= time.perf_counter() - begun - 5  # two checkpoints and three grids of samples
 
 
 # --- what people see -------------------------------------------------------------------------------------------------
