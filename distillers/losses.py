@@ -1,12 +1,29 @@
-"""Distances used by two methods or more: pure functions, one value per sample."""
+"""What two methods or more share: distances, one step of the teacher, the consistency function, one-sided losses.
+
+Pure functions of tensors and networks. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillers.codec import ImageCodec
+from distillers.denoiser import Cond, Denoiser
+from distillers.errors import BadInput
+from distillers.schedule import NoiseSchedule, VariancePreserving, like
+from distillers.weights import lcm_times
+
+Solver = Literal["heun", "ddim"]
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
+# --- distances -------------------------------------------------------------------------------------------------------
 def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference of each sample. (B, ...) -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
@@ -21,3 +38,148 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     if c is None:
         c = 0.00054 * math.sqrt(difference.shape[1])
     return (difference.square().sum(1) + c * c).sqrt() - c
+
+
+def blurred(pictures: Tensor, pixels: int) -> Tensor:
+    """Means over squares of so many pixels: the colours without the detail. (B, C, H, W) -> (B, C, H', W')."""
+    return F.avg_pool2d(pictures, min(pixels, *pictures.shape[-2:]))
+
+
+def focal_frequency(a: Tensor, b: Tensor) -> Tensor:
+    """Squared difference of the spectra, each frequency weighted by how far off it is (Jiang et al. 2021, eq. 7-8).
+
+    Pictures (B, C, H, W) -> (B,). The weight |A - B|, scaled to a greatest value of 1, carries no gradient.
+    """
+    gap = torch.fft.fft2((a - b).float(), norm="ortho")
+    squared = gap.real**2 + gap.imag**2
+    weight = squared.detach().sqrt()
+    weight = weight / weight.amax((-2, -1), keepdim=True).clamp_min(1e-12)
+    return (weight * squared).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def best_shift(a: Tensor, b: Tensor, radius: int) -> Tensor:
+    """b, each sample moved by the up to `radius` pixels that bring it nearest to a; edges repeat. (B, C, H, W).
+
+    Pairs from two sensors are misregistered by a pixel or two; a distance without this freedom rewards blur.
+    """
+    if radius == 0:
+        return b
+    height, width = a.shape[-2:]
+    moves = [(i, j) for i in range(2 * radius + 1) for j in range(2 * radius + 1)]
+    padded = F.pad(b, (radius,) * 4, mode="replicate")
+    grey, target = padded.mean(1), a.mean(1)  # brightness is enough to find the place
+    errors = torch.stack([(grey[:, i : i + height, j : j + width] - target).square().mean((1, 2)) for i, j in moves])
+    best = [moves[k] for k in errors.argmin(0).tolist()]
+    return torch.stack([padded[n, :, i : i + height, j : j + width] for n, (i, j) in enumerate(best)])
+
+
+# --- the teacher's trajectory ----------------------------------------------------------------------------------------
+@torch.no_grad()
+def teacher_step(
+    teacher: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, solver: Solver = "ddim"
+) -> Tensor:
+    """x_s, one solver step of the teacher's probability-flow ODE below x_t (Song et al. 2023, eq. 6)."""
+    schedule: NoiseSchedule = teacher.schedule  # type: ignore[assignment]
+    x0 = teacher(x_t, t, cond)
+    x_s = schedule.step(x_t, x0, t, s)
+    return x_s if solver == "ddim" else schedule.heun_step(x_t, x0, teacher(x_s, s, cond), t, s)
+
+
+def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """t = t_{n+1} and s = t_n for `count` draws of n ~ U{1..N-1} on the grid of N points."""
+    grid = schedule.grid(points).to(device)
+    n = torch.randint(points - 1, (count,), device=device)
+    return grid[n + 1], grid[n]
+
+
+# --- the consistency function ----------------------------------------------------------------------------------------
+def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+    """f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t), with f(x, t_min) = x exactly (Song et al. 2023, eq. 5).
+
+    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the
+    teacher's own denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
+    """
+    schedule = denoiser.schedule
+    ratio = schedule.noise_ratio(t)
+    floor = schedule.noise_ratio(t.new_tensor(schedule.t_min))
+    c_skip = like(floor**2 / ((ratio - floor) ** 2 + floor**2), x_t)
+    return c_skip * x_t + (1 - c_skip) * denoiser(x_t, t, cond)
+
+
+def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Times of multi-step sampling, descending: stock LCMScheduler's for diffusers' schedules, the grid's otherwise."""
+    if isinstance(schedule, VariancePreserving):
+        return lcm_times(schedule, steps)
+    return schedule.grid(steps + 1)[1:].flip(0).tolist()
+
+
+# --- two players -----------------------------------------------------------------------------------------------------
+def judged_real(logits: Tensor) -> Tensor:
+    """Non-saturating loss of who wants these logits to say "real": E softplus(-D) (Goodfellow et al. 2014)."""
+    return F.softplus(-logits).mean()
+
+
+def judged_fake(logits: Tensor) -> Tensor:
+    """The same for "fake": E softplus(D)."""
+    return F.softplus(logits).mean()
+
+
+def ramp(progress: float, start: float, length: float) -> float:
+    """0 until `start`, then linearly to 1 over `length`, both in units of the training's progress."""
+    return min(max((progress - start) / length, 0.0), 1.0) if length > 0 else float(progress >= start)
+
+
+def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to x0 is (fake - real) / mean|x0 - real|, over the number of elements.
+
+    x0 are the student's samples; real and fake the denoised estimates of the teacher and of the critic at a noised x0
+    (Yin et al., "One-step Diffusion with Distribution Matching Distillation", 2024, eq. 7-8, without its factor of
+    time). It descends KL(student || teacher).
+    """
+    with torch.no_grad():
+        size = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+        goal = x0 - (fake - real) / like(size, x0)
+    return per_sample_mse(x0, goal).mean() / 2
+
+
+# --- perceptual distances --------------------------------------------------------------------------------------------
+def feature_distance(denoiser: Denoiser, a: Tensor, b: Tensor, cond: Cond | None, layers: Sequence[str]) -> Tensor:
+    """LPIPS' form (Zhang et al. 2018, eq. 1) on a frozen denoiser's own activations at its least noise.
+
+    Activations are scaled to unit length over the channels; their squared difference is averaged over positions and
+    layers. In the network's space, so it needs neither pixels nor other weights, and it is no space that our reports
+    measure in. Only a carries a gradient. (B, ...), (B, ...) -> (B,).
+    """
+    t = torch.tensor(denoiser.schedule.t_min, device=a.device)
+    seen = denoiser.features(a, t, cond, layers)
+    with torch.no_grad():
+        wanted = denoiser.features(b, t, cond, layers)
+    distances = []
+    for ours, theirs in zip(seen, wanted, strict=True):
+        channels = 1 if ours.ndim == 4 else -1
+        gap = F.normalize(ours.float(), dim=channels) - F.normalize(theirs.float(), dim=channels)
+        distances.append(gap.square().sum(channels).flatten(1).mean(1))
+    return torch.stack(distances).mean(0)
+
+
+class Lpips(nn.Module):
+    """LPIPS on VGG (Zhang et al. 2018) of what a codec decodes, by torchmetrics and torchvision's weights."""
+
+    def __init__(self, codec: ImageCodec) -> None:
+        super().__init__()
+        try:
+            from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+            self.net = _NoTrainLpips(net="vgg")
+        except Exception as error:  # no torchvision, one built for another torch, or its weights cannot be had
+            raise BadInput("distance", "lpips", f"needs torchvision and its VGG weights ({error})") from None
+        self.codec = codec
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) in the network's space -> (B,). Small pictures are enlarged to 64 px for VGG."""
+        pictures = [self.codec.decode(x) for x in (a, b)]
+        if min(pictures[0].shape[-2:]) < 64:
+            pictures = [F.interpolate(x, (64, 64), mode="bilinear", antialias=True) for x in pictures]
+        distance: Tensor = self.net(*pictures, normalize=False)
+        return distance.flatten()

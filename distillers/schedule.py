@@ -113,6 +113,12 @@ class NoiseSchedule(ABC):
         t = t.double()
         return self.sigma(t) / self.alpha(t)
 
+    def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """x_t from x_s at an earlier time s <= t: the forward process from s, with unit Gaussian noise eps."""
+        a_t, s_t = self._at(t, x_s)
+        a_s, s_s = self._at(s, x_s)
+        return a_t / a_s * x_s + (s_t**2 - (a_t / a_s * s_s) ** 2).clamp_min(0).sqrt() * eps
+
     def time_at_ratio(self, ratio: Tensor) -> Tensor:
         """The t in [t_min, t_max] at which sigma/alpha = ratio, by bisection; the nearer end if there is none."""
         ratio = ratio.double()
@@ -158,9 +164,18 @@ class NoiseSchedule(ABC):
         """n times from t_min up to t_max, float64 (Karras et al. 2022, eq. 5, with this schedule's rho)."""
         if n < 2:
             raise BadInput("grid points", n, "2 or more")
-        return self._spaced(torch.linspace(0, 1, n, dtype=torch.float64))
+        return self.spaced(torch.linspace(0, 1, n, dtype=torch.float64))
 
-    def _spaced(self, u: Tensor) -> Tensor:
+    def segment_grid(self, n: int) -> Tensor:
+        """The ends of n intervals that cut [t_min, t_max] evenly in the grid's spacing: n + 1 ascending times, float64.
+
+        Every n/k-th is an end of k segments. Discrete schedules: whole timesteps, those of diffusers' "trailing"
+        spacing, so that a stock DDIMScheduler visits the segments' upper ends.
+        """
+        return self.grid(n + 1)
+
+    def spaced(self, u: Tensor) -> Tensor:
+        """The time at a share u of the range, 0 at t_min and 1 at t_max, in the grid's spacing."""
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
@@ -258,6 +273,12 @@ class VariancePreserving(NoiseSchedule):
     def sigma(self, t: Tensor) -> Tensor:
         r = self._ratio(t)
         return r * (1 + r * r).rsqrt()
+
+    def segment_grid(self, n: int) -> Tensor:
+        clock = self.t_max + 1
+        if not 1 <= n <= clock // 2:
+            raise BadInput("grid points", n, f"1 to {int(clock // 2)}: half of the schedule's {int(clock)} timesteps")
+        return torch.tensor([0.0] + [float(round(i * clock / n) - 1) for i in range(1, n + 1)], dtype=torch.float64)
 
     def to_config(self) -> dict[str, Any]:
         return {"name": self.name, **self.betas_config}

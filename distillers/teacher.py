@@ -67,6 +67,16 @@ class Teacher:
         """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
         return weights.guided(self.denoiser, self.info, guidance_scale)
 
+    def example(self) -> tuple[Tensor, Cond | None]:
+        """One sample of zeros (1, C, H, W) in the network's space, and a condition of the task: for its shapes."""
+        info, side = self.info, [n // self.codec.factor for n in self.info.size]
+        x0 = torch.zeros(1, self.codec.channels(3), *side)
+        if info.task == "class-to-image":
+            return x0, {"label": torch.zeros(1, dtype=torch.long)}
+        if info.task == "sar-to-optical":
+            return x0, {"sar": torch.zeros(1, self.codec.channels(info.sar_channels), *side)}
+        return x0, None
+
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """A batch of pictures (see `distillers.data`) as the network's terms: "x0" and the condition the task has."""
         encoded: Cond = {"x0": self.codec.encode(batch["image"].to(device))}

@@ -199,17 +199,22 @@ class ExactTeacher(Teacher):
 
     mixture: GaussianMixture = field(kw_only=True)
 
+    def example(self) -> tuple[Tensor, Cond | None]:
+        return torch.zeros(1, self.mixture.means.shape[1]), None
+
     def guided(self, guidance_scale: float) -> nn.Module:
         if guidance_scale != 1:
             raise BadInput("guidance_scale", guidance_scale, "1: the mixture has no classes to guide by")
         return self.mixture
 
 
-def exact_teacher(mixture: GaussianMixture, seed: int = 0, prediction: Prediction = "v") -> ExactTeacher:
+def exact_teacher(
+    mixture: GaussianMixture, seed: int = 0, prediction: Prediction = "v", frequencies: int = 6
+) -> ExactTeacher:
     """The mixture as a teacher; its students start as a `StudentNetwork` with random weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = StudentNetwork(mixture.means.shape[1])
+        network = StudentNetwork(mixture.means.shape[1], frequencies=frequencies)
     info = Info(
         name="mixture",
         task="image",

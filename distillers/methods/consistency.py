@@ -9,6 +9,8 @@ f(x_t, t) maps every point of a probability-flow trajectory to its end. Two neig
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distillers.denoiser import Cond, Denoiser
+from distillers.denoiser import embed_guidance, fold_guidance
 from distillers.distiller import (
     Batch,
     Distiller,
@@ -30,10 +32,20 @@ from distillers.distiller import (
 )
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import per_sample_mse, pseudo_huber
-from distillers.schedule import NoiseSchedule, VariancePreserving, like
+from distillers.losses import (
+    Lpips,
+    Solver,
+    consistency_function,
+    neighbours,
+    per_sample_mse,
+    pseudo_huber,
+    sampling_times,
+    teacher_step,
+)
+from distillers.schedule import NoiseSchedule
 from distillers.teacher import Teacher
-from distillers.weights import lcm_times
+
+DISTANCES = {"pseudo-huber": pseudo_huber, "l2": per_sample_mse}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +53,13 @@ class Consistency(Distiller):
     """L = E d( f(x_t, t), sg f-(x_s, s) ) with x_s one teacher step below x_t (Song et al. 2023, eq. 7)."""
 
     source: Literal["teacher", "data"] = "teacher"  # where x_s comes from: a teacher step, or the same noise (tuning)
-    solver: Literal["heun", "ddim"] = "heun"  # the teacher's step: two network calls or one
+    solver: Solver = "heun"  # the teacher's step: heun is two network calls, ddim one
     points: int = 40  # N, times on the grid (source = teacher)
+    first_points: int = 0  # N at the start, doubled over the training until it is N; 0 = N throughout
     target_decay: float = 0.95  # mu of the target network; 0 = the student itself
-    distance: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # d
-    guidance_scale: float = 1.0  # of the teacher; 1 = none
+    distance: Literal["pseudo-huber", "l2", "lpips"] = "pseudo-huber"  # d; lpips needs torchvision
+    guidance_scale: float = 1.0  # w of the teacher, and of what leaves; 1 = none (LCM counts from 0)
+    guidance_range: tuple[float, float] | None = None  # w ~ U[low, high] in training, told to the student (LCM)
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts the generator is published with
     # easy consistency tuning (source = data)
     ratio_base: float = 2.0  # q: r/t approaches 1 - 1/q^(k+1)
@@ -56,6 +70,8 @@ class Consistency(Distiller):
     def __post_init__(self) -> None:
         if self.points < 2:
             raise BadInput("consistency.points", self.points, "2 or more")
+        if self.first_points and not 2 <= self.first_points <= self.points:
+            raise BadInput("consistency.first_points", self.first_points, f"2 to points = {self.points}, or 0")
         if not 0 <= self.target_decay < 1:
             raise BadInput("consistency.target_decay", self.target_decay, "0 up to, not including, 1")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
@@ -64,13 +80,22 @@ class Consistency(Distiller):
             given = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
             allowed = "above 1; 1 or more; above 0; 0 or more"
             raise BadInput("consistency.ratio_base, stages, log_std, guidance_scale", given, allowed)
+        low, high = self.guidance_range or (self.guidance_scale, self.guidance_scale)
+        if self.guidance_range and (self.source == "data" or not 0 <= low <= self.guidance_scale <= high):
+            allowed = f"low <= guidance_scale = {self.guidance_scale} <= high, from a teacher: tuning has none to guide"
+            raise BadInput("consistency.guidance_range", self.guidance_range, allowed)
 
     def networks(self, teacher: Teacher) -> Networks:
         nets: dict[str, nn.Module] = {"student": trainable_copy(teacher.denoiser)}
         if self.source == "teacher":
             nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
+        if self.guidance_range:
+            nets["teacher"] = frozen(teacher.guided(self.guidance_range[1]))  # refused where there is no null class
+            embed_guidance(nets["student"].network)  # type: ignore[arg-type]
         if self.target_decay:
             nets["target"] = slow_copy(nets["student"])
+        if self.distance == "lpips":
+            nets["lpips"] = frozen(Lpips(teacher.codec))
         return Networks(nets)
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
@@ -81,11 +106,14 @@ class Consistency(Distiller):
 
         if self.source == "teacher":
             # n ~ U{1..N-1}: t = t_{n+1}, s = t_n
-            grid = schedule.grid(self.points).to(x0.device)
-            n = torch.randint(self.points - 1, (len(x0),), device=x0.device)
-            t, s = grid[n + 1], grid[n]
+            t, s = neighbours(schedule, self.grid_points(progress), len(x0), x0.device)
             x_t = schedule.add_noise(x0, eps, t)
-            x_s = self.teacher_step(nets["teacher"], x_t, t, s, cond)
+            if (
+                self.guidance_range
+            ):  # w ~ U[low, high], for the teacher's step and told to the student (Luo et al. 2023)
+                low, high = self.guidance_range
+                cond = {**(cond or {}), "guidance": low + (high - low) * torch.rand(len(x0), device=x0.device)}
+            x_s = teacher_step(nets["teacher"], x_t, t, s, cond, self.solver)
             weight = torch.ones_like(t)
         else:
             t, s = self.tuning_times(schedule, len(x0), progress, x0.device)
@@ -94,21 +122,17 @@ class Consistency(Distiller):
 
         with torch.no_grad():  # sg f-(x_s, s)
             y = consistency_function(target, x_s, s, cond)
-        d = pseudo_huber if self.distance == "pseudo-huber" else per_sample_mse
+        d = nets["lpips"] if self.distance == "lpips" else DISTANCES[self.distance]
         yield "student", (weight.to(x0) * d(consistency_function(student, x_t, t, cond), y)).mean()
 
         if self.target_decay:  # theta- <- mu theta- + (1 - mu) theta
             follow(target, student, self.target_decay)
 
-    @torch.no_grad()
-    def teacher_step(self, teacher: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None) -> Tensor:
-        """One solver step of the teacher's probability-flow ODE, t -> s (Song et al. 2023, eq. 6)."""
-        schedule: NoiseSchedule = teacher.schedule  # type: ignore[assignment]
-        x0 = teacher(x_t, t, cond)
-        x_s = schedule.step(x_t, x0, t, s)
-        if self.solver == "ddim":
-            return x_s
-        return schedule.heun_step(x_t, x0, teacher(x_s, s, cond), t, s)
+    def grid_points(self, progress: float) -> int:
+        """N: doubled at even intervals from first_points until it is `points` (Song and Dhariwal 2023, sec. 3.4)."""
+        first = self.first_points or self.points
+        doublings = math.ceil(math.log2(self.points / first))
+        return min(self.points, first * 2 ** int(progress * (doublings + 1)))
 
     def tuning_times(
         self, schedule: NoiseSchedule, count: int, progress: float, device: torch.device
@@ -123,7 +147,10 @@ class Consistency(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # Never the target network: it is a lagging copy that exists for the loss.
-        schedule = nets["student"].schedule
+        student, schedule = nets["student"], nets["student"].schedule
+        if self.guidance_range:  # told one scale, it is a stock network again
+            student = copy.deepcopy(student)
+            fold_guidance(student.network, self.guidance_scale)
         info = replace(
             teacher.info,
             sampler="consistency",
@@ -131,24 +158,4 @@ class Consistency(Distiller):
             default_steps=min(self.steps),
             guidance_scale=1.0,  # the teacher's is in the student's weights
         )
-        return Generator(nets["student"], teacher.codec, info)
-
-
-def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-    """f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t), with f(x, t_min) = x exactly (Song et al. 2023, eq. 5).
-
-    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the
-    teacher's own denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
-    """
-    schedule = denoiser.schedule
-    ratio = schedule.noise_ratio(t)
-    floor = schedule.noise_ratio(t.new_tensor(schedule.t_min))
-    c_skip = like(floor**2 / ((ratio - floor) ** 2 + floor**2), x_t)
-    return c_skip * x_t + (1 - c_skip) * denoiser(x_t, t, cond)
-
-
-def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Times of multi-step sampling, descending: stock LCMScheduler's for diffusers' schedules, the grid's otherwise."""
-    if isinstance(schedule, VariancePreserving):
-        return lcm_times(schedule, steps)
-    return schedule.grid(steps + 1)[1:].flip(0).tolist()
+        return Generator(student, teacher.codec, info)

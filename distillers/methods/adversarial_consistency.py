@@ -1,0 +1,131 @@
+"""Adversarial consistency distillation, the few-step SAR-to-optical translator.
+
+Bai and Xu, "Accelerating Diffusion for SAR-to-Optical Image Translation via Adversarial Consistency Distillation",
+2024 (sec. III; released code at commit 0bf8125).
+
+Consistency distillation averages over what it cannot tell, which looks like blur. A discriminator - a learning copy of
+the teacher's encoder that sees the noisy input and the candidate, SAR beside both - asks for pictures that could be
+real. What "real" is differs between the paper's figure (the real picture) and its code (the target network's answer);
+both are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from distillers.discriminator import Discriminator, standing_still
+from distillers.distiller import (
+    Batch,
+    Distiller,
+    Networks,
+    Turn,
+    follow,
+    frozen,
+    labels_and_images,
+    slow_copy,
+    trainable_copy,
+)
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import (
+    Solver,
+    blurred,
+    consistency_function,
+    judged_fake,
+    judged_real,
+    neighbours,
+    per_sample_mse,
+    pseudo_huber,
+    ramp,
+    sampling_times,
+    teacher_step,
+)
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConsistency(Distiller):
+    """L = E d( f(x_t, t), sg f-(x_s, s) ) + lambda E softplus( -D(x_t, f(x_t, t)) ) (Bai and Xu 2024, eq. 9-12)."""
+
+    real: Literal["data", "target"] = "data"  # what D calls real: the picture (the figure), or sg f-(x_s, s) (the code)
+    adversarial_weight: float = 1.0  # lambda, once ramped up
+    adversarial_start: float = 0.1  # share of the training before the discriminator enters; paper: 0
+    adversarial_ramp: float = 0.2  # share over which lambda rises; paper: 0
+    layers: tuple[str, ...] = ("mid_block",)  # what D's heads read
+    colour_weight: float = 0.0  # of the low-frequency colour term against the real picture; for a colour cast
+    colour_pixels: int = 8  # side of the squares whose mean colour is compared: coarser than misregistration
+    solver: Solver = "ddim"  # the teacher's step
+    points: int = 50  # N, times on the grid
+    target_decay: float = 0.95  # mu of the target network; 0 = the student itself
+    guidance_scale: float = 1.0  # of the teacher; 1 = none
+    steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts the generator is published with
+
+    def __post_init__(self) -> None:
+        if self.points < 2 or self.colour_pixels < 1:
+            given = (self.points, self.colour_pixels)
+            raise BadInput("adversarial_consistency.points, colour_pixels", given, "2 or more; 1 or more")
+        if not 0 <= self.target_decay < 1:
+            raise BadInput("adversarial_consistency.target_decay", self.target_decay, "0 up to, not including, 1")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise BadInput("adversarial_consistency.steps", self.steps, "different step counts of 1 or more")
+        for name in ("adversarial_weight", "adversarial_start", "adversarial_ramp", "colour_weight", "guidance_scale"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"adversarial_consistency.{name}", getattr(self, name), "0 or more")
+
+    def networks(self, teacher: Teacher) -> Networks:
+        nets = Networks({"student": trainable_copy(teacher.denoiser)})
+        nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
+        if self.target_decay:
+            nets["target"] = slow_copy(nets["student"])
+        if self.adversarial_weight:
+            nets["discriminator"] = Discriminator(teacher.denoiser, self.layers, *teacher.example(), views=2)
+        nets["codec"] = frozen(teacher.codec)
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
+        schedule = student.schedule
+        x0, cond = labels_and_images(batch)
+        eps = torch.randn_like(x0)
+
+        # consistency distillation (eq. 9): n ~ U{1..N-1}, t = t_{n+1}, s = t_n
+        t, s = neighbours(schedule, self.points, len(x0), x0.device)
+        x_t = schedule.add_noise(x0, eps, t)
+        x_s = teacher_step(nets["teacher"], x_t, t, s, cond, self.solver)
+        with torch.no_grad():  # sg f-(x_s, s)
+            y = consistency_function(target, x_s, s, cond)
+        made = consistency_function(student, x_t, t, cond)
+        loss = pseudo_huber(made, y).mean()
+
+        strength = self.adversarial_weight * ramp(progress, self.adversarial_start, self.adversarial_ramp)
+        if strength > 0:
+            judge, clean = nets["discriminator"], torch.tensor(schedule.t_min, device=x0.device)
+            # the discriminator's turn (eq. 11); the student's picture is only looked at
+            given, real = judge.see(x_t, t, cond), x0 if self.real == "data" else y
+            fake = judge(given, judge.see(made.detach(), clean, cond))
+            yield "discriminator", judged_fake(fake) + judged_real(judge(given, judge.see(real, clean, cond)))
+            with standing_still(judge):  # eq. 12
+                opinion = judge(judge.see(x_t, t, cond), judge.see(made, clean, cond))
+            loss = loss + strength * judged_real(opinion)
+        if self.colour_weight:
+            colours = [blurred(nets["codec"].decode(x), self.colour_pixels) for x in (made, x0)]
+            loss = loss + self.colour_weight * per_sample_mse(*colours).mean()
+        yield "student", loss
+
+        if self.target_decay:  # theta- <- mu theta- + (1 - mu) theta
+            follow(target, student, self.target_decay)
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        # The averaged student, never the target network (which the released code saves).
+        info = replace(
+            teacher.info,
+            sampler="consistency",
+            step_times={k: sampling_times(nets["student"].schedule, k) for k in self.steps},
+            default_steps=min(self.steps),
+            guidance_scale=1.0,
+        )
+        return Generator(nets["student"], teacher.codec, info)

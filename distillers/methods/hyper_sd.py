@@ -1,0 +1,219 @@
+"""Hyper-SD: consistency in ever longer segments of the trajectory, then feedback and score distillation for one step.
+
+Ren, Xia, Lu, Zhang, Wu, Xie, Wang and Xiao, "Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image
+Synthesis", 2024. Its training code was never released; the segment's target and the adversarial heads follow Wang et
+al., "Phased Consistency Models", 2024 (eq. 8-9), the score term Yin et al., "One-step Diffusion with Distribution
+Matching Distillation", 2024, feedback Xu et al., "ImageReward", 2023.
+
+With k segments the student carries x_t to the lower end of its segment: G(x_t, t -> b). Eight short jumps are easily
+learnt, and each stage (8, 4, 2, 1) starts where the last one ended. The paper draws the target's time between the
+segment's lower end and x_m; a network that is not told where to jump cannot learn that, so ours is the lower end. The
+last stage, k = 1, is a consistency model, so one network - or one LoRA on the teacher - serves any number of steps.
+Feedback and scores act in that stage, on one-step samples, beside the consistency term, which is what keeps them at the
+teacher's pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distillers.adapter import add_lora
+from distillers.denoiser import Cond, Denoiser
+from distillers.discriminator import Heads, standing_still
+from distillers.distiller import (
+    Batch,
+    Distiller,
+    Networks,
+    Turn,
+    follow,
+    frozen,
+    labels_and_images,
+    slow_copy,
+    trainable_copy,
+)
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import (
+    Solver,
+    distribution_matching,
+    judged_fake,
+    judged_real,
+    per_sample_mse,
+    pseudo_huber,
+    sampling_times,
+    teacher_step,
+)
+from distillers.reward import Reward, load_reward
+from distillers.schedule import NoiseSchedule, like
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperSD(Distiller):
+    """L = E d( G(x_t, t -> b), sg G-(x_m, m -> b) ) + lambda_k L_adv, with x_m one teacher step below x_t (TSCD)."""
+
+    segments: tuple[int, ...] = (8, 4, 2, 1)  # k of each stage; stages share the training equally
+    points: int = 64  # N, fine intervals of the trajectory; every k divides it
+    solver: Solver = "ddim"  # the teacher's step
+    target_decay: float = 0.95  # mu of the target network; 0 = the student itself
+    distance: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # d
+    guidance_scale: float = 1.0  # of the teacher; 1 = none
+    # adversarial term
+    adversarial_weights: tuple[float, ...] = (0.0, 0.0, 0.05, 0.1)  # lambda of each stage: late stages average most
+    layers: tuple[str, ...] = ("mid_block",)  # of the frozen teacher, what the discriminator's heads read
+    # human feedback, in the last stage
+    reward: str | None = None  # a feature classifier's folder, or "module:function"; see distillers/reward.py
+    reward_weight: float = 0.1  # of relu(margin - reward)
+    reward_margin: float = 0.0  # in the reward's own unit: above it there is nothing more to gain, so nothing to hack
+    # one-step score distillation, in the last stage
+    score_weight: float = 0.0  # of the distribution matching term; 0 = none
+    critic_turns: int = 2  # of the score network for one of the student's (DMD2: 5)
+    # what leaves
+    lora_rank: int | None = None  # train a LoRA of this rank on the teacher's network; absent = the whole network
+    steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts published when the last stage is k = 1
+
+    def __post_init__(self) -> None:
+        for k in self.segments or (0,):
+            if k < 1 or self.points % k:
+                raise BadInput("hyper_sd.segments", self.segments, f"counts that divide points = {self.points}")
+        if len(self.adversarial_weights) != len(self.segments) or min(self.adversarial_weights) < 0:
+            allowed = f"0 or more for each of the {len(self.segments)} stages"
+            raise BadInput("hyper_sd.adversarial_weights", self.adversarial_weights, allowed)
+        if not 0 <= self.target_decay < 1:
+            raise BadInput("hyper_sd.target_decay", self.target_decay, "0 up to, not including, 1")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise BadInput("hyper_sd.steps", self.steps, "different step counts of 1 or more, at least one")
+        for name, least in (("reward_weight", 0), ("score_weight", 0), ("critic_turns", 1), ("guidance_scale", 0)):
+            if not getattr(self, name) >= least:
+                raise BadInput(f"hyper_sd.{name}", getattr(self, name), f"{least} or more")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise BadInput("hyper_sd.lora_rank", self.lora_rank, "1 or more, or absent")
+        if (self.reward or self.score_weight) and self.segments[-1] != 1:
+            raise BadInput(
+                "hyper_sd.segments", self.segments, "1 as the last: feedback and scores are of one-step samples"
+            )
+
+    def networks(self, teacher: Teacher) -> Networks:
+        nets = Networks({"student": trainable_copy(teacher.denoiser)})
+        if self.lora_rank is not None:
+            add_lora(nets["student"].network, self.lora_rank)
+        nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
+        if self.target_decay:
+            nets["target"] = slow_copy(nets["student"])
+        x0, cond = teacher.example()
+        if any(self.adversarial_weights):
+            nets["backbone"] = frozen(teacher.denoiser)
+            t = torch.tensor(teacher.denoiser.schedule.t_max)
+            with torch.no_grad():
+                nets["discriminator"] = Heads(teacher.denoiser.features(x0, t, cond, self.layers))
+        if self.score_weight:
+            nets["critic"] = trainable_copy(teacher.denoiser)
+        if self.reward:
+            nets["reward"] = frozen(Reward(load_reward(self.reward), teacher.codec, x0, cond))
+        return nets
+
+    def stage(self, progress: float) -> tuple[int, float]:
+        """k and lambda at this point of the training."""
+        i = min(int(progress * len(self.segments)), len(self.segments) - 1)
+        return self.segments[i], self.adversarial_weights[i]
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
+        schedule = student.schedule
+        x0, cond = labels_and_images(batch)
+        k, adversarial_weight = self.stage(progress)
+        d = pseudo_huber if self.distance == "pseudo-huber" else per_sample_mse
+
+        # n ~ U{1..N}: t, its neighbour m below, and the lower end b of the segment they are in
+        grid, length = schedule.segment_grid(self.points).to(x0.device), self.points // k
+        n = torch.randint(1, self.points + 1, (len(x0),), device=x0.device)
+        first = (n - 1) // length * length
+        t, m, b = grid[n], grid[n - 1], grid[first]
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+        x_m = teacher_step(nets["teacher"], x_t, t, m, cond, self.solver)
+        with torch.no_grad():  # sg G-(x_m, m -> b), which is x_m itself where m = b
+            y = jump(target, x_m, m, b, cond)
+        made = jump(student, x_t, t, b, cond)
+        loss = d(made, y).mean()
+
+        if adversarial_weight:
+            # both taken to one random time above b in the segment, and judged there (Wang et al. 2024, eq. 8-9)
+            u, eps = grid[first + torch.randint_like(n, length + 1)], torch.randn_like(x0)
+
+            def seen(x_b: Tensor) -> list[Tensor]:
+                features: list[Tensor] = nets["backbone"].features(
+                    schedule.renoise(x_b, eps, b, u), u, cond, self.layers
+                )
+                return features
+
+            heads = nets["discriminator"]
+            with torch.no_grad():
+                fake, real = seen(made.detach()), seen(y)
+            yield "discriminator", judged_fake(heads(fake)) + judged_real(heads(real))
+            with standing_still(heads):
+                loss = loss + adversarial_weight * judged_real(heads(seen(made)))
+
+        if k == 1 and self.score_weight:
+            yield from self.critic_turn(nets, x0, cond)
+        if k == 1 and (self.score_weight or self.reward):
+            loss = loss + self.one_step_terms(nets, x0, cond)
+        yield "student", loss
+
+        if self.target_decay:  # theta- <- mu theta- + (1 - mu) theta
+            follow(target, student, self.target_decay)
+
+    def critic_turn(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Iterator[Turn]:
+        """The critic learns to denoise what the student draws in one step (Yin et al. 2024, eq. 6)."""
+        critic, schedule = nets["critic"], nets["critic"].schedule
+        for _ in range(self.critic_turns):
+            with torch.no_grad():
+                drawn = one_step(nets["student"], torch.randn_like(x0), cond)
+            t, x_t = self.noised(schedule, drawn)
+            weight = (schedule.snr(t).clamp(max=20.0) + 1).to(x0)  # as the teacher was trained: methods/diffusion.py
+            yield "critic", (weight * per_sample_mse(critic(x_t, t, cond), drawn)).mean()
+
+    def one_step_terms(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
+        """Score distillation and feedback, both on the same one-step sample, which is predicted as x0."""
+        drawn = one_step(nets["student"], torch.randn_like(x0), cond)
+        loss = x0.new_zeros(())
+        if self.score_weight:
+            with torch.no_grad():
+                t, x_t = self.noised(nets["student"].schedule, drawn)
+                real, fake = nets["teacher"](x_t, t, cond), nets["critic"](x_t, t, cond)
+            loss = loss + self.score_weight * distribution_matching(drawn, real, fake)
+        if self.reward:
+            loss = loss + self.reward_weight * (self.reward_margin - nets["reward"](drawn, cond)).relu().mean()
+        return loss
+
+    @staticmethod
+    def noised(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """t ~ U on the middle 96 % of the range, and x_t (Yin et al. 2024)."""
+        t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))
+        return t, schedule.add_noise(x0, torch.randn_like(x0), t)
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        student, k = nets["student"], self.segments[-1]
+        if k == 1:  # a consistency model: re-noised between steps, as stock LCMScheduler does
+            sampler, times = "consistency", {n: sampling_times(student.schedule, n) for n in self.steps}
+        else:  # from end to end of the segments, without noise
+            ends = student.schedule.segment_grid(self.points)[:: self.points // k]
+            sampler, times = "ddim", {k: ends[1:].flip(0).tolist()}
+        info = replace(teacher.info, sampler=sampler, step_times=times, default_steps=min(times), guidance_scale=1.0)
+        return Generator(student, teacher.codec, info)
+
+
+def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+    """G(x_t, t -> s) = alpha_s x0hat + sigma_s epshat: DDIM on the network's own estimates; the identity at s = t."""
+    return denoiser.schedule.step(x_t, denoiser(x_t, t, cond), t, s)
+
+
+def one_step(student: Denoiser, noise: Tensor, cond: Cond | None = None) -> Tensor:
+    """x0 from noise in one call, as `Generator` makes it."""
+    top = torch.tensor(sampling_times(student.schedule, 1)[0], dtype=torch.float64, device=noise.device)
+    scale = torch.hypot(student.schedule.alpha(top), student.schedule.sigma(top))
+    return student(noise * like(scale, noise), top, cond)

@@ -1,0 +1,126 @@
+"""Refinement through the sample itself: what the student draws is held against the real picture.
+
+Qin, Zou, Li and Zhang, "Efficient End-to-End Diffusion Model for One-step SAR-to-Optical Translation" (E3Diff), 2024
+(stage 2, weights as in the released configuration); backward simulation of the earlier steps: Yin et al., "Improved
+Distribution Matching Distillation for Fast Image Synthesis" (DMD2), 2024.
+
+A distilled translator can only be as good as its teacher. Here gradients flow through the very call that is served,
+from pure noise, to four judges: pixels, perceptual features, the spectrum, and a discriminator. The paper's judges are
+VGG and CLIP, ours the network that the student starts from: no other weights, and any space. For pairs only: the noise
+says nothing about the picture, SAR does. The pair may be misregistered by a pixel or two; all but the discriminator
+compare at each sample's best shift, so that being there does not cost more than being blurred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distillers.denoiser import Cond, Denoiser
+from distillers.discriminator import Discriminator, standing_still
+from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import (
+    best_shift,
+    feature_distance,
+    focal_frequency,
+    judged_fake,
+    judged_real,
+    ramp,
+    sampling_times,
+)
+from distillers.schedule import like
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refine(Distiller):
+    """L = |x - x0| + 5 L_perceptual + 10 L_frequency + 0.5 L_adversarial, x drawn from noise (Qin et al. 2024).
+
+    `teacher` is where the student starts: a diffusion teacher, or better a consistency student.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("sar-to-optical",)
+    pixel_weight: float = 1.0  # of the mean absolute difference
+    perceptual_weight: float = 5.0  # of the distance in the frozen start network's own features (paper: LPIPS on VGG)
+    frequency_weight: float = 10.0  # of the focal frequency loss
+    adversarial_weight: float = 0.5  # of the discriminator's opinion, once ramped up
+    adversarial_ramp: float = 0.1  # share of the training over which it rises
+    layers: tuple[str, ...] = ("mid_block",)  # what D's heads and the perceptual distance read
+    shift: int = 2  # pixels that a pair may be off by without being punished
+    steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts trained for and published
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise BadInput("refine.steps", self.steps, "different step counts of 1 or more, at least one")
+        for name in (
+            "pixel_weight",
+            "perceptual_weight",
+            "frequency_weight",
+            "adversarial_weight",
+            "adversarial_ramp",
+            "shift",
+        ):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"refine.{name}", getattr(self, name), "0 or more")
+
+    def networks(self, teacher: Teacher) -> Networks:
+        nets = Networks({"student": trainable_copy(teacher.denoiser), "teacher": frozen(teacher.denoiser)})
+        x0, cond = teacher.example()
+        teacher.denoiser.features(x0, torch.tensor(teacher.denoiser.schedule.t_min), cond, self.layers)
+        if self.adversarial_weight:
+            nets["discriminator"] = Discriminator(teacher.denoiser, self.layers, x0, cond, views=1)
+        nets["codec"] = frozen(teacher.codec)
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, schedule = nets["student"], nets["student"].schedule
+        x0, cond = labels_and_images(batch)
+        made = self.draw(student, torch.randn_like(x0), cond)
+
+        clean = torch.tensor(schedule.t_min, device=x0.device)
+        loss = x0.new_zeros(())
+        strength = self.adversarial_weight * ramp(progress, 0.0, self.adversarial_ramp)
+        if self.adversarial_weight:
+            judge = nets["discriminator"]
+            fake, real = (judge(judge.see(x, clean, cond)) for x in (made.detach(), x0))
+            yield "discriminator", judged_fake(fake) + judged_real(real)
+            with standing_still(judge):
+                loss = loss + strength * judged_real(judge(judge.see(made, clean, cond)))
+        codec = nets["codec"]
+        pixels = codec.decode(made)
+        truth = best_shift(pixels, codec.decode(x0), self.shift)
+        loss = loss + self.pixel_weight * (pixels - truth).abs().mean()
+        loss = loss + self.frequency_weight * focal_frequency(pixels, truth).mean()
+        if self.perceptual_weight:
+            distance = feature_distance(nets["teacher"], made, codec.encode(truth), cond, self.layers)
+            loss = loss + self.perceptual_weight * distance.mean()
+        yield "student", loss
+
+    def draw(self, student: Denoiser, noise: Tensor, cond: Cond | None) -> Tensor:
+        """One call of a sampler of k steps, k any of `steps`, with a gradient; the calls before it without."""
+        schedule = student.schedule
+        k = self.steps[int(torch.randint(len(self.steps), ()))]
+        times = torch.tensor(sampling_times(schedule, k), dtype=torch.float64, device=noise.device)
+        last = int(torch.randint(k, ()))
+        x_t = noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)
+        with torch.no_grad():  # multi-step consistency sampling, as `Generator` does it
+            for t, s in pairwise(times[: last + 1]):
+                x_t = schedule.add_noise(student(x_t, t, cond), torch.randn_like(noise), s)
+        return student(x_t, times[last], cond)
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        info = replace(
+            teacher.info,
+            sampler="consistency",
+            step_times={k: sampling_times(nets["student"].schedule, k) for k in self.steps},
+            default_steps=min(self.steps),
+            guidance_scale=1.0,
+        )
+        return Generator(nets["student"], teacher.codec, info)
