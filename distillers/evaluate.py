@@ -328,7 +328,7 @@ def evaluate(
     Agreement is with the teacher at the largest of `teacher_steps`. latency_repeats 0: no latency. n must exceed the
     number of features.
 
-    mean_of: for translators, one more row at each of `steps`: picture i is the mean of so many samples, whose seeds are
+    mean_of: for translators, one more row at the fewest of `steps`: picture i is the mean of so many samples, seeds
     seed + i + k n for k = 0, 1, ...; 0 for none. Such a mean is what PSNR rewards, and no sample of anything.
     """
     steps = steps or sorted(generator.info.step_times) or [generator.info.default_steps]
@@ -341,7 +341,7 @@ def evaluate(
     entries = [(teacher, s) for s in sorted(teacher_steps)] if teacher is not None else []
     contestants = [
         *(_entrant(model, s, n, len(reference)) for model, s in [*entries, *((generator, s) for s in steps)]),
-        *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in steps if mean_of),
+        *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in [min(steps)] if mean_of),
         *(_baselines(colour, n, len(reference)) if generator.info.task == "sar-to-optical" else ()),
     ]
     done = 0

@@ -256,11 +256,11 @@ def test_translators_have_means_regions_sar_and_truth(tmp_path: Path) -> None:
     publish(made, plan, opened, folder)
     assert compare(study, runs=tmp_path / "runs") == {}
     text = study.with_suffix(".md").read_text()
-    labels = ["constant colour", "SAR copied to three bands", "teacher, 2 steps", "sar, 2 steps, mean of 2"]
+    labels = ["constant colour", "SAR copied to three bands", "teacher, 2 steps", "sar, 1 step, mean of 2"]
     assert [label for label in labels if text.count(f"| {label} |") == 2] == labels, text  # in both tables
     assert "| method | North (n = 70), PSNR |" in text and "Mean of 2:" in text
     told = json.loads(study.with_suffix(".json").read_text())
-    mean = next(row for row in told["rows"] if row["label"] == "sar, 2 steps, mean of 2")
-    assert mean["nfe"] == 4 and mean["speed_up"] is None and set(mean["regions"]) == {"North", "South"}
+    mean = next(row for row in told["rows"] if row["label"] == "sar, 1 step, mean of 2")
+    assert mean["nfe"] == 2 and mean["speed_up"] is None and set(mean["regions"]) == {"North", "South"}
     with Image.open(study.with_suffix(".png")) as picture:
         assert picture.height == 5 * (20 + 16 * 6 + 2 * 2)  # SAR, teacher, student twice, truth
