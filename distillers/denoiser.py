@@ -60,13 +60,12 @@ class Denoiser(nn.Module):
         The network is left as soon as the last of them has answered: an encoder costs an encoder.
 
         Raises:
-            BadInput: a layer name that the network does not have.
+            BadInput: a layer that the network does not have, or does not call (a list of blocks is never called).
         """
         modules = dict(self.network.named_modules())
         missing = [name for name in layers if not name or name not in modules]
         if missing or not layers:
-            known = ", ".join(name for name, _ in self.network.named_children())
-            raise BadInput("layers", missing or layers, f"submodules of the network, e.g. {known}")
+            raise BadInput("layers", missing or list(layers), self._layers())
         kept: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
@@ -85,7 +84,18 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+        if len(kept) < len(set(layers)):
+            raise BadInput("layers", [name for name in layers if name not in kept], self._layers())
         return [kept[name] for name in layers]
+
+    def _layers(self) -> str:
+        """What can be asked of `features`, as far as a message can say it: blocks, by name."""
+        blocks = [
+            name if not isinstance(child, nn.ModuleList) else f"{name}.0 to {name}.{len(child) - 1}"
+            for name, child in self.network.named_children()
+            if not isinstance(child, nn.ModuleList) or len(child)
+        ]
+        return "submodules that the network calls, e.g. " + ", ".join(blocks)
 
 
 class _AllKept(Exception):

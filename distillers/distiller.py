@@ -63,8 +63,12 @@ def frozen(module: M) -> M:
 
 
 def trainable_copy(module: M) -> M:
-    """A deep copy that learns."""
-    return copy.deepcopy(module).train().requires_grad_(True)
+    """A deep copy that learns. It answers alike for the same input: whoever drops labels says so in its method."""
+    learner = copy.deepcopy(module).train().requires_grad_(True)
+    for part in learner.modules():
+        if type(part).__name__ == "LabelEmbedding":  # diffusers' DiT drops a tenth of its labels while it trains
+            part.dropout_prob = 0.0  # type: ignore[assignment]
+    return learner
 
 
 def slow_copy(module: M) -> M:

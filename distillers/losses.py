@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from distillers.codec import ImageCodec
 from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
+from distillers.generator import Generator
 from distillers.schedule import NoiseSchedule, VariancePreserving, like
+from distillers.teacher import Teacher
 from distillers.weights import lcm_times
 
 Solver = Literal["heun", "ddim"]
@@ -114,6 +117,24 @@ def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
     return schedule.grid(steps + 1)[1:].flip(0).tolist()
 
 
+def check_steps(field: str, steps: Sequence[int]) -> None:
+    """BadInput unless these are step counts to publish: one or more, different, each 1 or more."""
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise BadInput(field, tuple(steps), "different step counts of 1 or more, at least one")
+
+
+def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[int]) -> Generator:
+    """What leaves: the student, re-noised between its steps. Guidance, where there was any, is in its weights."""
+    info = replace(
+        teacher.info,
+        sampler="consistency",
+        step_times={k: sampling_times(student.schedule, k) for k in steps},
+        default_steps=min(steps),
+        guidance_scale=1.0,
+    )
+    return Generator(student, teacher.codec, info)
+
+
 # --- two players -----------------------------------------------------------------------------------------------------
 def judged_real(logits: Tensor) -> Tensor:
     """Non-saturating loss of who wants these logits to say "real": E softplus(-D) (Goodfellow et al. 2014)."""
@@ -159,7 +180,7 @@ def feature_distance(denoiser: Denoiser, a: Tensor, b: Tensor, cond: Cond | None
     for ours, theirs in zip(seen, wanted, strict=True):
         channels = 1 if ours.ndim == 4 else -1
         gap = F.normalize(ours.float(), dim=channels) - F.normalize(theirs.float(), dim=channels)
-        distances.append(gap.square().sum(channels).flatten(1).mean(1))
+        distances.append(gap.square().sum(channels).reshape(len(gap), -1).mean(1))
     return torch.stack(distances).mean(0)
 
 

@@ -35,7 +35,7 @@ class Recognised(nn.Module):
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A feature classifier's folder as `Recognised`, or "module:function", a reward of the user's own.
+    """A feature classifier's folder as `Recognised`, or "module:function", a reward of the user's own on Python's path.
 
     Raises:
         BadInput: neither a folder nor something that can be imported.
@@ -46,7 +46,7 @@ def load_reward(name: str) -> RewardFunction:
     allowed = "a folder of a feature classifier, or module:function, a callable (pixels, cond) -> (B,)"
     try:
         found: RewardFunction = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadInput("reward", name, f"{allowed} ({error})") from None
     if not colon or not callable(found):
         raise BadInput("reward", name, allowed)
@@ -65,7 +65,7 @@ class Reward(nn.Module):
         self.reward, self.codec = reward, codec
         tried = x0.clone().requires_grad_()
         with torch.enable_grad():
-            value = self(tried, cond)
+            value = torch.as_tensor(reward(codec.decode(tried), cond))
         if value.shape != (len(x0),) or not bool(value.isfinite().all()) or not value.requires_grad:
             given = f"{value.tolist()} for an example" + ("" if value.requires_grad else ", without a gradient")
             raise BadInput("reward", given, "one finite, differentiable number per picture")

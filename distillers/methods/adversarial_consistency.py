@@ -12,7 +12,7 @@ both are here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,14 +34,15 @@ from distillers.generator import Generator
 from distillers.losses import (
     Solver,
     blurred,
+    check_steps,
     consistency_function,
+    consistency_generator,
     judged_fake,
     judged_real,
     neighbours,
     per_sample_mse,
     pseudo_huber,
     ramp,
-    sampling_times,
     teacher_step,
 )
 from distillers.teacher import Teacher
@@ -70,8 +71,7 @@ class AdversarialConsistency(Distiller):
             raise BadInput("adversarial_consistency.points, colour_pixels", given, "2 or more; 1 or more")
         if not 0 <= self.target_decay < 1:
             raise BadInput("adversarial_consistency.target_decay", self.target_decay, "0 up to, not including, 1")
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
-            raise BadInput("adversarial_consistency.steps", self.steps, "different step counts of 1 or more")
+        check_steps("adversarial_consistency.steps", self.steps)
         for name in ("adversarial_weight", "adversarial_start", "adversarial_ramp", "colour_weight", "guidance_scale"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"adversarial_consistency.{name}", getattr(self, name), "0 or more")
@@ -121,11 +121,4 @@ class AdversarialConsistency(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # The averaged student, never the target network (which the released code saves).
-        info = replace(
-            teacher.info,
-            sampler="consistency",
-            step_times={k: sampling_times(nets["student"].schedule, k) for k in self.steps},
-            default_steps=min(self.steps),
-            guidance_scale=1.0,
-        )
-        return Generator(nets["student"], teacher.codec, info)
+        return consistency_generator(nets["student"], teacher, self.steps)

@@ -49,6 +49,8 @@ class Boot(Distiller):
             )
 
     def networks(self, teacher: Teacher) -> Networks:
+        if teacher.denoiser.prediction == "flow":  # stock flow schedulers draw flow only, and the signal is none
+            raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
         student = trainable_copy(teacher.denoiser)
         student.prediction = "x0"  # a free head: what the network says is the signal, whatever it said before
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -35,11 +35,12 @@ from distillers.generator import Generator
 from distillers.losses import (
     Lpips,
     Solver,
+    check_steps,
     consistency_function,
+    consistency_generator,
     neighbours,
     per_sample_mse,
     pseudo_huber,
-    sampling_times,
     teacher_step,
 )
 from distillers.schedule import NoiseSchedule
@@ -74,8 +75,7 @@ class Consistency(Distiller):
             raise BadInput("consistency.first_points", self.first_points, f"2 to points = {self.points}, or 0")
         if not 0 <= self.target_decay < 1:
             raise BadInput("consistency.target_decay", self.target_decay, "0 up to, not including, 1")
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
-            raise BadInput("consistency.steps", self.steps, "different step counts of 1 or more, at least one")
+        check_steps("consistency.steps", self.steps)
         if self.ratio_base <= 1 or self.stages < 1 or self.log_std <= 0 or self.guidance_scale < 0:
             given = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
             allowed = "above 1; 1 or more; above 0; 0 or more"
@@ -87,11 +87,10 @@ class Consistency(Distiller):
 
     def networks(self, teacher: Teacher) -> Networks:
         nets: dict[str, nn.Module] = {"student": trainable_copy(teacher.denoiser)}
-        if self.source == "teacher":
-            nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
         if self.guidance_range:
-            nets["teacher"] = frozen(teacher.guided(self.guidance_range[1]))  # refused where there is no null class
             embed_guidance(nets["student"].network)  # type: ignore[arg-type]
+        if self.source == "teacher":  # 0 stands for any scale but 1: the batch brings its own
+            nets["teacher"] = frozen(teacher.guided(0.0 if self.guidance_range else self.guidance_scale))
         if self.target_decay:
             nets["target"] = slow_copy(nets["student"])
         if self.distance == "lpips":
@@ -147,15 +146,8 @@ class Consistency(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # Never the target network: it is a lagging copy that exists for the loss.
-        student, schedule = nets["student"], nets["student"].schedule
+        student = nets["student"]
         if self.guidance_range:  # told one scale, it is a stock network again
             student = copy.deepcopy(student)
             fold_guidance(student.network, self.guidance_scale)
-        info = replace(
-            teacher.info,
-            sampler="consistency",
-            step_times={k: sampling_times(schedule, k) for k in self.steps},
-            default_steps=min(self.steps),
-            guidance_scale=1.0,  # the teacher's is in the student's weights
-        )
-        return Generator(student, teacher.codec, info)
+        return consistency_generator(student, teacher, self.steps)

@@ -40,6 +40,8 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import (
     Solver,
+    check_steps,
+    consistency_generator,
     distribution_matching,
     judged_fake,
     judged_real,
@@ -78,6 +80,8 @@ class HyperSD(Distiller):
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts published when the last stage is k = 1
 
     def __post_init__(self) -> None:
+        if self.points < 1:
+            raise BadInput("hyper_sd.points", self.points, "1 or more")
         for k in self.segments or (0,):
             if k < 1 or self.points % k:
                 raise BadInput("hyper_sd.segments", self.segments, f"counts that divide points = {self.points}")
@@ -86,8 +90,7 @@ class HyperSD(Distiller):
             raise BadInput("hyper_sd.adversarial_weights", self.adversarial_weights, allowed)
         if not 0 <= self.target_decay < 1:
             raise BadInput("hyper_sd.target_decay", self.target_decay, "0 up to, not including, 1")
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
-            raise BadInput("hyper_sd.steps", self.steps, "different step counts of 1 or more, at least one")
+        check_steps("hyper_sd.steps", self.steps)
         for name, least in (("reward_weight", 0), ("score_weight", 0), ("critic_turns", 1), ("guidance_scale", 0)):
             if not getattr(self, name) >= least:
                 raise BadInput(f"hyper_sd.{name}", getattr(self, name), f"{least} or more")
@@ -99,6 +102,7 @@ class HyperSD(Distiller):
             )
 
     def networks(self, teacher: Teacher) -> Networks:
+        teacher.denoiser.schedule.segment_grid(self.points)  # refused where the clock has too few timesteps
         nets = Networks({"student": trainable_copy(teacher.denoiser)})
         if self.lora_rank is not None:
             add_lora(nets["student"].network, self.lora_rank)
@@ -198,12 +202,12 @@ class HyperSD(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         student, k = nets["student"], self.segments[-1]
-        if k == 1:  # a consistency model: re-noised between steps, as stock LCMScheduler does
-            sampler, times = "consistency", {n: sampling_times(student.schedule, n) for n in self.steps}
-        else:  # from end to end of the segments, without noise
-            ends = student.schedule.segment_grid(self.points)[:: self.points // k]
-            sampler, times = "ddim", {k: ends[1:].flip(0).tolist()}
-        info = replace(teacher.info, sampler=sampler, step_times=times, default_steps=min(times), guidance_scale=1.0)
+        if k == 1:
+            return consistency_generator(student, teacher, self.steps)
+        # from end to end of the segments, without noise
+        ends = student.schedule.segment_grid(self.points)[:: self.points // k]
+        times = {k: ends[1:].flip(0).tolist()}
+        info = replace(teacher.info, sampler="ddim", step_times=times, default_steps=k, guidance_scale=1.0)
         return Generator(student, teacher.codec, info)
 
 

@@ -14,7 +14,7 @@ compare at each sample's best shift, so that being there does not cost more than
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -28,6 +28,8 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import (
     best_shift,
+    check_steps,
+    consistency_generator,
     feature_distance,
     focal_frequency,
     judged_fake,
@@ -57,8 +59,7 @@ class Refine(Distiller):
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts trained for and published
 
     def __post_init__(self) -> None:
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
-            raise BadInput("refine.steps", self.steps, "different step counts of 1 or more, at least one")
+        check_steps("refine.steps", self.steps)
         for name in (
             "pixel_weight",
             "perceptual_weight",
@@ -116,11 +117,4 @@ class Refine(Distiller):
         return student(x_t, times[last], cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        info = replace(
-            teacher.info,
-            sampler="consistency",
-            step_times={k: sampling_times(nets["student"].schedule, k) for k in self.steps},
-            default_steps=min(self.steps),
-            guidance_scale=1.0,
-        )
-        return Generator(nets["student"], teacher.codec, info)
+        return consistency_generator(nets["student"], teacher, self.steps)

@@ -16,11 +16,11 @@ converges). `tangent_step` then takes a finite difference along the same traject
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,7 +28,13 @@ from distillers.denoiser import Cond, Denoiser
 from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import consistency_function, per_sample_mse, ramp, sampling_times
+from distillers.losses import (
+    check_steps,
+    consistency_function,
+    consistency_generator,
+    per_sample_mse,
+    ramp,
+)
 from distillers.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
 
@@ -48,8 +54,7 @@ class ContinuousConsistency(Distiller):
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts the generator is published with
 
     def __post_init__(self) -> None:
-        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
-            raise BadInput("scm.steps", self.steps, "different step counts of 1 or more, at least one")
+        check_steps("scm.steps", self.steps)
         for name in ("tangent_constant", "log_std", "weight_cap"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"scm.{name}", getattr(self, name), "a number above 0")
@@ -80,10 +85,11 @@ class ContinuousConsistency(Distiller):
             # g = cos df/dphi in two parts: towards the teacher's x0, and the rest, which is faded in (Algorithm 1)
             towards = cos**2 * (f - x0_teacher) / sin
             g = towards + ramp(progress, 0.0, self.tangent_warmup) * (cos * df - towards)
-            y = f - sin * self.tamed(g)
 
+        made = consistency_function(student, x_t, t, cond)
+        y = made.detach() - sin * self.tamed(g)  # from the very value that is trained: in half precision f differs
         weight = (1 / sin.flatten() ** 2).clamp(max=self.weight_cap)
-        yield "student", (weight * per_sample_mse(consistency_function(student, x_t, t, cond), y)).mean()
+        yield "student", (weight * per_sample_mse(made, y)).mean()
 
     def derivative(
         self, student: Denoiser, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None
@@ -96,8 +102,9 @@ class ContinuousConsistency(Distiller):
         s = schedule.time_at_ratio((phi - self.tangent_step).clamp_min(0).tan())
         step = phi - schedule.noise_ratio(s).atan()  # shorter where t_min is near
         x_s = schedule.step(x_t, x0, t, s)
-        f = consistency_function(student, x_t, t, cond)
-        return f, (f - consistency_function(student, x_s, s, cond)) / like(step.clamp_min(1e-6), x_t)
+        with torch.autocast(x_t.device.type, enabled=False):  # half precision would drown a difference this small
+            f, below = consistency_function(student, x_t, t, cond), consistency_function(student, x_s, s, cond)
+        return f, (f - below) / like(step.clamp_min(1e-6), x_t)
 
     def tamed(self, g: Tensor) -> Tensor:
         """The tangent without its bursts (Lu and Song 2024, sec. 4.2)."""
@@ -106,14 +113,7 @@ class ContinuousConsistency(Distiller):
         return g / (like(g.flatten(1).norm(dim=1), g) + self.tangent_constant)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        info = replace(
-            teacher.info,
-            sampler="consistency",
-            step_times={k: sampling_times(nets["student"].schedule, k) for k in self.steps},
-            default_steps=min(self.steps),
-            guidance_scale=1.0,
-        )
-        return Generator(nets["student"], teacher.codec, info)
+        return consistency_generator(nets["student"], teacher, self.steps)
 
 
 def sin_cos(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,15 @@ def derivative_along(
     def f(x: Tensor, time: Tensor) -> Tensor:
         return consistency_function(denoiser, x, time, cond)
 
-    with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return _value_and_slope(f, (x_t, t), (dx, dt))
+    norms = [m for m in denoiser.modules() if isinstance(m, nn.GroupNorm)]
+    # torch's forward derivative of GroupNorm takes contiguous maps only, and attention leaves others
+    hooks = [m.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),)) for m in norms]
+    try:
+        with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+            return _value_and_slope(f, (x_t, t), (dx, dt))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _value_and_slope(
