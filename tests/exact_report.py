@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -25,16 +25,49 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from distillers.distiller import Distiller
+from distillers.methods.adversarial_consistency import AdversarialConsistency
+from distillers.methods.boot import Boot, signal
 from distillers.methods.consistency import Consistency
+from distillers.methods.diffusion import Diffusion
+from distillers.methods.hyper_sd import HyperSD
+from distillers.methods.scm import ContinuousConsistency
 from distillers.teacher import Teacher
-from distillers.toy import GaussianMixture, Points, asymmetric, exact_teacher, ring
-from distillers.trainer import TrainSettings, _Run
+from distillers.toy import ExactTeacher, GaussianMixture, Points, asymmetric, exact_teacher, ring
+from distillers.trainer import Run, TrainSettings
 
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {"ring": ring, "asymmetric": lambda: asymmetric(0)}
-METHODS: dict[str, Distiller] = {"consistency": Consistency(points=20, steps=(1, 2, 4))}
 SETTINGS = TrainSettings(
     iterations=4000, batch=256, learning_rate=2e-2, warmup=100, decay="cosine", clip=10.0, ema=0.99, tracker="none"
 )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A method as it is proved: what it trains, how, and what its students start as."""
+
+    distiller: Distiller
+    settings: TrainSettings = SETTINGS
+    trained_start: bool = False  # students start as a network taught by score matching, as they do on pictures
+    frequencies: int = 6  # octaves of the network's time features
+
+
+PROOFS: dict[str, Proof] = {
+    "consistency": Proof(Consistency(points=20, steps=(1, 2, 4))),
+    # the tangent needs a slow clock, a start that knows the scores, and times up to where only noise is left
+    "scm": Proof(
+        ContinuousConsistency(tangent="clipped", tangent_warmup=0.25, log_mean=0.0, log_std=2.0, weight_cap=1e9),
+        replace(SETTINGS, iterations=2500, learning_rate=5e-3),
+        trained_start=True,
+        frequencies=1,
+    ),
+    "hyper_sd": Proof(HyperSD(points=32, solver="heun", adversarial_weights=(0.0, 0.0, 0.0, 0.0))),
+    "boot": Proof(Boot(delta=0.08, solver="heun"), replace(SETTINGS, iterations=6000)),
+    # a picture of what the game does; at weight 0 it is `consistency`, which the tests hold it to
+    "adversarial_consistency": Proof(
+        AdversarialConsistency(points=20, solver="heun", adversarial_weight=0.02, layers=("layers.3",)),
+        replace(SETTINGS, iterations=2500),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -45,14 +78,52 @@ class Verdict:
     mode_agreement: float  # share of noises that both carry to the same mode
 
 
-def train_on(teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings) -> _Run:
+def train_on(teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings) -> Run:
     """`train`'s own iterations (draws, turns, optimizers, clipping, averages), without its files and pictures."""
+    *_, run = stages_of(teacher, mixture, distiller, settings, 1)
+    return run
+
+
+def stages_of(
+    teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings, stages: int
+) -> Iterator[Run]:
+    """The same, paused at the end of each of so many equal stages."""
     torch.manual_seed(settings.seed)
-    run = _Run(distiller, teacher, settings, Accelerator(cpu=True), Path(tempfile.gettempdir()), {})
+    run = Run(distiller, teacher, settings, Accelerator(cpu=True), Path(tempfile.gettempdir()), {})
     data = Points(mixture)
     for i in range(settings.iterations):
         run.iteration(i, data)
-    return run
+        if (i + 1) * stages % settings.iterations == 0:
+            yield run
+
+
+def teacher_for(proof: Proof, name: str, seed: int) -> ExactTeacher:
+    """The exact teacher of a mixture, and what its students start as."""
+    mixture = MIXTURES[name]()
+    teacher = exact_teacher(mixture, seed, frequencies=proof.frequencies)
+    if not proof.trained_start:
+        return teacher
+    settings = replace(SETTINGS, iterations=2000, learning_rate=5e-3, seed=seed)
+    start = train_on(teacher, mixture, Diffusion(), settings).generator().denoiser
+    return replace(teacher, denoiser=start)
+
+
+def prove(method: str, name: str, seed: int) -> tuple[Run, dict[str, float]]:
+    """Train a method's proof; what it reached, by name. Segments are judged at the end of each stage."""
+    proof, mixture = PROOFS[method], MIXTURES[name]()
+    teacher, settings = teacher_for(proof, name, seed), replace(proof.settings, seed=seed)
+    if not isinstance(proof.distiller, HyperSD):
+        run = train_on(teacher, mixture, proof.distiller, settings)
+        found = asdict(judge(run.generator(), name))
+        return run, found | (signal_deviation(run, name) if method == "boot" else {})
+    found, whole = {}, proof.distiller
+    for i, run in enumerate(stages_of(teacher, mixture, whole, settings, len(whole.segments)), 1):
+        part = replace(whole, segments=whole.segments[:i], adversarial_weights=whole.adversarial_weights[:i])
+        run.distiller = part
+        verdict = judge(run.generator(), name, steps=whole.segments[i - 1])
+        run.distiller = whole
+        found |= {f"rmse_{whole.segments[i - 1]}_steps": verdict.rmse}
+    return run, asdict(verdict) | found
 
 
 @lru_cache
@@ -64,12 +135,25 @@ def exact_map(name: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judge(generator: nn.Module, name: str) -> Verdict:
-    """The generator as it leaves the house, called once for each noise."""
+def judge(generator: nn.Module, name: str, steps: int = 1) -> Verdict:
+    """The generator as it leaves the house, from each noise in so many calls."""
     mixture, (noise, exact) = MIXTURES[name](), exact_map(name)
-    given = generator(noise, steps=1)
+    given = generator(noise, steps=steps)
     agree = mixture.mode_of(given) == mixture.mode_of(exact)
     return Verdict(float((given - exact).square().sum(1).mean().sqrt()), float(agree.double().mean()))
+
+
+@torch.no_grad()
+def signal_deviation(run: Run, name: str) -> dict[str, float]:
+    """BOOT's y(eps, t) along the trajectory: its standard deviation over the exact one's."""
+    mixture, (noise, _), found = MIXTURES[name](), exact_map(name), {}
+    schedule, student = mixture.schedule, run.averages["student"]
+    for share in (0.0, 0.25, 0.5, 0.75):
+        t = schedule.spaced(torch.tensor(share, dtype=torch.float64))
+        exact = mixture.flow_map(noise, schedule.t_max, float(t))
+        exact = (exact - schedule.sigma(t) * noise) / schedule.alpha(t)
+        found[f"std_ratio_at_{share}"] = float(signal(student, noise, t).std(0).norm() / exact.std(0).norm())
+    return found
 
 
 def picture(rows: Sequence[Sequence[tuple[str, Tensor, Tensor]]], path: Path) -> None:
@@ -99,28 +183,26 @@ def report(method: str, out: Path, seeds: Sequence[int] = (0, 1, 2)) -> None:
     """Train every seed on every mixture; write METHOD.png (first seed) and METHOD.json."""
     out.mkdir(parents=True, exist_ok=True)
     runs, rows = [], []
-    for name, make in MIXTURES.items():
+    for name in MIXTURES:
         noise, exact = exact_map(name)
         panels = [("noise", noise, noise), (f"{name}: exact flow map", noise, exact)]
         for seed in seeds:
             began = time.process_time()
-            run = train_on(exact_teacher(make(), seed), make(), METHODS[method], replace(SETTINGS, seed=seed))
-            verdict = judge(run.generator(), name)
-            runs.append(
-                {"mixture": name, "seed": seed, **asdict(verdict), "cpu_seconds": round(time.process_time() - began, 1)}
-            )
+            run, found = prove(method, name, seed)
+            seconds = round(time.process_time() - began, 1)
+            runs.append({"mixture": name, "seed": seed, **found, "cpu_seconds": seconds})
             print(json.dumps(runs[-1]), flush=True)
             if seed == seeds[0]:
                 with torch.no_grad():
                     panels.append(
-                        (f"{method}, one step: RMSE {verdict.rmse:.3f}", noise, run.generator()(noise, steps=1))
+                        (f"{method}, one step: RMSE {found['rmse']:.3f}", noise, run.generator()(noise, steps=1))
                     )
         rows.append(panels)
     picture(rows, out / f"{method}.png")
     about = {
         "method": method,
-        "options": asdict(METHODS[method]),
-        "training": asdict(SETTINGS),
+        "options": asdict(PROOFS[method].distiller),
+        "training": asdict(PROOFS[method].settings),
         "reference": "RK4, 600 steps, float64, 4000 fixed noises; rmse = root mean squared distance of the end points",
         "device": f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}",
         "torch": torch.__version__,
@@ -133,7 +215,7 @@ def report(method: str, out: Path, seeds: Sequence[int] = (0, 1, 2)) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("method", choices=METHODS)
+    arguments.add_argument("method", choices=PROOFS)
     arguments.add_argument("--out", type=Path, default=Path("docs/results/exact"))
     given = arguments.parse_args()
     report(given.method, given.out)

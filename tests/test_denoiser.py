@@ -8,7 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
-from distillers.denoiser import Denoiser, Guided
+from distillers.denoiser import Denoiser, Guided, GuidedTime, embed_guidance, fold_guidance
 from distillers.errors import BadInput
 from distillers.schedule import (
     EDM,
@@ -189,6 +189,104 @@ def test_guidance_without_a_label_is_no_guidance(noisy: Any) -> None:
         assert torch.equal(Guided(plain, 4.0, null_label=0)(x_t, t, None), plain(x_t, t))
 
 
+def test_a_scale_for_each_sample_is_the_scalar_wrapper_for_each(conditional: Denoiser, noisy: Any) -> None:
+    """In the condition it takes the place of the one scale, and it does not reach the network that is guided."""
+    x_t, t, cond = noisy
+    scales = torch.tensor([0.0, 1.0, 2.5, 7.0])
+    with torch.no_grad():
+        each = Guided(conditional, 99.0, null_label=LABELS)(x_t, t, {**cond, "guidance": scales})
+        for i, w in enumerate(scales.tolist()):
+            scalar = Guided(conditional, w, null_label=LABELS)(x_t, t, cond)
+            torch.testing.assert_close(each[i], scalar[i], atol=1e-3, rtol=1e-4)
+        assert not torch.allclose(each[3], Guided(conditional, 6.0, null_label=LABELS)(x_t, t, cond)[3], atol=1e-2)
+        of_one = Guided(conditional, 1.0, null_label=LABELS)(x_t, t, {**cond, "guidance": scales})
+        torch.testing.assert_close(of_one, each)
+    asked = Asked()
+    Guided(asked, 1.0, LABELS)(x_t, t, {**cond, "guidance": scales})
+    assert set(asked.cond) == {"label"} and asked.cond["label"].tolist() == [0, 1, 2, 0] + 4 * [LABELS]
+
+
+class Asked(nn.Module):
+    """A denoiser that keeps the condition it was last asked under."""
+
+    schedule = VP
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        self.cond = cond
+        return x_t
+
+
+# --- a network that is told the guidance scale -----------------------------------------------------------------------
+def dit() -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2, sample_size=8,
+        patch_size=4, num_embeds_ada_norm=LABELS,
+    ).eval()  # fmt: skip
+
+
+TOLD = {"unet": lambda: unet(num_class_embeds=LABELS + 1), "transformer": dit}
+each_told = pytest.mark.parametrize("kind", TOLD)
+
+
+def told(network: nn.Module) -> nn.Module:
+    """The network with a scale embedding that has learnt something."""
+    torch.manual_seed(1)
+    embed_guidance(network)
+    for module in network.modules():
+        if isinstance(module, GuidedTime):
+            nn.init.normal_(module.project.weight, std=0.2)
+    return network
+
+
+def scales(w: float) -> dict[str, Tensor]:
+    return {"guidance": torch.full((4,), w)}
+
+
+@each_told
+@torch.no_grad()
+def test_a_new_scale_embedding_changes_nothing(kind: str, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    network = TOLD[kind]()
+    before = Denoiser(network, VP, "eps")(x_t, t, cond)
+    assert embed_guidance(network) is network
+    for w in (1.0, 5.0):
+        assert torch.equal(Denoiser(network, VP, "eps")(x_t, t, {**cond, **scales(w)}), before)
+
+
+@each_told
+@torch.no_grad()
+def test_a_network_that_learnt_the_scale_answers_to_each_sample_its_own(kind: str, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    denoiser = Denoiser(told(TOLD[kind]()), VP, "x0")
+    alike = {w: denoiser(x_t, t, {**cond, **scales(w)}) for w in (1.0, 3.0, 5.0)}
+    assert min((alike[a] - alike[b]).abs().max() for a, b in ((1.0, 3.0), (3.0, 5.0))) > 1e-3
+    mixed = denoiser(x_t, t, {**cond, "guidance": torch.tensor([5.0, 3.0, 1.0, 3.0])})
+    for i, w in enumerate((5.0, 3.0, 1.0, 3.0)):
+        torch.testing.assert_close(mixed[i], alike[w][i], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(denoiser(x_t, t, cond), alike[1.0])  # not told, after it was: none, not the last one
+
+
+@each_told
+@pytest.mark.parametrize("w", [1.0, 3.5])
+@torch.no_grad()
+def test_folded_it_is_a_stock_network_that_answers_as_if_told(kind: str, w: float, noisy: Any) -> None:
+    x_t, t, cond = noisy
+    stock, network = TOLD[kind](), told(TOLD[kind]())
+    expected = Denoiser(network, VP, "x0")(x_t, t, {**cond, **scales(w)})
+    assert fold_guidance(network, w) is network
+    assert network.state_dict().keys() == stock.state_dict().keys()
+    assert [type(m) for m in network.modules()] == [type(m) for m in stock.modules()]
+    torch.testing.assert_close(Denoiser(network, VP, "x0")(x_t, t, cond), expected, atol=1e-5, rtol=1e-5)
+    plain = Denoiser(stock, VP, "x0")(x_t, t, cond)
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_what_has_no_time_embedding_cannot_be_told() -> None:
+    with pytest.raises(BadInput, match="guidance_range"):
+        embed_guidance(nn.Linear(2, 2))
+
+
 # --- features --------------------------------------------------------------------------------------------------------
 def test_features_are_the_named_activations_in_the_order_asked(conditional: Denoiser, noisy: Any) -> None:
     x_t, t, cond = noisy
@@ -208,6 +306,37 @@ def test_features_leave_no_hooks_and_carry_gradients(conditional: Denoiser, nois
     middle.square().sum().backward()
     assert x_t.grad is not None and bool(x_t.grad.abs().sum() > 0)
     assert not any(module._forward_hooks for module in conditional.network.modules())
+
+
+def test_features_leave_the_network_at_the_last_of_the_layers(conditional: Denoiser, noisy: Any) -> None:
+    """Also when the last one asked is not the last one called; and the network is whole again afterwards."""
+    x_t, t, cond = noisy
+    calls = list[str]()
+    names = ["down_blocks.0", "mid_block", "up_blocks.0", "conv_out"]
+    handles = [
+        conditional.network.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name in names
+    ]
+    with torch.no_grad():
+        for layers, run in ((["down_blocks.0"], 1), (["mid_block", "down_blocks.0"], 2), (["up_blocks.0"], 3)):
+            calls.clear()
+            assert len(conditional.features(x_t, t, cond, layers)) == len(layers)
+            assert calls == names[:run]
+        calls.clear()
+        conditional(x_t, t, cond)
+        assert calls == names
+        calls.clear()
+        twice = conditional.features(x_t, t, cond, ["mid_block", "mid_block"])
+        assert torch.equal(*twice) and calls == names[:2]
+    for handle in handles:
+        handle.remove()
+
+
+def test_features_of_a_list_of_layers_are_refused(conditional: Denoiser, noisy: Any) -> None:
+    """ "down_blocks" is a name in the network, but nothing is ever called by it."""
+    x_t, t, cond = noisy
+    with pytest.raises(BadInput, match="layers"):
+        conditional.features(x_t, t, cond, layers=["down_blocks"])
 
 
 def test_features_refuse_a_layer_that_is_not_there(conditional: Denoiser, noisy: Any) -> None:

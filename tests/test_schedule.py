@@ -209,6 +209,60 @@ def test_a_heun_step_to_zero_noise_is_the_first_order_step(schedule: NoiseSchedu
     assert bool((heun[3:] - down[3:]).abs().min() > 1e-4)
 
 
+# --- times and segments ----------------------------------------------------------------------------------------------
+@each_schedule
+def test_a_share_of_the_range_runs_from_end_to_end_in_the_grids_spacing(schedule: NoiseSchedule) -> None:
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    t = schedule.spaced(u)
+    assert t[[0, -1]].tolist() == pytest.approx([schedule.t_min, schedule.t_max])
+    assert bool((t.diff() > 0).all()) and torch.equal(t, schedule.grid(101))
+    if schedule.rho == 1:
+        torch.testing.assert_close(t.diff(), t.diff()[:1].expand(100))
+    else:  # Karras et al. 2022, eq. 5
+        low, high = schedule.t_min ** (1 / 7), schedule.t_max ** (1 / 7)
+        assert float(t[50]) == pytest.approx(((low + high) / 2) ** 7)
+
+
+@each_schedule
+@pytest.mark.parametrize("k", [8, 4, 2, 1])
+def test_segments_are_cut_from_one_grid(schedule: NoiseSchedule, k: int) -> None:
+    fine = schedule.segment_grid(64)
+    assert len(fine) == 65 and fine.dtype == torch.float64 and bool((fine.diff() > 0).all())
+    assert fine[[0, -1]].tolist() == pytest.approx([schedule.t_min, schedule.t_max])
+    torch.testing.assert_close(fine[:: 64 // k], schedule.segment_grid(k))
+
+
+@pytest.mark.parametrize("clock", [1000, 30])
+@pytest.mark.parametrize("k", [8, 5, 4, 3, 2, 1])
+def test_discrete_segments_end_where_stock_ddim_steps(clock: int, k: int) -> None:
+    scheduler = DDIMScheduler(num_train_timesteps=clock, timestep_spacing="trailing")
+    scheduler.set_timesteps(k)
+    schedule = VariancePreserving.from_betas(num_train_timesteps=clock)
+    assert schedule.segment_grid(k)[1:].flip(0).tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("n", [0, -8, 501])
+def test_more_segments_than_half_the_clock_or_none_are_refused(n: int) -> None:
+    with pytest.raises(BadInput, match="grid points"):
+        VariancePreserving.from_betas().segment_grid(n)
+    grid = VariancePreserving.from_betas().segment_grid(500)
+    assert bool((grid.diff() > 0).all()) and torch.equal(grid, grid.round())
+
+
+@each_schedule
+def test_noise_added_in_two_steps_is_noise_added_in_one(schedule: NoiseSchedule) -> None:
+    """Signal a_t, noise s_t: the variance that x_s brings along and the fresh one add up."""
+    t = schedule.grid(60)[1:]
+    s = torch.cat([schedule.grid(60)[:-1][:30], t[30:]])  # below, and equal
+    nothing, one = torch.zeros(59, 1, dtype=torch.float64), torch.ones(59, 1, dtype=torch.float64)
+    brought, fresh = schedule.renoise(one, nothing, s, t), schedule.renoise(nothing, one, s, t)
+    a_s, s_s, a_t, s_t = (f(time)[:, None] for time in (s, t) for f in (schedule.alpha, schedule.sigma))
+    torch.testing.assert_close(brought * a_s, a_t, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close((brought * s_s) ** 2 + fresh**2, s_t**2, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(brought[30:], one[30:])
+    assert float(fresh[30:].abs().max()) < 1e-6 < float(fresh[:30].min())
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "schedule", [*SCHEDULES, VariancePreserving(torch.linspace(0.01, 0.2, 7))], ids=lambda s: s.name

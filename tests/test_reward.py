@@ -1,0 +1,174 @@
+"""Rewards: what is one, what is refused by name before anybody trains on it, and what feedback does with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_methods import batch_for, iterate, teacher_for
+from torch import Tensor
+
+from distillers.codec import PixelUnshuffle
+from distillers.data import ImageData, open_data
+from distillers.denoiser import Cond
+from distillers.errors import BadInput
+from distillers.features import FeatureCard, FeatureNet
+from distillers.methods.hyper_sd import HyperSD
+from distillers.reward import Recognised, Reward, load_reward
+
+LABELS = ("Forest", "River", "Sea Lake")
+
+
+# rewards that a user might name, "test_reward:<function>"
+def redness(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return pixels[:, 0].mean((1, 2)) - pixels[:, 1:].mean((1, 2, 3))
+
+
+def not_a_number(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return pixels.mean((1, 2, 3)) * float("nan")
+
+
+def one_for_all(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return pixels.mean()
+
+
+def a_column(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return pixels.mean((2, 3))[:, :1]
+
+
+def without_gradient(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return pixels.detach().mean((1, 2, 3))
+
+
+def not_a_tensor(pixels: Tensor, cond: Cond | None) -> float:
+    return 1.0
+
+
+def counted(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return (pixels > 0).sum((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ImageData:
+    return open_data("shapes", size=8)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> FeatureNet:
+    torch.manual_seed(0)
+    return FeatureNet(FeatureCard(name="tiny", labels=LABELS, size=8, width=8)).eval().requires_grad_(False)
+
+
+def example(task_labels: bool = True) -> tuple[Tensor, Cond | None]:
+    return torch.zeros(1, 3, 8, 8), {"label": torch.zeros(1, dtype=torch.long)} if task_labels else None
+
+
+# --- is it what was asked for? ---------------------------------------------------------------------------------------
+def test_recognised_is_the_log_probability_of_the_asked_class(classifier: FeatureNet) -> None:
+    pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    label = torch.tensor([0, 1, 2, 2, 1, 0])
+    reward = Recognised(classifier)(pixels, {"label": label})
+    probability = classifier.classify(pixels)[1].softmax(1)
+    torch.testing.assert_close(reward.exp(), probability[torch.arange(6), label])
+    assert reward.shape == (6,) and bool((reward <= 0).all())
+    every = torch.stack([Recognised(classifier)(pixels, {"label": torch.full((6,), k)}) for k in range(3)])
+    torch.testing.assert_close(every.exp().sum(0), torch.ones(6))
+    reward.sum().backward()
+    assert pixels.grad is not None and bool(pixels.grad.flatten(1).any(1).all())
+    assert all(p.grad is None for p in classifier.parameters())
+
+
+def test_climbing_it_makes_the_class_likelier(classifier: FeatureNet) -> None:
+    pixels, cond = 0.1 * torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)), {"label": torch.arange(3)}
+    judge = Recognised(classifier)
+    start = judge(pixels, cond)
+    for _ in range(20):
+        pixels = pixels.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(judge(pixels, cond).sum(), pixels)
+        pixels = pixels + 0.5 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    assert bool((judge(pixels, cond) > start).all())
+
+
+@pytest.mark.parametrize("cond", [None, {"sar": torch.zeros(1, 1, 8, 8)}])
+def test_a_classifier_has_no_opinion_without_a_label(classifier: FeatureNet, cond: Cond | None) -> None:
+    with pytest.raises(BadInput, match=r"reward: got 'tiny'.*class-to-image"):
+        Recognised(classifier)(torch.zeros(1, 3, 8, 8), cond)
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+def test_a_folder_is_a_classifier_and_a_dotted_name_a_function(classifier: FeatureNet, tmp_path: Path) -> None:
+    classifier.save(tmp_path / "tiny")
+    loaded, pixels = load_reward(str(tmp_path / "tiny")), torch.randn(2, 3, 8, 8)
+    cond = {"label": torch.tensor([0, 2])}
+    torch.testing.assert_close(loaded(pixels, cond), Recognised(classifier)(pixels, cond), atol=1e-2, rtol=1e-2)
+    assert isinstance(loaded, Recognised) and not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(load_reward("test_reward:redness")(pixels, None), redness(pixels, None))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no_such_module:f",
+        "test_reward:no_such_function",
+        "test_reward",
+        "test_reward:",
+        ":redness",
+        "test_reward:LABELS",
+        "weights/no-such-folder",
+        "./rewards.py:redness",
+    ],
+)
+def test_a_name_that_is_no_reward_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="reward: got"):
+        load_reward(name)
+
+
+def test_a_folder_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput):
+        load_reward(str(tmp_path))
+
+
+# --- tried before it is used -----------------------------------------------------------------------------------------
+def test_a_reward_is_of_the_decoded_picture() -> None:
+    x0 = torch.randn(4, 12, 4, 4)
+    with torch.no_grad():  # it finds the gradient by itself
+        reward = Reward(redness, PixelUnshuffle(2), torch.zeros(1, 12, 4, 4), None)
+    torch.testing.assert_close(reward(x0, None), redness(PixelUnshuffle(2).decode(x0), None))
+    assert reward(x0.bfloat16(), None).dtype == torch.float32
+
+
+@pytest.mark.parametrize("function", [not_a_number, one_for_all, a_column, without_gradient, not_a_tensor, counted])
+def test_what_is_no_number_per_picture_is_refused(function: object) -> None:
+    for grad in (True, False):  # `networks` may be called under no_grad
+        with torch.set_grad_enabled(grad), pytest.raises(BadInput, match="reward"):
+            Reward(function, PixelUnshuffle(1), *example())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module:f", "test_reward:not_a_number", "test_reward:a_column", "test_reward:without_gradient"]
+)
+def test_a_method_with_a_wrong_reward_is_refused_before_the_first_iteration(name: str, shapes: ImageData) -> None:
+    with pytest.raises(BadInput, match="reward"):
+        HyperSD(reward=name).networks(teacher_for("image", shapes))
+
+
+def test_a_classifier_as_the_reward_of_a_method(classifier: FeatureNet, shapes: ImageData, tmp_path: Path) -> None:
+    """Frozen, asked in the last stage only, and refused where there are no labels."""
+    classifier.save(tmp_path / "tiny")
+    method = HyperSD(segments=(2, 1), adversarial_weights=(0.0, 0.0), reward=str(tmp_path / "tiny"), reward_weight=1.0)
+    teacher = teacher_for("class-to-image", shapes)
+    batch = {**batch_for(teacher, shapes), "label": torch.tensor([0, 1, 2, 0])}
+    nets = method.networks(teacher)
+    before = [p.clone() for p in nets["reward"].parameters()]
+    losses = []
+    for weight in (1.0, 0.0):
+        weighed = HyperSD(
+            segments=(2, 1), adversarial_weights=(0.0, 0.0), reward=str(tmp_path / "tiny"), reward_weight=weight
+        )
+        for progress in (0.2, 0.7):
+            torch.manual_seed(0)
+            losses.append(float(next(weighed.step(nets, batch, progress))[1].detach()))
+    assert losses[0] == losses[2] and losses[1] > losses[3] + 0.1
+    assert iterate(method, nets, batch, 0.7) == ["student"]
+    assert before and all(torch.equal(a, b) for a, b in zip(before, nets["reward"].parameters(), strict=True))
+    with pytest.raises(BadInput, match="reward"):
+        method.networks(teacher_for("image", shapes))
