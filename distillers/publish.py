@@ -59,7 +59,7 @@ def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageDa
 
 def versions() -> dict[str, str]:
     """What the recipe was run with."""
-    packages = ("fewstep", "torch", "diffusers", "accelerate", "numpy")
+    packages = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")
     found = {name: metadata.version(name) for name in packages if _installed(name)}
     return {"python": platform.python_version(), **found}
 

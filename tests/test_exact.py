@@ -379,6 +379,17 @@ def test_a_target_network_that_hardly_follows_fails() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("step", "iterations"), [(0.0, 1000), (0.05, 2500)], ids=["exact", "difference"])
+def test_a_fast_clock_wants_a_finite_difference(step: float, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six octaves of time features: the exact tangent diverges, a difference over 0.05 radians does not."""
+    slow = PROOFS["scm"]
+    method, settings = replace(slow.distiller, tangent_step=step), replace(slow.settings, iterations=iterations)
+    monkeypatch.setitem(PROOFS, "scm", replace(slow, distiller=method, settings=settings, frequencies=6))
+    found = prove("scm", "ring", seed=0)[1]
+    assert found["rmse"] < 0.15 if step else found["rmse"] > 1.0, found
+
+
+@pytest.mark.slow
 def test_segments_with_a_random_target_time_fail() -> None:
     """One network that is not told where to jump cannot jump to everywhere (METHODS: over-constrained)."""
     broken = mutated(

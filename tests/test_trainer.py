@@ -27,10 +27,14 @@ from distillers.distiller import Distiller, Networks, Turn, follow, labels_and_i
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import per_sample_mse
+from distillers.methods.adversarial_consistency import AdversarialConsistency
+from distillers.methods.boot import Boot
 from distillers.methods.diffusion import Diffusion
+from distillers.methods.hyper_sd import HyperSD
+from distillers.methods.scm import ContinuousConsistency
 from distillers.recipe import Recipe
 from distillers.teacher import Teacher
-from distillers.trainer import Run, TrainingStopped, TrainSettings, train
+from distillers.trainer import Run, TrainingStopped, TrainSettings, begin, train
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],
@@ -376,6 +380,39 @@ def test_killed_anywhere_it_ends_with_the_same_bits(
     assert killed.run() == 0, killed.output
     assert killed.results() == whole.results(), f"killed at {moments}"
     assert killed.checkpoints == ["00000007", "00000008"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        AdversarialConsistency(),
+        HyperSD(segments=(2, 1), adversarial_weights=(0.1, 0.1), lora_rank=2, score_weight=0.5, critic_turns=1),
+        Boot(),
+        ContinuousConsistency(),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_every_player_goes_on_where_it_was(
+    method: Distiller, teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    """Discriminators, critics, adapters and targets resume to the same bits; the teacher is not stored with them."""
+
+    def run(folder: str, iterations: range) -> dict[str, list[Tensor]]:
+        chosen = settings(iterations=8, checkpoint_every=4)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        one = begin(method, teacher, chosen, tmp_path / folder, device="cpu")
+        assert one.resume() == iterations.start
+        for i in iterations:
+            one.iteration(i, data)
+        one.save(iterations.stop)
+        return {name: values(net) for name, net in one.nets.items()}
+
+    whole = run("whole", range(8))
+    run("parts", range(4))
+    resumed = run("parts", range(4, 8))
+    assert all(same(whole[name], resumed[name]) for name in whole)
+    stored = torch.load(tmp_path / "parts" / "checkpoints" / "00000008" / "state.pt", weights_only=True)["nets"]
+    assert "student" in stored and not {"teacher", "backbone", "codec"} & set(stored)
 
 
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(processes: ForkServerContext, tmp_path: Path) -> None:
