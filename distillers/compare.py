@@ -8,6 +8,7 @@ teacher_steps = [50, 250]
 n = 1000
 seed = 0
 features = "eurosat-landcover"
+pace = 250                          # speed-ups are over the teacher at so many steps; absent: its most
 mean_of = 0                         # translators: also the mean of so many samples of each tile
 [train]                             # for every student
 iterations = 1000
@@ -42,6 +43,7 @@ from distillers.evaluate import (
     check_evaluation,
     device_name,
     evaluate,
+    latencies_of,
     markdown_table,
 )
 from distillers.features import Features, load_features
@@ -66,6 +68,7 @@ class Study:
     n: int = 1000
     seed: int = 0
     features: str = "eurosat-landcover"
+    pace: int | None = None
     mean_of: int = 0
     train: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
@@ -147,7 +150,7 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
     teacher = Generator.from_pretrained(study.teacher, device)
     space = load_features(study.features, Path(study.teacher).parent)
     check_evaluation(teacher, None, test, n=study.n, seed=study.seed, features=space, mean_of=study.mean_of)
-    for steps in study.teacher_steps:
+    for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
         teacher.times(steps)
     for _, plan in plans.values():
         plan.open_teacher(train)
@@ -156,6 +159,7 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
     failed = _train_missing(study, plans, runs, device, jobs, say)
     measure = _Measuring(study, test, space, device)
     teacher_steps = tuple(sorted(study.teacher_steps))
+    pace = study.pace or teacher_steps[-1]
     report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", train=train)
     students = {name: Generator.from_pretrained(runs / name, device) for name in plans if name not in failed}
     reports = {
@@ -163,7 +167,8 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
         for name, student in students.items()
     }
     costs = {name: json.loads((runs / name / "training" / "cost.json").read_text()) for name in students}
-    lines = _lines(study, report, reports, costs)
+    paced = _pace([(teacher, report), *((students[name], reports[name]) for name in students)], pace, test)
+    lines = _lines(study, report, reports, costs, paced)
     _write(file, study, report, reports, lines, costs, failed)
     shown = {f"teacher, {_count(teacher_steps[-1])}": (teacher, teacher_steps[-1])}
     for name, student in students.items():
@@ -243,11 +248,27 @@ class _Measuring:
         with drawing_bar() as show:
             report = evaluate(
                 generator, self.data, n=s.n, features=self.features, seed=s.seed, steps=steps, train=train,
-                mean_of=mean_of, progress=show,
+                mean_of=mean_of, latency_repeats=0, progress=show,
             )  # fmt: skip
         told = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
         kept.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
         return report
+
+
+def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData) -> float:
+    """Time every model at every step count, taking turns, into the reports; the teacher's p50 at `steps`, in ms.
+
+    Never kept: a latency is of its hour. The first of `measured` is the teacher.
+    """
+    rows = [
+        (generator, row) for generator, report in measured for row in report.rows
+        if row.steps and row.name == f"{generator.info.role}, {_count(row.steps)}"  # not the mean of some
+    ]  # fmt: skip
+    teacher = measured[0][0]
+    found = latencies_of([(teacher, steps), *((generator, row.steps or 0) for generator, row in rows)], data.items([0]))
+    for (_, row), latency in zip(rows, found[1:], strict=True):
+        row.latency_ms = latency
+    return found[0]["p50"]
 
 
 def _told(file: Path) -> dict[str, Any]:
@@ -289,14 +310,13 @@ class _Line:
         return {**measured, "label": self.label, "recipe": self.recipe, "speed_up": self.speed_up}
 
 
-def _lines(study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any]) -> list[_Line]:
-    """Real, baselines, teacher, students in the study's order."""
-    slowest = max((row for row in teacher.rows if row.role == "teacher"), key=lambda row: row.steps or 0)
+def _lines(
+    study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any], paced: float
+) -> list[_Line]:
+    """Real, baselines, teacher, students in the study's order; `paced` is what speed-ups are over, in ms."""
 
     def speed_up(row: Row) -> float | None:
-        if row.latency_ms is None or slowest.latency_ms is None:
-            return None
-        return slowest.latency_ms["p50"] / row.latency_ms["p50"]
+        return None if row.latency_ms is None else paced / row.latency_ms["p50"]
 
     order = ("real", "baseline", "teacher")
     own = sorted(teacher.rows, key=lambda row: order.index(row.role))
@@ -323,7 +343,7 @@ def _write(
         "notes": notes, "failed": failed,
     }  # fmt: skip
     file.with_suffix(".json").write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
-    pace = f"speed-up over the teacher at {max(study.teacher_steps)}"
+    pace = f"speed-up over the teacher at {study.pace or max(study.teacher_steps)}"
     quality: list[Column[_Line]] = [(head, _of_row(value), form) for head, value, form in QUALITY]
     columns: list[Column[_Line]] = [
         ("method", lambda line: line.label, ""), *quality,
@@ -367,7 +387,7 @@ def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) ->
         f"Training of every student: {trained}; all else as in its recipe. Seconds are those of iterations alone; "
         "compute is seconds times threads on a CPU, seconds on a GPU; peak MB is the whole process on a CPU, tensors "
         "on a GPU.",
-        "Latencies are of one picture, warm; the models were timed one after the other.",
+        "Latencies are of one picture, warm; all models took turns, so the speed-ups are of one run.",
     ]
     if study.mean_of and any("mean of" in row.name for report in students.values() for row in report.rows):
         notes.append(f"Mean of {study.mean_of}: the mean of so many samples of one tile. It is no sample of anything.")

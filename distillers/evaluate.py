@@ -173,6 +173,14 @@ def latency(
     return latencies([call], repeats=repeats, warmup=warmup, device=_device(generator))[0]
 
 
+def latencies_of(
+    models: Sequence[tuple["Generator", int]], item: "Batch", *, repeats: int = 20, warmup: int = 2
+) -> list[dict[str, float]]:
+    """Milliseconds of one picture by each (generator, steps), told the condition of one real item; they take turns."""
+    calls = [_call(generator, steps, _condition(generator, item), [0]) for generator, steps in models]
+    return latencies(calls, repeats=repeats, warmup=warmup, device=_device(models[0][0]))
+
+
 def _synchronise(device: str | torch.device) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
