@@ -69,6 +69,14 @@ def test_every_order_gets_exactly_one_answer(moves: list[Any]) -> None:
     assert batcher.take() is None
 
 
+def test_a_cancelled_head_gives_its_place_away() -> None:
+    batcher: Batcher[str, int, int] = Batcher(LIMIT, LARGEST.__getitem__)
+    (left,), _, _ = batcher.put("b", [0]), batcher.put("a", [1]), batcher.put("b", [2])
+    assert left.cancel()
+    turn = batcher.take()
+    assert turn is not None and (turn[0], [ticket.order for ticket in turn[1]]) == ("a", [1])
+
+
 def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
     batcher: Batcher[int, tuple[int, int], tuple[int, int]] = Batcher(10_000, lambda key: 8)
     ran: list[tuple[int, int]] = []

@@ -77,6 +77,9 @@ class Batcher(Generic[Key, Order, Result]):
         with self._changed:
             while not self.closed:
                 while self._queues:
+                    self._drop_cancelled_heads()
+                    if not self._queues:
+                        break
                     key = min(self._queues, key=lambda key: self._queues[key][0].number)
                     if batch := self._pop(key):
                         return key, batch
@@ -107,6 +110,16 @@ class Batcher(Generic[Key, Order, Result]):
         if not queue:
             del self._queues[key]
         return batch
+
+    def _drop_cancelled_heads(self) -> None:
+        """Those who left must not hold a place in front for what came after them."""
+        for key in list(self._queues):
+            queue = self._queues[key]
+            while queue and queue[0].answer.cancelled():
+                queue.popleft().answer.set_running_or_notify_cancel()
+                self._waiting -= 1
+            if not queue:
+                del self._queues[key]
 
     def _forget_cancelled(self) -> None:
         """Those who left must not keep others out."""
