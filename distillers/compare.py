@@ -358,7 +358,10 @@ def _write(
     if mapped:
         parts += ["By region:", markdown_table(_regions(mapped), mapped)]
     parts += ["\n".join([teacher.conditions(), *notes])]
-    parts += [f"`fewstep compare {file.name}` makes this page, its picture and {file.with_suffix('.json').name} again."]
+    parts += [
+        f"`fewstep compare {file.name if file.is_absolute() else file.as_posix()}` makes this page, its picture and "
+        f"{file.with_suffix('.json').name} again."
+    ]
     file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 

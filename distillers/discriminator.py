@@ -46,7 +46,7 @@ def _head(example: Tensor) -> nn.Module:
 
 
 class Discriminator(nn.Module):
-    """Logit of some views of one sample, seen by a learning copy of a denoiser's encoder (Bai and Xu 2024, sec. III).
+    """Logit of some views of one sample, seen by a learning copy of a denoiser's encoder (Bai and Xu 2024).
 
     The activations of the views are concatenated in their channels before the heads. SAR or label stand with each view.
 

@@ -1,12 +1,12 @@
 """What two methods or more share: distances, one step of the teacher, the consistency function, one-sided losses.
 
-Pure functions of tensors and networks. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
+Functions of tensors and networks, without state. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -23,7 +23,6 @@ from distillers.teacher import Teacher
 from distillers.weights import lcm_times
 
 Solver = Literal["heun", "ddim"]
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -49,7 +48,7 @@ def blurred(pictures: Tensor, pixels: int) -> Tensor:
 
 
 def focal_frequency(a: Tensor, b: Tensor) -> Tensor:
-    """Squared difference of the spectra, each frequency weighted by how far off it is (Jiang et al. 2021, eq. 7-8).
+    """Squared difference of the spectra, each frequency weighted by how far off it is (Jiang et al. 2021).
 
     Pictures (B, C, H, W) -> (B,). The weight |A - B|, scaled to a greatest value of 1, carries no gradient.
     """

@@ -1,7 +1,7 @@
 """Adversarial consistency distillation, the few-step SAR-to-optical translator.
 
 Bai and Xu, "Accelerating Diffusion for SAR-to-Optical Image Translation via Adversarial Consistency Distillation",
-2024 (sec. III; released code at commit 0bf8125).
+2024 (released code at commit 0bf8125).
 
 Consistency distillation averages over what it cannot tell, which looks like blur. A discriminator - a learning copy of
 the teacher's encoder that sees the noisy input and the candidate, SAR beside both - asks for pictures that could be
@@ -50,7 +50,7 @@ from distillers.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConsistency(Distiller):
-    """L = E d( f(x_t, t), sg f-(x_s, s) ) + lambda E softplus( -D(x_t, f(x_t, t)) ) (Bai and Xu 2024, eq. 9-12)."""
+    """L = E d( f(x_t, t), sg f-(x_s, s) ) + lambda E softplus( -D(x_t, f(x_t, t)) ) (Bai and Xu 2024)."""
 
     real: Literal["data", "target"] = "data"  # what D calls real: the picture (the figure), or sg f-(x_s, s) (the code)
     adversarial_weight: float = 1.0  # lambda, once ramped up
@@ -92,7 +92,7 @@ class AdversarialConsistency(Distiller):
         x0, cond = labels_and_images(batch)
         eps = torch.randn_like(x0)
 
-        # consistency distillation (eq. 9): n ~ U{1..N-1}, t = t_{n+1}, s = t_n
+        # consistency distillation: n ~ U{1..N-1}, t = t_{n+1}, s = t_n
         t, s = neighbours(schedule, self.points, len(x0), x0.device)
         x_t = schedule.add_noise(x0, eps, t)
         x_s = teacher_step(nets["teacher"], x_t, t, s, cond, self.solver)
@@ -104,11 +104,11 @@ class AdversarialConsistency(Distiller):
         strength = self.adversarial_weight * ramp(progress, self.adversarial_start, self.adversarial_ramp)
         if strength > 0:
             judge, clean = nets["discriminator"], torch.tensor(schedule.t_min, device=x0.device)
-            # the discriminator's turn (eq. 11); the student's picture is only looked at
+            # the discriminator's turn; the student's picture is only looked at
             given, real = judge.see(x_t, t, cond), x0 if self.real == "data" else y
             fake = judge(given, judge.see(made.detach(), clean, cond))
             yield "discriminator", judged_fake(fake) + judged_real(judge(given, judge.see(real, clean, cond)))
-            with standing_still(judge):  # eq. 12
+            with standing_still(judge):
                 opinion = judge(judge.see(x_t, t, cond), judge.see(made, clean, cond))
             loss = loss + strength * judged_real(opinion)
         if self.colour_weight:

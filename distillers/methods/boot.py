@@ -1,7 +1,7 @@
 """BOOT: distillation from noise alone, without data.
 
 Gu, Zhai, Zhang, Liu and Susskind, "BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
-2023 (eq. 7-11).
+2023.
 
 On the trajectory that begins at the noise eps, x_t = alpha y_t + sigma eps: the noise stays, and only the signal y_t
 changes. The student y_theta(eps, t) reads the noise and a time and predicts that signal. What it says at t, carried
