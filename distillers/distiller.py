@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from distillers import weights
+from distillers.denoiser import Denoiser
+from distillers.errors import BadInput
 from distillers.weights import TASKS
 
 if TYPE_CHECKING:
+    from distillers.data import ImageData
     from distillers.generator import Generator
     from distillers.teacher import Teacher
 
-Batch = dict[str, Tensor]  # "x0" (B, C, H, W) in the network's space, and the condition: "label", "sar"
+# "x0" (B, C, H, W) in the network's space, and the condition: "label", "sar"; "loser", like x0, in preference pairs
+Batch = dict[str, Tensor]
 Turn = tuple[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,6 +45,10 @@ class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
     tasks: ClassVar[tuple[str, ...]] = TASKS  # what it can be used for
+
+    def data(self, data: ImageData) -> ImageData:
+        """What of the data it learns from: all, unless it says otherwise."""
+        return data
 
     @abstractmethod
     def networks(self, teacher: Teacher) -> Networks:
@@ -71,6 +80,46 @@ def trainable_copy(module: M) -> M:
     return learner
 
 
+def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] | None, field: str) -> Denoiser:
+    """A denoiser that learns, with the teacher's schedule and prediction.
+
+    Args:
+        start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network.
+        network: options of the teacher's network class that differ, such as block_out_channels; it starts untrained.
+        field: the method's name, for messages.
+
+    Raises:
+        BadInput: options that the class does not have, a folder with another network, or both at once.
+    """
+    own = teacher.denoiser
+    if start not in (None, "untrained"):
+        if network:
+            raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
+        found = weights.read(str(start)).denoiser
+        shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (found, own)]
+        if shapes[0] != shapes[1] or found.prediction != own.prediction:
+            raise BadInput(f"{field}.start", start, "a folder whose network and prediction are the teacher's")
+        return trainable_copy(found)
+    if start is None and not network:
+        return trainable_copy(own)
+    return trainable_copy(Denoiser(rebuilt(own.network, network or {}, field), own.schedule, own.prediction))
+
+
+def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Module:
+    """A new network of the same class with these options changed; its weights are random."""
+    kind: Any = type(network)
+    config: Any = network.config if hasattr(network, "config") else network.options
+    known = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    for key in options:
+        if key not in known:
+            raise BadInput(f"{field}.network.{key}", options[key], f"options of {kind.__name__}: " + ", ".join(known))
+    try:
+        made: nn.Module = kind(**{**known, **options})
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{field}.network", dict(options), f"options of {kind.__name__} ({error})") from None
+    return made
+
+
 def slow_copy(module: M) -> M:
     """A deep copy that only follows by `follow` (a target network or an evaluation average)."""
     return frozen(copy.deepcopy(module))
@@ -86,5 +135,5 @@ def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
 
 def labels_and_images(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Split a batch into clean data and condition (None when there is none)."""
-    cond = {k: v for k, v in batch.items() if k != "x0"}
+    cond = {k: v for k, v in batch.items() if k in ("label", "sar")}
     return batch["x0"], cond or None

@@ -1,4 +1,4 @@
-"""What two methods or more share: distances, one step of the teacher, the consistency function, one-sided losses.
+"""What two methods or more share: distances, the teacher's step, the student's own samples, what is learnt from them.
 
 Functions of tensors and networks, without state. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -134,6 +135,23 @@ def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[i
     return Generator(student, teacher.codec, info)
 
 
+def drawn(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Sequence[int] = (1,)) -> Tensor:
+    """x0 as `Generator` makes it from unit noise: one call with a gradient, the calls before it without.
+
+    The sampler has k calls, k any of `steps`, and the one with the gradient is any of them: the student's input is what
+    it meets when it is served (backward simulation: Yin et al., "Improved Distribution Matching Distillation", 2024).
+    """
+    schedule = student.schedule
+    k = steps[int(torch.randint(len(steps), ()))]
+    times = torch.tensor(sampling_times(schedule, k), dtype=torch.float64, device=noise.device)
+    last = int(torch.randint(k, ()))
+    x_t = noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)
+    with torch.no_grad():
+        for t, s in pairwise(times[: last + 1]):
+            x_t = schedule.add_noise(student(x_t, t, cond), torch.randn_like(noise), s)
+    return student(x_t, times[last], cond)
+
+
 # --- two players -----------------------------------------------------------------------------------------------------
 def judged_real(logits: Tensor) -> Tensor:
     """Non-saturating loss of who wants these logits to say "real": E softplus(-D) (Goodfellow et al. 2014)."""
@@ -150,17 +168,68 @@ def ramp(progress: float, start: float, length: float) -> float:
     return min(max((progress - start) / length, 0.0), 1.0) if length > 0 else float(progress >= start)
 
 
-def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to x0 is (fake - real) / mean|x0 - real|, over the number of elements.
+# --- the student's distribution and the teacher's --------------------------------------------------------------------
+SNR_CAP = 20.0
+
+
+def denoising(
+    denoiser: nn.Module, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None, cap: float = SNR_CAP
+) -> Tensor:
+    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2: denoising score matching, as our teachers are trained.
+
+    SNR + 1 makes it the velocity loss (Salimans and Ho 2022, sec. 4); the cap keeps the last, almost clean times from
+    taking most of it (Hang et al. 2023). Mean over samples and elements.
+    """
+    weight = (denoiser.schedule.snr(t).clamp(max=cap) + 1).to(x0)  # type: ignore[operator, union-attr]
+    return (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
+
+
+def noised(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """t ~ U on the middle 96 % of the range, and x_t (Yin et al. 2024)."""
+    t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))
+    return t, schedule.add_noise(x0, torch.randn_like(x0), t)
+
+
+def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+    """A scalar whose gradient for x0 is weight (fake - real) / mean|x0 - real|, over the number of elements.
 
     x0 are the student's samples; real and fake the denoised estimates of the teacher and of the critic at a noised x0
     (Yin et al., "One-step Diffusion with Distribution Matching Distillation", 2024, eq. 7-8, without its factor of
-    time). It descends KL(student || teacher).
+    time). It descends KL(student || teacher); another divergence by weight (B,): see `ratio_weight`.
     """
     with torch.no_grad():
         size = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-        goal = x0 - (fake - real) / like(size, x0)
+        gap = (fake - real) / like(size, x0)
+        goal = x0 - (gap if weight is None else like(weight, x0) * gap)
     return per_sample_mse(x0, goal).mean() / 2
+
+
+def score_identity(x0: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
+    """SiD: mean of w (real - fake) . ((real - x0) - alpha (real - fake)), w = 1 / mean|x0 - real|, over elements.
+
+    Zhou et al., "Score identity Distillation", 2024. Unlike `distribution_matching` its gradient goes through both
+    networks into x0; the weight carries none. Negative in normal operation.
+    """
+    size = (x0 - real).detach().abs().flatten(1).mean(1).clamp_min(1e-6)
+    product = (real - fake) * ((real - x0) - alpha * (real - fake))
+    return (product / like(size, x0)).mean()
+
+
+Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon"]
+
+
+@torch.no_grad()
+def ratio_weight(logits: Tensor, divergence: Divergence) -> Tensor:
+    """h(r) = f''(r) r^2 at the density ratio r = p_teacher / p_student, scaled to mean 1 over the batch. (B,) -> (B,).
+
+    The gradient of an f-divergence is the reverse KL's, weighted so (Xu et al., "One-step Diffusion Models with
+    f-Divergence Distribution Matching", 2025). r = exp(logit) of a discriminator of the noised samples: real against
+    made. Constant for the reverse KL, r for the forward one, r / (r + 1) for Jensen-Shannon.
+    """
+    if divergence == "reverse-kl":
+        return torch.ones_like(logits)
+    weight = logits.clamp(-10, 10).exp() if divergence == "forward-kl" else logits.sigmoid()
+    return weight / weight.mean()
 
 
 # --- perceptual distances --------------------------------------------------------------------------------------------

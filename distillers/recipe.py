@@ -128,7 +128,7 @@ class Recipe:
 
     def open_data(self) -> ImageData:
         options = dict(self.data)
-        return open_data(str(options.pop("kind", "images")), **options)
+        return self.distiller().data(open_data(str(options.pop("kind", "images")), **options))
 
     def open_teacher(self, data: ImageData, device: str = "cpu") -> Teacher:
         """The teacher of the recipe, described under the recipe's name; for diffusion an untrained one."""

@@ -78,8 +78,10 @@ class Teacher:
         return x0, None
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-        """A batch of pictures (see `distillers.data`) as the network's terms: "x0" and the condition the task has."""
+        """A batch of pictures (see `distillers.data`) in the network's terms: "x0", "loser", the condition."""
         encoded: Cond = {"x0": self.codec.encode(batch["image"].to(device))}
+        if "loser" in batch:
+            encoded["loser"] = self.codec.encode(batch["loser"].to(device))
         if self.info.task == "class-to-image":
             encoded["label"] = batch["label"].to(device)
         if self.info.task == "sar-to-optical":

@@ -160,6 +160,7 @@ class StudentNetwork(nn.Module):
 
     def __init__(self, dimensions: int = 2, width: int = 128, frequencies: int = 6) -> None:
         super().__init__()
+        self.options = {"dimensions": dimensions, "width": width, "frequencies": frequencies}
         self.register_buffer("frequencies", 2.0 ** torch.arange(frequencies))
         sizes = (dimensions + 2 * frequencies, width, width, width, dimensions)
         linear = [nn.Linear(*pair) for pair in pairwise(sizes)]

@@ -212,7 +212,11 @@ class Run:
         distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
         own = {id(p) for p in teacher.denoiser.parameters()}
         # made of the teacher alone, and made again with it: checkpoints need not hold it
-        self.given = {k for k, net in self.nets.items() if all(id(p) in own for p in net.parameters())} | {"teacher"}
+        self.given = {"teacher"}
+        for name, net in self.nets.items():
+            found = {id(p) for p in net.parameters()}
+            if found <= own and (found or not net.state_dict()):
+                self.given.add(name)
         players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
         for name in settings.learning_rates or {}:
             if name not in players:

@@ -467,7 +467,7 @@ def test_feedback_raises_the_reward_and_stops_at_the_margin(shapes: ImageData) -
     def drawn(nets: Any) -> Tensor:
         torch.manual_seed(1)
         with torch.no_grad():
-            return hyper_sd.one_step(nets["student"], torch.randn(8, 3, 8, 8))
+            return hyper_sd.drawn(nets["student"], torch.randn(8, 3, 8, 8))
 
     for margin, moves in ((5.0, True), (-5.0, False)):
         method = HyperSD(
@@ -607,7 +607,7 @@ def test_the_one_step_sample_is_the_generators(shapes: ImageData) -> None:
         noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             leaving = method.generator(nets, teacher)(noise, steps=1)
-            torch.testing.assert_close(hyper_sd.one_step(nets["student"], noise), leaving)
+            torch.testing.assert_close(hyper_sd.drawn(nets["student"], noise), leaving)
 
 
 def test_a_lora_is_all_that_moves_and_all_that_its_folder_adds(shapes: ImageData, tmp_path: Path) -> None:

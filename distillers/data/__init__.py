@@ -5,17 +5,19 @@ Every kind answers the same two questions, so training and evaluation know none 
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from distillers.data.images import ImageFolder
 from distillers.data.pairs import SarOpticalPairs, read_sar
-from distillers.data.pixels import Batch
+from distillers.data.pixels import Batch, check_indices
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 
-__all__ = ["KINDS", "Batch", "ImageData", "open_data", "read_sar"]
+__all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 
 
 class ImageData(Protocol):
@@ -34,6 +36,50 @@ class ImageData(Protocol):
         """For evaluation: these items, not augmented."""
 
 
+class Part:
+    """The items of some classes of a labelled data set; labels keep their names and numbers.
+
+    `draw` takes from the whole until enough fit, so that every kind can be divided alike.
+
+    Raises:
+        BadInput: classes that the data do not have, none, or none with an item.
+    """
+
+    def __init__(self, data: ImageData, classes: Sequence[str]) -> None:
+        wrong = [name for name in classes if name not in data.labels]
+        if wrong or not classes:
+            raise BadInput("data.classes", wrong or list(classes), f"classes of {data.name}: " + ", ".join(data.labels))
+        self.name, self.size, self.labels = data.name, data.size, data.labels
+        self.data, self.classes = data, torch.tensor([data.labels.index(name) for name in classes])
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Where the items stand in the whole."""
+        found: list[int] = []
+        for first in range(0, len(self.data), 512):
+            places = range(first, min(first + 512, len(self.data)))
+            fits = torch.isin(self.data.items(places)["label"], self.classes)
+            found += [place for place, fit in zip(places, fits.tolist(), strict=True) if fit]
+        if not found:
+            raise BadInput("data.classes", [self.labels[k] for k in self.classes], f"classes with items in {self.name}")
+        return found
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        assert self._places  # else it would never end
+        parts: list[Batch] = []
+        while sum(len(part["label"]) for part in parts) < n:
+            drawn = self.data.draw(n, rng)
+            fits = torch.isin(drawn["label"], self.classes)
+            parts.append({key: value[fits] for key, value in drawn.items()})
+        return {key: torch.cat([part[key] for part in parts])[:n] for key in parts[0]}
+
+    def items(self, indices: Sequence[int]) -> Batch:
+        return self.data.items([self._places[i] for i in check_indices(indices, len(self))])
+
+
 KINDS: dict[str, Callable[..., ImageData]] = {
     "images": ImageFolder,
     "pairs": SarOpticalPairs,
@@ -41,15 +87,22 @@ KINDS: dict[str, Callable[..., ImageData]] = {
 }
 
 
-def open_data(kind: str, **options: Any) -> ImageData:
-    """Open a data set of `kind` (a key of KINDS); BadInput for an unknown kind, an unknown option or a missing one."""
+def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -> ImageData:
+    """Open a data set of `kind` (a key of KINDS), whole or some of its classes.
+
+    Raises:
+        BadInput: an unknown kind, an unknown option or a missing one, and what the kind itself refuses.
+    """
     if kind not in KINDS:
         raise BadInput("data.kind", kind, " | ".join(KINDS))
     accepted = inspect.signature(KINDS[kind]).parameters
     for option in options:
         if option not in accepted:
-            raise BadInput(f"data.{option}", options[option], f"options of {kind}: " + ", ".join(accepted))
+            raise BadInput(
+                f"data.{option}", options[option], f"options of {kind}: " + ", ".join([*accepted, "classes"])
+            )
     for option, parameter in accepted.items():
         if parameter.default is parameter.empty and option not in options:
             raise BadInput(f"data.{option}", None, f"{kind} needs it")
-    return KINDS[kind](**options)
+    data = KINDS[kind](**options)
+    return data if classes is None else Part(data, classes)

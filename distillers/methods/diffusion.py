@@ -14,7 +14,7 @@ import torch
 
 from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
 from distillers.generator import Generator
-from distillers.losses import per_sample_mse
+from distillers.losses import SNR_CAP, denoising
 from distillers.teacher import Teacher
 
 
@@ -22,7 +22,7 @@ from distillers.teacher import Teacher
 class Diffusion(Distiller):
     """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2, t uniform. Without the cap this is the velocity loss."""
 
-    snr_cap: float = 20.0  # keeps the last, almost clean times from taking most of the loss
+    snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
     sampling_steps: int = 50  # network calls when the teacher is served
 
@@ -40,8 +40,7 @@ class Diffusion(Distiller):
         # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, Algorithm 1)
         t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-        weight = (schedule.snr(t).clamp(max=self.snr_cap) + 1).to(x0)
-        yield "student", (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
+        yield "student", denoising(denoiser, x_t, t, x0, cond, self.snr_cap)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=self.sampling_steps)

@@ -42,16 +42,17 @@ from distillers.losses import (
     Solver,
     check_steps,
     consistency_generator,
+    denoising,
     distribution_matching,
+    drawn,
     judged_fake,
     judged_real,
+    noised,
     per_sample_mse,
     pseudo_huber,
-    sampling_times,
     teacher_step,
 )
 from distillers.reward import Reward, load_reward
-from distillers.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
 
 
@@ -176,29 +177,22 @@ class HyperSD(Distiller):
         critic, schedule = nets["critic"], nets["critic"].schedule
         for _ in range(self.critic_turns):
             with torch.no_grad():
-                drawn = one_step(nets["student"], torch.randn_like(x0), cond)
-            t, x_t = self.noised(schedule, drawn)
-            weight = (schedule.snr(t).clamp(max=20.0) + 1).to(x0)  # as the teacher was trained: methods/diffusion.py
-            yield "critic", (weight * per_sample_mse(critic(x_t, t, cond), drawn)).mean()
+                made = drawn(nets["student"], torch.randn_like(x0), cond)
+            t, x_t = noised(schedule, made)
+            yield "critic", denoising(critic, x_t, t, made, cond)
 
     def one_step_terms(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
         """Score distillation and feedback, both on the same one-step sample, which is predicted as x0."""
-        drawn = one_step(nets["student"], torch.randn_like(x0), cond)
+        made = drawn(nets["student"], torch.randn_like(x0), cond)
         loss = x0.new_zeros(())
         if self.score_weight:
             with torch.no_grad():
-                t, x_t = self.noised(nets["student"].schedule, drawn)
+                t, x_t = noised(nets["student"].schedule, made)
                 real, fake = nets["teacher"](x_t, t, cond), nets["critic"](x_t, t, cond)
-            loss = loss + self.score_weight * distribution_matching(drawn, real, fake)
+            loss = loss + self.score_weight * distribution_matching(made, real, fake)
         if self.reward:
-            loss = loss + self.reward_weight * (self.reward_margin - nets["reward"](drawn, cond)).relu().mean()
+            loss = loss + self.reward_weight * (self.reward_margin - nets["reward"](made, cond)).relu().mean()
         return loss
-
-    @staticmethod
-    def noised(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """t ~ U on the middle 96 % of the range, and x_t (Yin et al. 2024)."""
-        t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))
-        return t, schedule.add_noise(x0, torch.randn_like(x0), t)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         student, k = nets["student"], self.segments[-1]
@@ -214,10 +208,3 @@ class HyperSD(Distiller):
 def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
     """G(x_t, t -> s) = alpha_s x0hat + sigma_s epshat: DDIM on the network's own estimates; the identity at s = t."""
     return denoiser.schedule.step(x_t, denoiser(x_t, t, cond), t, s)
-
-
-def one_step(student: Denoiser, noise: Tensor, cond: Cond | None = None) -> Tensor:
-    """x0 from noise in one call, as `Generator` makes it."""
-    top = torch.tensor(sampling_times(student.schedule, 1)[0], dtype=torch.float64, device=noise.device)
-    scale = torch.hypot(student.schedule.alpha(top), student.schedule.sigma(top))
-    return student(noise * like(scale, noise), top, cond)

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from distillers.denoiser import Cond, Denoiser
 from distillers.discriminator import Discriminator, standing_still
 from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
@@ -30,14 +27,13 @@ from distillers.losses import (
     best_shift,
     check_steps,
     consistency_generator,
+    drawn,
     feature_distance,
     focal_frequency,
     judged_fake,
     judged_real,
     ramp,
-    sampling_times,
 )
-from distillers.schedule import like
 from distillers.teacher import Teacher
 
 
@@ -83,7 +79,7 @@ class Refine(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, schedule = nets["student"], nets["student"].schedule
         x0, cond = labels_and_images(batch)
-        made = self.draw(student, torch.randn_like(x0), cond)
+        made = drawn(student, torch.randn_like(x0), cond, self.steps)
 
         clean = torch.tensor(schedule.t_min, device=x0.device)
         loss = x0.new_zeros(())
@@ -103,18 +99,6 @@ class Refine(Distiller):
             distance = feature_distance(nets["teacher"], made, codec.encode(truth), cond, self.layers)
             loss = loss + self.perceptual_weight * distance.mean()
         yield "student", loss
-
-    def draw(self, student: Denoiser, noise: Tensor, cond: Cond | None) -> Tensor:
-        """One call of a sampler of k steps, k any of `steps`, with a gradient; the calls before it without."""
-        schedule = student.schedule
-        k = self.steps[int(torch.randint(len(self.steps), ()))]
-        times = torch.tensor(sampling_times(schedule, k), dtype=torch.float64, device=noise.device)
-        last = int(torch.randint(k, ()))
-        x_t = noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)
-        with torch.no_grad():  # multi-step consistency sampling, as `Generator` does it
-            for t, s in pairwise(times[: last + 1]):
-                x_t = schedule.add_noise(student(x_t, t, cond), torch.randn_like(noise), s)
-        return student(x_t, times[last], cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         return consistency_generator(nets["student"], teacher, self.steps)
