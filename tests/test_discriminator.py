@@ -21,7 +21,7 @@ from distillers.discriminator import Discriminator, Heads, standing_still
 from distillers.distiller import Networks
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import consistency_function, judged_fake, judged_real
+from distillers.losses import consistency_function, drawn, judged_fake, judged_real
 from distillers.methods import adversarial_consistency, refine
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.consistency import Consistency
@@ -365,7 +365,7 @@ def test_what_is_judged_is_what_is_served(schedule: Any, shapes: ImageData) -> N
         k = method.steps[int(torch.randint(3, ()))]
         last = int(torch.randint(k, ()))
         torch.manual_seed(seed)
-        made = method.draw(nets["student"], noise, cond)
+        made = drawn(nets["student"], noise, cond, method.steps)
         assert made.requires_grad
         if last < k - 1:
             continue
@@ -385,7 +385,7 @@ def test_refines_judge_calls_the_picture_real_and_the_draw_fake(shapes: ImageDat
     torch.manual_seed(0)
     player, loss = next(method.step(nets, batch, 0.9))
     torch.manual_seed(0)
-    judge, made = nets["discriminator"], method.draw(nets["student"], torch.randn_like(batch["x0"]), cond)
+    judge, made = nets["discriminator"], drawn(nets["student"], torch.randn_like(batch["x0"]), cond, method.steps)
     fake, real = (judge(judge.see(x, torch.tensor(0.0), cond)) for x in (made, batch["x0"]))
     assert player == "discriminator" and abs(float((real - fake).mean().detach())) > 1e-4
     torch.testing.assert_close(loss, judged_fake(fake) + judged_real(real), atol=1e-6, rtol=0)

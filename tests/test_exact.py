@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 import torch
-from exact_report import MIXTURES, PROOFS, SETTINGS, Verdict, exact_map, judge, prove, train_on
+from exact_report import MIXTURES, PROOFS, SAMPLES, SETTINGS, Verdict, exact_map, judge, prove, train_on
 from mutate import mutated
 from torch import Tensor, nn
 
@@ -350,6 +350,16 @@ def test_boot_knows_the_signal_at_every_time(name: str) -> None:
     assert found["rmse"] < RMSE["boot"] and found["mode_agreement"] > AGREEMENT, found
     ratios = {k: v for k, v in found.items() if k.startswith("std_ratio")}
     assert len(ratios) == 4 and all(abs(ratio - 1) < 0.05 for ratio in ratios.values()), found
+
+
+@pytest.mark.slow
+@each_mixture
+@pytest.mark.parametrize("method", SAMPLES)
+def test_the_students_samples_are_the_teachers(method: str, name: str) -> None:
+    """No mode is lost, and each has its weight."""
+    found = prove(method, name, seed=0)[1]
+    assert found["energy"] < 0.01, found
+    assert found["least_share"] > 0.10 if name == "ring" else found["share_error"] < 0.03, found
 
 
 # --- and broken ones that must not pass

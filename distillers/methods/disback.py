@@ -1,0 +1,173 @@
+"""DisBack: distribution matching along the way that leads back from the student to the teacher.
+
+Zhang et al., "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation", 2024.
+
+At first the student's samples are nothing like the teacher's, and the teacher's score there says little. So, stage 1
+(degradation): a copy of the teacher learns to denoise what the untouched student draws, and leaves its state behind at
+every node of its way, from the teacher P0 to P_N, the score of the student's own samples. Stage 2 (backtracking): the
+student matches P_{N-1}, then P_{N-2}, ..., and at last the teacher itself; the critic begins as P_N. Each of these
+targets is close to where the student is.
+
+Stage 1 moves nobody but the critic, so its path is the critic's own. The loss is that of DMD2, means over samples and
+elements with a per-sample normaliser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from distillers.distiller import (
+    Batch,
+    Distiller,
+    Networks,
+    Turn,
+    frozen,
+    labels_and_images,
+    new_student,
+    slow_copy,
+    trainable_copy,
+)
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import consistency_generator, denoising, distribution_matching, drawn, noised
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisBack(Distiller):
+    """The gradient of DMD2 with P_k in place of the teacher, k = N-1, ..., 1, and the teacher at last."""
+
+    start: str | None = None  # absent: the teacher's weights; "untrained"; or a folder of the same network
+    network: dict[str, Any] | None = None  # options of the teacher's network class that differ: a smaller student
+    guidance_scale: float = 1.0  # of the teacher, at the last node; 1 = none
+    critic_turns: int = 5  # of the critic for one of the student's
+    nodes: int = 5  # N
+    record: float = 0.1  # share of the training that stage 1 takes
+    back: float = 0.5  # share of the training after which the target is the teacher
+    advance: Literal["interval", "plateau"] = "interval"  # to the next node: at even times, or when the gap stays
+    patience: int = 50  # iterations without a fall of the gap by a hundredth (advance = plateau)
+
+    def __post_init__(self) -> None:
+        for name, least in (("critic_turns", 1), ("nodes", 1), ("patience", 1), ("guidance_scale", 0)):
+            if not getattr(self, name) >= least:
+                raise BadInput(f"disback.{name}", getattr(self, name), f"{least} or more")
+        if not 0 < self.record < self.back < 1:
+            raise BadInput("disback.record, back", (self.record, self.back), "0 < record < back < 1")
+
+    def networks(self, teacher: Teacher) -> Networks:
+        nets = Networks({"student": new_student(teacher, self.start, self.network, "disback")})
+        nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
+        nets["critic"] = trainable_copy(teacher.denoiser)
+        nets["target"] = slow_copy(teacher.denoiser)
+        nets["path"] = frozen(Path(self.nodes, teacher.denoiser))
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, critic, path = nets["student"], nets["critic"], nets["path"]
+        schedule = student.schedule
+        x0, cond = labels_and_images(batch)
+
+        # P_1, ..., P_N at even times of stage 1
+        while path.recorded < min(self.nodes, int(self.nodes * progress / self.record)):
+            path.record(critic)
+        if progress < self.record:
+            with torch.no_grad():
+                made = drawn(student, torch.randn_like(x0), cond)
+            t, x_t = noised(schedule, made)
+            yield "critic", denoising(critic, x_t, t, made, cond)
+            return
+
+        target = self.target(nets, progress)
+        made = drawn(student, torch.randn_like(x0), cond)
+        for turn in range(self.critic_turns):
+            seen = made.detach()
+            if turn + 1 < self.critic_turns:
+                with torch.no_grad():
+                    seen = drawn(student, torch.randn_like(x0), cond)
+            t, x_t = noised(schedule, seen)
+            yield "critic", denoising(critic, x_t, t, seen, cond)
+        with torch.no_grad():
+            t, x_t = noised(schedule, made)
+            real, fake = target(x_t, t, cond), critic(x_t, t, cond)
+        yield "student", distribution_matching(made, real, fake)
+        if self.advance == "plateau":
+            path.watch((fake - real).abs().mean(), self.patience)
+
+    def target(self, nets: Networks, progress: float) -> nn.Module:
+        """Who is matched now: the node of this moment, the teacher itself from `back` on."""
+        path = nets["path"]
+        walked = (progress - self.record) / (self.back - self.record)
+        node = max(0, self.nodes - 1 - int(walked * (self.nodes - 1))) if self.advance == "interval" else int(path.node)
+        if node == 0 or progress >= self.back:
+            return nets["teacher"]
+        if path.loaded != node:
+            path.load(node, nets["target"])
+        return nets["target"]
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        return consistency_generator(nets["student"], teacher, (1,))
+
+
+class Path(nn.Module):
+    """The states of a network at the nodes of its way, P_0 first, and where on it the target stands.
+
+    They stay on the CPU when the networks move to an accelerator: N + 1 times the parameters, float32.
+    """
+
+    states: Tensor  # (N + 1, parameters)
+    recorded: Tensor  # nodes after P_0
+    loaded: Tensor  # the node whose state the target network has
+    node: Tensor  # where the walk stands (advance = plateau)
+    gap: Tensor  # running mean of |critic - target|
+    best: Tensor
+    waited: Tensor
+
+    def __init__(self, nodes: int, network: nn.Module) -> None:
+        super().__init__()
+        first = parameters_to_vector(network.parameters()).detach().cpu()
+        self.register_buffer("states", torch.zeros(nodes + 1, len(first)))
+        self.states[0] = first
+        self.register_buffer("recorded", torch.tensor(0))
+        self.register_buffer("loaded", torch.tensor(0))
+        self.register_buffer("node", torch.tensor(nodes - 1))
+        self.register_buffer("gap", torch.tensor(float("nan")))
+        self.register_buffer("best", torch.tensor(float("inf")))
+        self.register_buffer("waited", torch.tensor(0))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Path:
+        return self  # no device but the CPU, no other precision
+
+    def record(self, network: nn.Module) -> None:
+        """The next node is what the network is now."""
+        self.recorded += 1
+        self.states[self.recorded] = parameters_to_vector(network.parameters()).detach().cpu()
+
+    def load(self, node: int, network: nn.Module) -> None:
+        """Give the network the state of a node, every parameter of it."""
+        own = list(network.parameters())
+        state = self.states[node].to(own[0].device)
+        assert len(state) == sum(p.numel() for p in own), "the path is another network's"
+        with torch.no_grad():
+            vector_to_parameters(state, own)
+        self.loaded.fill_(node)
+
+    def watch(self, gap: Tensor, patience: int) -> None:
+        """On to the next node once the gap, averaged over ten iterations or so, has stopped to fall."""
+        if torch.distributed.is_initialized():  # all processes walk together
+            torch.distributed.all_reduce(gap)
+        now = gap.cpu()
+        self.gap.copy_(now if self.gap.isnan() else torch.lerp(self.gap, now, 0.1))
+        better = bool(self.gap < 0.99 * self.best)
+        self.best.copy_(self.gap if better else self.best)
+        self.waited.copy_((self.waited + 1) * (not better))
+        if self.waited >= patience:
+            self.node.copy_((self.node - 1).clamp_min(0))
+            self.gap.fill_(float("nan"))
+            self.best.fill_(float("inf"))
+            self.waited.zero_()

@@ -1,0 +1,208 @@
+"""Distribution matching: the student's samples shall be distributed as the teacher's, wherever each one comes from.
+
+Yin, Gharbi, Park, Zhang, Shechtman, Durand and Freeman, "Improved Distribution Matching Distillation for Fast Image
+Synthesis", 2024 (DMD2), after "One-step Diffusion with Distribution Matching Distillation", 2024 (DMD), whose
+regression pairs are an option; the other losses: Zhou et al., "Score identity Distillation", 2024 (SiD), and Xu, Nie
+and Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025.
+
+The gradient of KL(student || teacher) at a noised sample is the difference of two scores. The teacher knows one; a
+critic, which learns to denoise what the student draws, has to keep up with the other, so it takes several turns for
+each of the student's. No trajectory is followed: nothing ties a noise to the picture that the teacher makes of it.
+
+Reductions are part of the method: every term is a mean over samples and elements, and the matching term is divided by
+mean|x - x0_teacher| of each sample, so the weights of the adversarial terms do not depend on the picture's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distillers.denoiser import Cond
+from distillers.discriminator import Heads, standing_still
+from distillers.distiller import (
+    Batch,
+    Distiller,
+    Networks,
+    Turn,
+    frozen,
+    labels_and_images,
+    new_student,
+    trainable_copy,
+)
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import (
+    Divergence,
+    Lpips,
+    check_steps,
+    consistency_generator,
+    denoising,
+    distribution_matching,
+    drawn,
+    judged_fake,
+    judged_real,
+    noised,
+    per_sample_mse,
+    ratio_weight,
+    score_identity,
+    teacher_step,
+)
+from distillers.schedule import like
+from distillers.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dmd2(Distiller):
+    """grad L = E (x0_critic(x_t) - x0_teacher(x_t)) / mean|x - x0_teacher(x_t)| dx/dtheta, x_t a noised sample x."""
+
+    steps: tuple[int, ...] = (1,)  # step counts trained for, by backward simulation, and published
+    start: str | None = None  # absent: the teacher's weights; "untrained"; or a folder of the same network
+    network: dict[str, Any] | None = None  # options of the teacher's network class that differ: a smaller student
+    guidance_scale: float = 1.0  # of the teacher; 1 = none; the critic has none
+    critic_turns: int = 5  # of the critic for one of the student's (two time scales)
+    loss: Literal["dmd", "sid"] = "dmd"  # the score difference, or SiD's, whose gradient goes through both networks
+    alpha: float = 1.2  # of SiD; its authors' users report 0.5 to 1 away from its data sets
+    divergence: Divergence = "reverse-kl"  # others weigh by a discriminator's density ratio
+    # adversarial term
+    gan_weight: float = 0.0  # of the student's (paper: 1e-3 to 5e-3); 0 = none
+    discriminator_weight: float = 1e-2  # of the heads' loss beside the critic's own, where they read the critic
+    gan_features: Literal["critic", "teacher"] = "critic"  # whose features the heads read
+    layers: tuple[str, ...] = ("mid_block",)  # which
+    # regression term (DMD)
+    pairs: int = 0  # noises whose trajectories the teacher follows before the training; 0 = none
+    pair_steps: int = 20  # of its solver (Heun)
+    regression_weight: float = 0.25  # of the distance to what the teacher makes of them
+    distance: Literal["l2", "lpips"] = "l2"  # lpips (the paper's) needs torchvision
+
+    def __post_init__(self) -> None:
+        check_steps("dmd2.steps", self.steps)
+        least = {"critic_turns": 1, "pair_steps": 1, "pairs": 0, "gan_weight": 0, "regression_weight": 0}
+        for name, value in {**least, "discriminator_weight": 0, "guidance_scale": 0}.items():
+            if not getattr(self, name) >= value:
+                raise BadInput(f"dmd2.{name}", getattr(self, name), f"{value} or more")
+        if self.divergence != "reverse-kl" and (not self.gan_weight or self.loss == "sid"):
+            allowed = 'reverse-kl, or a gan_weight above 0 and loss = "dmd": a discriminator tells the density ratio'
+            raise BadInput("dmd2.divergence", self.divergence, allowed)
+
+    def networks(self, teacher: Teacher) -> Networks:
+        nets = Networks({"student": new_student(teacher, self.start, self.network, "dmd2")})
+        nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
+        nets["critic"] = trainable_copy(teacher.denoiser)
+        x0, cond = teacher.example()
+        if self.gan_weight:
+            t = torch.tensor(teacher.denoiser.schedule.t_max)
+            with torch.no_grad():
+                heads = Heads(teacher.denoiser.features(x0, t, cond, self.layers))
+            if self.gan_features == "critic":
+                nets["critic"].heads = heads  # they learn in its turns
+            else:
+                nets["backbone"], nets["discriminator"] = frozen(teacher.denoiser), heads
+        if self.pairs:
+            if cond and "sar" in cond:
+                raise BadInput("dmd2.pairs", self.pairs, "0 for translators: their conditions cannot be drawn")
+            nets["pairs"] = frozen(Pairs(self.pairs, self.pair_steps, x0, len(teacher.info.labels) if cond else 0))
+            if self.distance == "lpips":
+                nets["lpips"] = frozen(Lpips(teacher.codec))
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, teacher, critic = nets["student"], nets["teacher"], nets["critic"]
+        schedule = student.schedule
+        x0, cond = labels_and_images(batch)
+        made = drawn(student, torch.randn_like(x0), cond, self.steps)
+
+        # the critic learns to denoise what the student draws; last, the very samples that it is then asked about
+        for turn in range(self.critic_turns):
+            seen = made.detach()
+            if turn + 1 < self.critic_turns:
+                with torch.no_grad():
+                    seen = drawn(student, torch.randn_like(x0), cond, self.steps)
+            t, x_t = noised(schedule, seen)
+            loss = denoising(critic, x_t, t, seen, cond)
+            if self.gan_weight:
+                real_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+                told = judged_fake(self.logits(nets, x_t, t, cond)) + judged_real(self.logits(nets, real_t, t, cond))
+                if self.gan_features == "critic":
+                    loss = loss + self.discriminator_weight * told
+                else:
+                    yield "discriminator", told
+            yield "critic", loss
+
+        # down the difference of the two scores at a noised sample
+        t, x_t = noised(schedule, made)
+        weight = None
+        if self.gan_weight:
+            with standing_still(nets["critic" if self.gan_features == "critic" else "discriminator"]):
+                logits = self.logits(nets, x_t, t, cond)
+            weight = ratio_weight(logits, self.divergence)
+        if self.loss == "sid":
+            with standing_still(critic):
+                loss = score_identity(made, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)
+        else:
+            with torch.no_grad():
+                real, fake = teacher(x_t, t, cond), critic(x_t, t, cond)
+            loss = distribution_matching(made, real, fake, weight)
+        if self.gan_weight:
+            loss = loss + self.gan_weight * judged_real(logits)
+        if self.pairs:  # what the teacher makes of a noise, the student shall make of it, too
+            noise, told, which = nets["pairs"](teacher, len(x0))
+            d = nets["lpips"] if self.distance == "lpips" else per_sample_mse
+            loss = loss + self.regression_weight * d(drawn(student, noise, which), told).mean()
+        yield "student", loss
+
+    def logits(self, nets: Networks, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+        """How real a noised sample looks, (B,)."""
+        if self.gan_features == "critic":
+            return nets["critic"].heads(nets["critic"].features(x_t, t, cond, self.layers))
+        return nets["discriminator"](nets["backbone"].features(x_t, t, cond, self.layers))
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        return consistency_generator(nets["student"], teacher, self.steps)
+
+
+class Pairs(nn.Module):
+    """Noises and what the teacher's flow makes of them, with labels in turn. Drawn at the first call, then kept.
+
+    Of all classes, whatever the batches hold: a student of few classes loses modes on filtered pairs.
+    """
+
+    noise: Tensor
+    x0: Tensor
+    label: Tensor
+    ready: Tensor
+
+    def __init__(self, count: int, steps: int, example: Tensor, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("noise", torch.zeros(count, *example.shape[1:]))
+        self.register_buffer("x0", torch.zeros(count, *example.shape[1:]))
+        self.register_buffer("label", torch.arange(count) % max(classes, 1))
+        self.register_buffer("ready", torch.tensor(False))
+        self.classes, self.steps = classes, steps
+
+    @torch.no_grad()
+    def forward(self, teacher: nn.Module, n: int) -> tuple[Tensor, Tensor, Cond | None]:
+        """n noises (n, ...), the teacher's pictures of them, their condition."""
+        if not self.ready:
+            self.noise.normal_()
+            for part in torch.arange(len(self.noise), device=self.noise.device).split(64):
+                self.x0[part] = self._follow(teacher, self.noise[part], self._cond(part))
+            self.ready.fill_(True)
+        chosen = torch.randint(len(self.noise), (n,), device=self.noise.device)
+        return self.noise[chosen], self.x0[chosen], self._cond(chosen)
+
+    def _cond(self, chosen: Tensor) -> Cond | None:
+        return {"label": self.label[chosen]} if self.classes else None
+
+    def _follow(self, teacher: nn.Module, noise: Tensor, cond: Cond | None) -> Tensor:
+        schedule: Any = teacher.schedule
+        grid = schedule.grid(self.steps + 1).flip(0).to(noise.device)
+        x_t = noise * like(torch.hypot(schedule.alpha(grid[0]), schedule.sigma(grid[0])), noise)
+        for t, s in pairwise(grid):
+            x_t = teacher_step(teacher, x_t, t, s, cond, "heun")
+        return teacher(x_t, grid[-1], cond)
