@@ -14,6 +14,10 @@ mean_of = 0                         # translators: also the mean of so many samp
 iterations = 1000
 batch = 32
 [labels]                            # recipe name = "what the table calls it"
+[own.eurosat-boot]                  # where one student's [train] differs; the page says so
+iterations = 500
+[rewards]                           # column = "module:function" or a feature classifier's folder; means over pictures
+green = "distillers.reward:greenness"
 
 Paths are seen from where the command runs. One call makes the whole table, and a second one only what is missing or was
 measured otherwise. Every training is a process of its own, so that its peak memory is its own.
@@ -27,11 +31,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
@@ -41,10 +47,13 @@ from distillers.evaluate import (
     Report,
     Row,
     check_evaluation,
+    class_table,
     device_name,
     evaluate,
+    hacking_notes,
     latencies_of,
     markdown_table,
+    reward_columns,
 )
 from distillers.features import Features, load_features
 from distillers.generator import Generator
@@ -52,6 +61,7 @@ from distillers.process import cpu_quota, usable_cores
 from distillers.progress import drawing_bar
 from distillers.publish import draw_rows, splits
 from distillers.recipe import Recipe, checked, read_toml
+from distillers.reward import RewardFunction, load_reward
 
 Say = Callable[[str], None]
 
@@ -72,6 +82,8 @@ class Study:
     mean_of: int = 0
     train: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewards: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "teacher_steps"):
@@ -92,15 +104,17 @@ class Study:
                 raise BadInput(f"study.{name}", None, f"given: a study has a title, a teacher and students ({file})")
         return cls(**checked(cls, table, "study"))
 
-    def overrides(self) -> list[str]:
-        """What the study says about every recipe, as `fewstep distill` takes it."""
-        return [f"teacher={json.dumps(self.teacher)}", *_assignments(self.train, "train")]
+    def overrides(self, name: str) -> list[str]:
+        """What the study says about a recipe, as `fewstep distill` takes it."""
+        train = {**self.train, **self.own.get(name, {})}
+        return [f"teacher={json.dumps(self.teacher)}", *_assignments(train, "train")]
 
     def plans(self) -> dict[str, tuple[str, Recipe]]:
         """Recipe name -> (as the study names it, the recipe under the study's settings)."""
         plans: dict[str, tuple[str, Recipe]] = {}
         for student in self.students:
-            own, plan = Recipe.load(student), Recipe.load(student, self.overrides())
+            own = Recipe.load(student)
+            plan = Recipe.load(student, self.overrides(own.name))
             if own.teacher is None or Path(own.teacher).name != Path(self.teacher).name:
                 raise BadInput(
                     "study.students", f"{student}, of {own.teacher or 'data'}", f"students of {self.teacher}"
@@ -111,9 +125,10 @@ class Study:
                 if _source(plan) != _source(other):
                     raise BadInput("study.students", f"{student}, on {_source(plan)}", f"on {_source(other)}")
             plans[plan.name] = (student, plan)
-        for name in self.labels:
-            if name not in plans:
-                raise BadInput(f"study.labels.{name}", self.labels[name], ", ".join(plans))
+        for table in ("labels", "own"):
+            for name, value in getattr(self, table).items():
+                if name not in plans:
+                    raise BadInput(f"study.{table}.{name}", value, ", ".join(plans))
         return plans
 
 
@@ -157,13 +172,20 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)
-    measure = _Measuring(study, test, space, device)
+    judges = {name: load_reward(which) for name, which in study.rewards.items()}
+    measure = _Measuring(study, teacher, test, space, judges, device)
     teacher_steps = tuple(sorted(study.teacher_steps))
     pace = study.pace or teacher_steps[-1]
     report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", train=train)
     students = {name: Generator.from_pretrained(runs / name, device) for name in plans if name not in failed}
     reports = {
-        name: measure.report(student, _steps(student, study), runs / name / "report.json", mean_of=study.mean_of)
+        name: measure.report(
+            student,
+            _steps(student, study),
+            runs / name / "report.json",
+            mean_of=study.mean_of,
+            history=runs / name / "training" / "samples",
+        )
         for name, student in students.items()
     }
     costs = {name: json.loads((runs / name / "training" / "cost.json").read_text()) for name in students}
@@ -191,7 +213,7 @@ def _train_missing(
     def distil(name: str) -> tuple[str, str | None]:
         log = runs / f"{name}.log"
         say(f"{name}: training; what it says goes to {log}")
-        command = [sys.executable, "-m", "distillers.cli", "distill", plans[name][0], *study.overrides()]
+        command = [sys.executable, "-m", "distillers.cli", "distill", plans[name][0], *study.overrides(name)]
         options = ["--out", str(runs / name), "--device", torch.device(device).type]
         with log.open("w") as file:
             ended = subprocess.run([*command, *options], stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -211,9 +233,16 @@ def _finished(folder: Path) -> bool:
     return (folder / "fewstep.json").is_file() and (folder / "training" / "cost.json").is_file()
 
 
+BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")  # leave the weights as they are
+
+
 def _check_folder(folder: Path, plan: Recipe) -> None:
     """A finished folder must be what the study would make."""
-    if _finished(folder) and Recipe.load(folder / "recipe.toml").table() != plan.table():
+
+    def decisive(recipe: Recipe) -> dict[str, Any]:
+        return replace(recipe, train={k: v for k, v in recipe.train.items() if k not in BESIDE}).table()
+
+    if _finished(folder) and decisive(Recipe.load(folder / "recipe.toml")) != decisive(plan):
         raise BadInput("runs", str(folder), "a student of this recipe and study; move it away, or choose other --runs")
 
 
@@ -223,9 +252,21 @@ class _Measuring:
     """What all measurements of a study share."""
 
     study: Study
+    teacher: Generator
     data: ImageData
     features: Features
+    judges: dict[str, RewardFunction]
     device: str
+
+    @cached_property
+    def drawn_by_teacher(self) -> Tensor:
+        """What a student's samples are held against, to see whom it follows: 256 pictures at the study's most steps."""
+        labels, steps = self.teacher.info.labels, max(self.study.teacher_steps)
+        parts = [range(first, first + 64) for first in range(0, 256, 64)]
+        return torch.cat([
+            self.teacher.sample(part, labels=[i % len(labels) for i in part] if labels else None, steps=steps)
+            for part in parts
+        ])  # fmt: skip
 
     def report(
         self,
@@ -235,20 +276,25 @@ class _Measuring:
         *,
         train: ImageData | None = None,
         mean_of: int = 0,
+        history: Path | None = None,
     ) -> Report:
         """What is kept in a file, if it was measured in the same way on the same weights; measured now otherwise."""
         s = self.study
         way = {
             "n": s.n, "seed": s.seed, "features": s.features, "steps": list(steps), "mean_of": mean_of,
+            "rewards": s.rewards,
             "weights": generator.info.sha256, "device": device_name(self.device), "threads": torch.get_num_threads(),
         }  # fmt: skip
         told = _told(kept)
         if told.get("measured") == way:
             return Report.from_dict(told)
+        if history is not None and (self.teacher.info.task == "sar-to-optical" or not any(history.glob("*.npy"))):
+            history = None
         with drawing_bar() as show:
             report = evaluate(
                 generator, self.data, n=s.n, features=self.features, seed=s.seed, steps=steps, train=train,
-                mean_of=mean_of, latency_repeats=0, progress=show,
+                mean_of=mean_of, latency_repeats=0, progress=show, rewards=self.judges, history=history,
+                drawn_by_teacher=None if history is None else self.drawn_by_teacher,
             )  # fmt: skip
         told = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
         kept.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
@@ -347,6 +393,7 @@ def _write(
     quality: list[Column[_Line]] = [(head, _of_row(value), form) for head, value, form in QUALITY]
     columns: list[Column[_Line]] = [
         ("method", lambda line: line.label, ""), *quality,
+        *((head, _of_row(value), form) for head, value, form in reward_columns([line.row for line in lines])),
         ("p50 ms", lambda line: line.row.latency_ms and line.row.latency_ms["p50"], ".1f"),
         (pace, lambda line: line.speed_up, ".1f"),
         ("s per iteration", lambda line: line.seconds_per_iteration, ".3f"),
@@ -357,6 +404,8 @@ def _write(
     mapped = [line for line in lines if line.row.regions]
     if mapped:
         parts += ["By region:", markdown_table(_regions(mapped), mapped)]
+    if by_class := class_table([(line.label, line.row) for line in lines]):
+        parts += ["KID x1000 by class, each against the real pictures of that class:", by_class]
     parts += ["\n".join([teacher.conditions(), *notes])]
     parts += [
         f"`fewstep compare {file.name if file.is_absolute() else file.as_posix()}` makes this page, its picture and "
@@ -386,8 +435,9 @@ FIGURES = {"psnr": ".2f", "ssim": ".3f"}  # by region, and how they are printed
 
 def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) -> list[str]:
     trained = ", ".join(_assignments(study.train, "train")) or "as in the recipes"
+    own = "".join(f" {_label(study, k)}: {', '.join(_assignments(v, 'train'))}." for k, v in study.own.items())
     notes = [
-        f"Training of every student: {trained}; all else as in its recipe. Seconds are those of iterations alone; "
+        f"Training of every student: {trained}; all else as in its recipe.{own} Seconds are those of iterations alone; "
         "compute is seconds times threads on a CPU, seconds on a GPU; peak MB is the whole process on a CPU, tensors "
         "on a GPU.",
         "Latencies are of one picture, warm; all models took turns, so the speed-ups are of one run.",
@@ -398,6 +448,8 @@ def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) ->
     notes += [
         f"{_label(study, name)} publishes none of the steps asked for; its own were measured." for name in missing
     ]
+    for name, report in students.items():
+        notes += [f"{_label(study, name)}: {line}" for line in hacking_notes(report.history)]
     return notes + [f"{_label(study, name)} is missing: {words}" for name, words in failed.items()]
 
 

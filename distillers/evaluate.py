@@ -15,7 +15,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from distillers.features import Features
     from distillers.generator import Generator
 
+Judge = Callable[[Tensor, dict[str, Tensor]], Tensor]  # pictures (B,3,H,W), condition -> (B,); see reward.py
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn
 R = TypeVar("R")
 Column = tuple[str, Callable[[R], Any], str]  # of a table: its head, the value of a row, how that is formatted
@@ -207,6 +208,8 @@ class Row:
     psnr: float | None = None  # dB, mean over pictures
     ssim: float | None = None
     regions: dict[str, dict[str, float]] | None = None
+    classes: dict[str, dict[str, float]] | None = None  # label -> n and kid, against the real items of that class
+    rewards: dict[str, float] | None = None  # name -> mean over pictures
     agreement: dict[str, Any] | None = None  # with, rmse, psnr: same seeds, same conditions
     latency_ms: dict[str, float] | None = None  # batch of one; n: calls timed
     speed_up: dict[str, float] | None = None  # over each teacher row, from medians of calls that took turns
@@ -227,6 +230,7 @@ class Report:
     setting: dict[str, Any]  # device, date, torch, threads
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)  # over the training: iteration, kid_teacher, kid_real
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> "Report":
@@ -250,10 +254,14 @@ class Report:
         heads: list[Column[Row]] = [
             ("", lambda r: r.name, ""), *QUALITY,
             (f"RMSE to {held}", lambda r: r.agreement and r.agreement["rmse"], ".3f"),
+            *reward_columns(self.rows),
             ("p50 ms", lambda r: r.latency_ms and r.latency_ms["p50"], ".1f"),
             (f"speed-up over {paced}", lambda r: r.speed_up and next(iter(r.speed_up.values())), ".1f"),
         ]  # fmt: skip
-        return markdown_table(heads, self.rows) + "\n\n" + "\n".join([self.conditions(), *self.notes]) + "\n"
+        parts = [markdown_table(heads, self.rows)]
+        if by_class := class_table([(row.name, row) for row in self.rows]):
+            parts += ["KID x1000 by class:", by_class]
+        return "\n\n".join([*parts, "\n".join([self.conditions(), *self.notes])]) + "\n"
 
     def conditions(self) -> str:
         """On what, with what, where and when, in one line."""
@@ -280,6 +288,34 @@ def markdown_table(columns: "Sequence[Column[R]]", rows: "Sequence[R]") -> str:
     cells = [[_cell(value(row), form) for _, value, form in columns] for row in rows]
     lines = [[name for name, _, _ in columns], ["---"] * len(columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def reward_columns(rows: "Sequence[Row]") -> "list[Column[Row]]":
+    """A column for every reward that any row has."""
+    names = dict.fromkeys(name for row in rows for name in row.rewards or {})
+
+    def column(name: str) -> "Column[Row]":
+        return (f"reward {name}", lambda row: (row.rewards or {}).get(name), ".4f")
+
+    return [column(name) for name in names]
+
+
+def class_table(rows: Sequence[tuple[str, Row]]) -> str | None:
+    """The distance of every class by itself, a line for each named row; None where there are no classes."""
+    rows = [(name, row) for name, row in rows if row.classes]
+    labels = dict.fromkeys(label for _, row in rows for label in row.classes or {})
+    if not labels:
+        return None
+
+    def column(label: str) -> "Column[tuple[str, Row]]":
+        return (label, lambda named: _kid(named[1], label), ".0f")
+
+    return markdown_table([("", lambda named: named[0], ""), *(column(label) for label in labels)], rows)
+
+
+def _kid(row: Row, label: str) -> float | None:
+    found = (row.classes or {}).get(label)
+    return None if found is None else 1000 * found["kid"]
 
 
 def _cell(value: Any, form: str) -> str:
@@ -319,6 +355,7 @@ class _Contestant:
     features: list[Tensor] = field(default_factory=list)
     pairs: dict[str, list[Tensor]] = field(default_factory=lambda: {"psnr": [], "ssim": []})
     agreement: dict[str, list[Tensor]] = field(default_factory=lambda: {"rmse": [], "psnr": []})
+    rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -326,7 +363,8 @@ def evaluate(
     generator: "Generator", data: "ImageData", *, n: int, features: "Features", seed: int = 0,
     steps: Sequence[int] | None = None, teacher: "Generator | None" = None, teacher_steps: Sequence[int] = (50,),
     train: "ImageData | None" = None, split: str = "test", batch: int = 64, latency_repeats: int = 20,
-    mean_of: int = 0, device: str | torch.device | None = None, progress: Progress | None = None,
+    mean_of: int = 0, rewards: Mapping[str, Judge] | None = None, history: Path | None = None,
+    drawn_by_teacher: Tensor | None = None, device: str | torch.device | None = None, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Measure `generator` at each of `steps` (None: all it publishes), and `teacher` at `teacher_steps` beside it.
 
@@ -338,6 +376,9 @@ def evaluate(
 
     mean_of: for translators, one more row at the fewest of `steps`: picture i is the mean of so many samples, seeds
     seed + i + k n for k = 0, 1, ...; 0 for none. Such a mean is what PSNR rewards, and no sample of anything.
+
+    rewards: (pictures, condition) -> (B,), by name; their means stand in every row. history: a training's folder of
+    samples, see `teacher_hacking`; held against the teacher's pictures of this evaluation, or against those given.
     """
     steps = steps or sorted(generator.info.step_times) or [generator.info.default_steps]
     check_evaluation(generator, teacher, data, n=n, seed=seed, batch=batch, features=features, mean_of=mean_of)
@@ -352,17 +393,26 @@ def evaluate(
         *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in [min(steps)] if mean_of),
         *(_baselines(colour, n, len(reference)) if generator.info.task == "sar-to-optical" else ()),
     ]
-    done = 0
+    done, labels, judges = 0, [], rewards or {}
     for start in range(0, n, batch):
         part = indices[start : start + batch]
-        seeds = range(seed + start, seed + start + len(part))
-        for contestant in _round(contestants, data.items(part), seeds, features):
+        seeds, items = range(seed + start, seed + start + len(part)), data.items(part)
+        labels += items["label"].tolist() if generator.info.task == "class-to-image" else []
+        for contestant in _round(contestants, items, seeds, features, judges):
             done += len(part)
             if progress:
                 progress(done, n * len(contestants), contestant.row.name)
     regions = _regions(data, indices)
     for contestant in contestants:
         _settle(contestant, reference, regions)
+        if n <= len(data):  # the reference item of each picture stands where the picture does
+            contestant.row.classes = _classes(torch.tensor(labels), data.labels, reference, contestant.features)
+    floor = _floor(reference, data, train, n, features, batch)
+    floor.rewards = {name: _mean(judge(*_seen(data, indices))) or 0.0 for name, judge in judges.items()} or None
+    theirs = [torch.cat(one.features) for one in contestants if one.row.role == "teacher"]
+    if drawn_by_teacher is not None:
+        theirs = [extract(features, drawn_by_teacher, batch)]
+    told = teacher_hacking(history, reference, theirs[-1], features) if history and theirs else []
     if latency_repeats:
         _time(contestants, data.items(indices[:1]), latency_repeats)
     card = features.card
@@ -370,9 +420,52 @@ def evaluate(
         model=generator.info.name, teacher=teacher.info.name if teacher else generator.info.teacher, n=n, split=split,
         task=generator.info.task, data=data.name, seeds=[seed, seed + n - 1],
         features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
-        setting=setting(_device(generator)), notes=_notes(n, len(reference), train, generator.info.task),
-        rows=[_floor(reference, data, train, n, features, batch), *(contestant.row for contestant in contestants)],
+        setting=setting(_device(generator)), history=told,
+        notes=[*_notes(n, len(reference), train, generator.info.task), *hacking_notes(told)],
+        rows=[floor, *(contestant.row for contestant in contestants)],
     )  # fmt: skip
+
+
+# --- is the student learning the teacher's mistakes?
+
+
+def teacher_hacking(samples: Path, real: Tensor, teacher: Tensor, features: "Features") -> list[dict[str, float]]:
+    """KID of the samples that a training left (NNNNNN.npy, uint8 (B,H,W,3)) to the teacher's pictures and to real ones.
+
+    real, teacher: features (N,d). Sets of other sizes may be compared, for KID has no bias. Empty without samples.
+    """
+    told = []
+    for file in sorted(samples.glob("*.npy")):
+        pictures = torch.from_numpy(np.load(file)).permute(0, 3, 1, 2) / 127.5 - 1
+        if len(pictures) < 32:  # a grid to look at; too few to measure
+            continue
+        seen = extract(features, pictures.to(_device(features)))
+        (to_teacher, spread), (to_real, _) = (kernel_distance(them, seen) for them in (teacher, real))
+        told.append({
+            "iteration": int(file.stem), "n": len(seen), "kid_teacher": to_teacher, "kid_real": to_real,
+            "kid_std": spread,
+        })  # fmt: skip
+    return told
+
+
+def hacking_notes(told: Sequence[dict[str, float]]) -> list[str]:
+    """One line on the course of both distances; a warning where the teacher comes nearer and the data go away."""
+    if not told:
+        return []
+    course = ", ".join(f"{1000 * t['kid_teacher']:.0f} / {1000 * t['kid_real']:.0f}" for t in told)
+    places = ", ".join(str(int(t["iteration"])) for t in told)
+    notes = [
+        f"Teacher hacking: KID x1000 of {int(told[-1]['n'])} samples to the teacher / to real data at iterations "
+        f"{places}: {course}."
+    ]
+    best, last = min(told, key=lambda t: t["kid_real"]), told[-1]
+    margin = 2 * max(best["kid_std"], last["kid_std"])
+    if last["kid_teacher"] < best["kid_teacher"] and last["kid_real"] > best["kid_real"] + margin:
+        notes.append(
+            f"Warning: since iteration {int(best['iteration'])} the student comes nearer to its teacher and goes away "
+            "from the data. It learns the teacher's mistakes: stop earlier, or add real data (an adversarial term)."
+        )
+    return notes
 
 
 def check_evaluation(
@@ -464,13 +557,19 @@ def _baselines(colour: Tensor, n: int, n_reference: int) -> Iterator[_Contestant
 
 
 def _round(
-    contestants: list[_Contestant], items: "Batch", seeds: Sequence[int], features: "Features"
+    contestants: list[_Contestant],
+    items: "Batch",
+    seeds: Sequence[int],
+    features: "Features",
+    judges: Mapping[str, Judge],
 ) -> Iterator[_Contestant]:
     """Everybody draws for one batch of real items; students are held against the last teacher's pictures."""
     held: tuple[str, Tensor] | None = None
     for one in contestants:
         pictures = one.draw(items, seeds).float().cpu()
         one.features.append(extract(features, pictures, len(pictures)))
+        for name, judge in judges.items():
+            one.rewards.setdefault(name, []).append(judge(pictures, {k: items[k] for k in items if k == "label"}))
         if "sar" in items:
             one.pairs["psnr"].append(psnr(pictures, items["image"]))
             one.pairs["ssim"].append(ssim(pictures, items["image"]))
@@ -496,6 +595,26 @@ def _settle(one: _Contestant, reference: Tensor, regions: dict[str, list[int]]) 
         } or None  # fmt: skip
     if row.agreement is not None:
         row.agreement.update({name: _mean(torch.cat(values)) for name, values in one.agreement.items()})
+    row.rewards = {name: _mean(torch.cat(values)) or 0.0 for name, values in one.rewards.items()} or None
+
+
+def _seen(data: "ImageData", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Real pictures and their condition, as a judge wants them."""
+    items = data.items(sorted(set(indices)))
+    return items["image"], {k: items[k] for k in items if k == "label"}
+
+
+def _classes(
+    labels: Tensor, names: Sequence[str], reference: Tensor, seen: list[Tensor]
+) -> dict[str, dict[str, float]] | None:
+    """Distance of each class by itself. KID, for it has no bias at few pictures, unlike Frechet's."""
+    found, drawn = {}, torch.cat(seen)
+    for k in labels.unique().tolist():
+        own = labels == k
+        if int(own.sum()) > 7:
+            kid, _ = kernel_distance(reference[own], drawn[own])
+            found[names[k]] = {"n": int(own.sum()), "kid": kid}
+    return found or None
 
 
 def _fill_distances(row: Row, reference: Tensor, seen: Tensor) -> None:

@@ -336,10 +336,10 @@ class Run:
 
     @torch.no_grad()
     def draw_samples(self, done: int, data: ImageData) -> None:
-        """A grid of samples from fixed seeds and conditions: samples/NNNNNN.png."""
+        """Samples of fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`."""
         if not self.accelerator.is_main_process:
             return
-        from distillers.pictures import grid_png
+        from distillers.pictures import grid_png, to_pixels
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
@@ -351,6 +351,7 @@ class Run:
         for net in self.optimizers:
             self.nets[net].train()
         grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
+        np.save(folder / f"{done:06d}.npy", to_pixels(pictures))
 
     # --- what it costs -----------------------------------------------------------------------------------------------
     def start_clock(self) -> None:

@@ -5,12 +5,14 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from torch import Tensor
 
 from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
@@ -225,7 +227,8 @@ def test_the_student_is_timed_and_held_against_the_teacher(report: Report) -> No
 
 def test_the_table_has_a_row_for_each_contestant_and_its_conditions(report: Report) -> None:
     text = report.markdown()
-    assert text.count("\n| ") == 1 + len(report.rows) and "PSNR" not in text  # the separator, and no pairs here
+    table = text.partition("\n\n")[0]
+    assert table.count("\n| ") == 1 + len(report.rows) and "PSNR" not in table  # the separator, and no pairs here
     assert "| RMSE to teacher, 4 steps |" in text and "| speed-up over teacher, 3 steps |" in text
     assert (
         "n = 140, seeds 5 to 144" in text
@@ -415,3 +418,76 @@ def test_side_by_side_labels_every_row_and_takes_grey(tmp_path: Path) -> None:
         grid(torch.zeros(2, 4, 8, 8), 2)
     with pytest.raises(BadInput, match="columns"):
         grid(colour, 0)
+
+
+# --- by class, rewards, and whom a training followed -----------------------------------------------------------------
+class Lifelike(Generator):
+    """Draws real pictures of the class it is asked for; grey for the dead class."""
+
+    dead = 3
+
+    def sample(self, seeds: Any, *, labels: Any = None, sar: Any = None, steps: Any = None, size: Any = None) -> Tensor:
+        data, pictures = open_data("shapes", split="train"), []
+        every = data.items(range(1200))
+        for seed, label in zip(seeds, labels, strict=True):
+            own = every["image"][every["label"] == label]
+            pictures.append(torch.zeros_like(own[0]) if label == self.dead else own[seed % len(own)])
+        return torch.stack(pictures)
+
+
+def lifelike(shapes: ImageData) -> Generator:
+    plain = tiny("class-to-image", "student", tuple(shapes.labels))
+    return Lifelike(plain.denoiser, plain.codec, plain.info)
+
+
+def test_a_dead_class_is_seen_by_itself(shapes: ImageData, space: Features) -> None:
+    report = evaluate(lifelike(shapes), shapes, n=600, features=space, steps=[1], latency_repeats=0)
+    found = report.rows[-1].classes
+    assert found is not None and list(found) == list(shapes.labels) and sum(c["n"] for c in found.values()) == 600
+    worst = max(found, key=lambda label: found[label]["kid"])
+    others = [c["kid"] for label, c in found.items() if label != worst]
+    assert worst == shapes.labels[Lifelike.dead] and found[worst]["kid"] > 3 * max(others)
+    assert f"{1000 * found[worst]['kid']:.0f} |" in report.markdown()
+    assert Report.from_dict(json.loads(report.to_json())).rows[-1].classes == found
+
+
+def test_rewards_are_means_over_the_pictures_of_every_row(shapes: ImageData, space: Features) -> None:
+    def asked_for(pictures: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return cond["label"].double()
+
+    def mean(pictures: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return pictures.mean((1, 2, 3))
+
+    judges = {"asked": asked_for, "mean": mean}
+    report = evaluate(
+        lifelike(shapes), shapes, n=200, features=space, steps=[1], latency_repeats=0, batch=48, rewards=judges
+    )
+    indices = np.linspace(0, len(shapes) - 1, 200).round().astype(int).tolist()
+    real, row = shapes.items(indices), report.rows[-1]
+    for one in (report.rows[0], row):
+        assert one.rewards is not None and one.rewards["asked"] == pytest.approx(real["label"].double().mean())
+    assert report.rows[0].rewards["mean"] == pytest.approx(float(real["image"].mean()), abs=1e-6)
+    assert "| reward asked | reward mean |" in report.markdown()
+
+
+def test_a_student_that_follows_its_teacher_away_from_the_data_is_reported(
+    shapes: ImageData, space: Features, tmp_path: Path
+) -> None:
+    real = open_data("shapes", split="train").items(range(256))["image"]
+    mistaken = 0.5 * real - 0.5  # what the teacher draws: all too dark
+    course = {100: real.flip(3) + 0.8, 200: real.flip(3) - 0.02, 300: mistaken.flip(3)}
+    for iteration, pictures in course.items():
+        np.save(tmp_path / f"{iteration:06d}.npy", to_pixels(pictures))
+    np.save(tmp_path / "000050.npy", to_pixels(real[:16]))  # a grid to look at
+    plain = tiny("class-to-image", "student", tuple(shapes.labels))
+    told = evaluate(
+        plain, shapes, n=140, features=space, steps=[1], latency_repeats=0, history=tmp_path, drawn_by_teacher=mistaken
+    )
+    assert [t["iteration"] for t in told.history] == [100, 200, 300] and all(t["n"] == 256 for t in told.history)
+    (course_line, warning) = told.notes[-2:]
+    assert course_line.startswith("Teacher hacking") and "since iteration 200" in warning
+    (tmp_path / "000300.npy").unlink()
+    well = evaluate(
+        plain, shapes, n=140, features=space, steps=[1], latency_repeats=0, history=tmp_path, drawn_by_teacher=mistaken
+    )
+    assert well.notes[-1].startswith("Teacher hacking") and len(well.history) == 2

@@ -560,7 +560,7 @@ def test_sample_grids_have_the_right_size_and_change_nothing(teacher: Teacher, d
         Diffusion(sampling_steps=2), teacher, data, settings(**chosen, sample_every=1), tmp_path / "b", device="cpu"
     )
     assert same(values(plain.denoiser), values(drawn.denoiser))
-    pictures = sorted((tmp_path / "b" / "samples").iterdir())
+    pictures = sorted((tmp_path / "b" / "samples").glob("*.png"))
     assert [p.name for p in pictures] == ["000001.png", "000002.png", "000003.png"]
     for picture in pictures:
         with Image.open(picture) as image:
