@@ -13,8 +13,9 @@ run: install            ## distil the shapes teacher into one step (once), print
 
 install: .venv/installed
 
+# One process for each core, one thread each: small networks gain nothing from a second thread.
 test: .venv/installed-dev      ## every test, trainings included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-dev      ## format, style, types, who may import whom
 	$(BIN)/ruff format --check .

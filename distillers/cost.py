@@ -183,8 +183,9 @@ def measure(recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, devi
     if iterations < 1 or not 0 <= progress <= 1:
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
     data, settings = recipe.open_data(), recipe.settings()
-    teacher = recipe.open_teacher(data)
-    run = begin(recipe.distiller(), teacher, settings, Path(tempfile.gettempdir()), device=device)
+    teacher, distiller = recipe.open_teacher(data), recipe.distiller()
+    data = distiller.data(data, teacher)
+    run = begin(distiller, teacher, settings, Path(tempfile.gettempdir()), device=device)
     i = min(int(progress * settings.iterations), settings.iterations - 1)
     with recorded(run.nets) as passes:
         run.iteration(i, data)

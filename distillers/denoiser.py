@@ -152,6 +152,42 @@ class Guided(nn.Module):
         return guided
 
 
+class Routed(nn.Module):
+    """Several denoisers as one: each answers for the labels of its share, all its rows of a batch in one call.
+
+    Args:
+        students: denoisers of one schedule and prediction.
+        shares: the labels of each; together 0 to N-1, each once.
+
+    Shapes as `Denoiser`'s. The answer for a row depends on its own label alone, whatever else is in the batch.
+    """
+
+    student_of: Tensor
+
+    def __init__(self, students: Sequence[Denoiser], shares: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        if sorted(label for share in shares for label in share) != list(range(sum(map(len, shares)))):
+            raise BadInput("shares", [list(share) for share in shares], "labels from 0 on, each in one share")
+        self.students = nn.ModuleList(students)
+        of = {label: k for k, share in enumerate(shares) for label in share}
+        self.register_buffer("student_of", torch.tensor([of[label] for label in range(len(of))]))
+        self.schedule, self.prediction = students[0].schedule, students[0].prediction
+
+    @property
+    def network(self) -> Any:
+        """The first student's, for what all share: channels, size, classes."""
+        return self.students[0].network
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        student, x0 = self.student_of[cond["label"]], torch.empty_like(x_t)
+        for k in student.unique().tolist():
+            rows = student == k
+            x0[rows] = self.students[k](
+                x_t[rows], t if t.ndim == 0 else t[rows], {key: value[rows] for key, value in cond.items()}
+            )
+        return x0
+
+
 # --- a network that is told the guidance scale (Luo et al. 2023, sec. 4.2) -------------------------------------------
 class GuidedTime(nn.Module):
     """diffusers' `TimestepEmbedding`, told a guidance scale beside the time.

@@ -46,7 +46,7 @@ class Distiller(ABC):
 
     tasks: ClassVar[tuple[str, ...]] = TASKS  # what it can be used for
 
-    def data(self, data: ImageData) -> ImageData:
+    def data(self, data: ImageData, teacher: Teacher) -> ImageData:
         """What of the data it learns from: all, unless it says otherwise."""
         return data
 
@@ -96,6 +96,8 @@ def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] 
         if network:
             raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
         found = weights.read(str(start)).denoiser
+        if not isinstance(found, Denoiser):
+            raise BadInput(f"{field}.start", start, "a folder of one network, such as one of its students")
         shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (found, own)]
         if shapes[0] != shapes[1] or found.prediction != own.prediction:
             raise BadInput(f"{field}.start", start, "a folder whose network and prediction are the teacher's")

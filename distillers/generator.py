@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from distillers import weights
 from distillers.codec import ImageCodec
-from distillers.denoiser import Cond, Denoiser
+from distillers.denoiser import Cond, Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info, Parts
@@ -49,7 +49,7 @@ class Generator(nn.Module):
         info: the manifest.
     """
 
-    def __init__(self, denoiser: Denoiser, codec: ImageCodec, info: Info) -> None:
+    def __init__(self, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info) -> None:
         super().__init__()
         self.denoiser, self.codec, self.info = denoiser, codec, info
         self.schedule = denoiser.schedule
@@ -65,8 +65,7 @@ class Generator(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder: fp16 safetensors, scheduler, manifest."""
-        d = self.denoiser
-        weights.write(Path(folder), d.network, d.schedule, d.prediction, self.codec, self.info)
+        weights.write(Path(folder), self.denoiser, self.codec, self.info)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def times(self, steps: int | None = None) -> list[float]:
@@ -165,11 +164,12 @@ class Generator(nn.Module):
         if sar is not None and info.task != "sar-to-optical":
             raise BadInput("sar", tuple(sar.shape), f"nothing: {info.name} is no translator")
         if info.task == "class-to-image":
+            allowed, known = f"one class per image, {info.classes_in_words}", set(info.classes)
             if labels is None:
-                raise BadInput("labels", None, f"one class per image, 0 to {len(info.labels) - 1}")
-            wrong = [label for label in labels if not 0 <= label < len(info.labels)]
+                raise BadInput("labels", None, allowed)
+            wrong = [label for label in labels if label not in known]
             if wrong or (count is not None and len(labels) != count):
-                raise BadInput("labels", wrong or list(labels), f"one class per image, 0 to {len(info.labels) - 1}")
+                raise BadInput("labels", wrong or list(labels), allowed)
             return {"label": torch.tensor(list(labels), device=device)}
         if info.task == "sar-to-optical":
             channels = (info.sar or {}).get("channels", 1)

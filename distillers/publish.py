@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import tomli_w
 from torch import Tensor
 
 from distillers import weights
-from distillers.data import ImageData, open_data
+from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.pictures import grid_png, side_by_side
@@ -30,22 +30,30 @@ ATTRIBUTION = {
 COLUMNS = 10  # of grid.png
 
 
-def publish(generator: Generator, recipe: Recipe, data: ImageData, folder: Path) -> None:
+def publish(generator: Generator, recipe: Recipe, data: ImageData | None, folder: Path) -> None:
     """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole."""
     with weights.staged(folder) as new:
         (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions()}))
         teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
+        generator.save_pretrained(new)
         seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
         picture(generator, teacher, seen, new)
-        generator.save_pretrained(new)
         write_card(new)
 
 
 def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageData]:
-    """The test and train split of what a folder was trained on, by its recipe; `path`: where the data stand now."""
+    """The test and train split of what a folder was trained on, by its recipe; `path`: where the data stand now.
+
+    Of a student of some classes: their items.
+    """
     if not (folder / "recipe.toml").is_file():
         raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
-    return splits(Recipe.load(folder / "recipe.toml"), path)
+    test, train = splits(Recipe.load(folder / "recipe.toml"), path)
+    info = weights.Info.read(folder)
+    if len(info.classes) == len(info.labels):
+        return test, train
+    names = [test.labels[label] for label in info.classes]
+    return Part(test, names), Part(train, names)
 
 
 def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageData]:
@@ -72,29 +80,33 @@ def _installed(name: str) -> bool:
     return True
 
 
-def picture(generator: Generator, teacher: Generator | None, data: ImageData, folder: Path) -> None:
+def picture(generator: Generator, teacher: Generator | None, data: ImageData | None, folder: Path) -> None:
     """grid.png: a row for every step count, the teacher above on the same noises and conditions.
 
     For translators the columns are held-out SAR tiles, which also go to examples/*.png, ready to send.
     """
     models = [model for model in (teacher, generator) if model is not None]
     draw_rows({_row(model, k): (model, k) for model in models for k in _shown(model)}, data, folder / "grid.png")
-    if generator.info.task == "sar-to-optical":
+    if generator.info.task == "sar-to-optical" and data is not None:
         for i, sar in enumerate(data.items(_columns(data))["sar"]):
             grid_png(sar[None], columns=1, path=folder / "examples" / f"{i}.png", gap=0)
 
 
-def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData, path: Path) -> None:
-    """A PNG with a labelled row for each (model, steps), on the same noises and conditions; SAR above, truth below."""
+def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | None, path: Path) -> None:
+    """A PNG with a labelled row for each (model, steps), on the same noises and conditions; SAR above, truth below.
+
+    data: where translators take their SAR from; nobody else looks at them.
+    """
     info = list(models.values())[-1][0].info
     condition: dict[str, Any] = {}
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
-    if info.task == "sar-to-optical":
+    if info.task == "sar-to-optical" and data is not None:
         batch = data.items(_columns(data))
         condition, above, below = {"sar": batch["sar"]}, {"SAR": batch["sar"]}, {"optical, the truth": batch["image"]}
     elif info.task == "class-to-image":
-        condition = {"labels": [i * len(info.labels) // COLUMNS for i in range(COLUMNS)]}
+        classes = info.classes
+        condition = {"labels": [classes[i * len(classes) // COLUMNS] for i in range(COLUMNS)]}
     made = {row: model.sample(range(COLUMNS), steps=k, **condition) for row, (model, k) in models.items()}
     side_by_side({**above, **made, **below}, path, zoom=max(1, 96 // info.size[0]))
 
@@ -188,21 +200,30 @@ def write_card(folder: Path) -> None:
 def _what(info: weights.Info) -> str:
     kind = {
         "image": "pictures",
-        "class-to-image": f"pictures of {len(info.labels)} classes",
+        "class-to-image": f"pictures of {len(info.classes)} classes",
         "sar-to-optical": "optical from SAR",
     }
     size = "x".join(map(str, info.size))
     if info.role == "teacher":
         return f"A diffusion teacher: {kind[info.task]}, {size} px, {info.default_steps} steps by default."
     counts = ", ".join(map(str, sorted(info.step_times)))
-    return f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
+    what = f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
+    if len(info.shares) == 1:
+        return f"{what} It is one of several, and draws only: {_names(info, info.shares[0])}."
+    drawn = (f" `{weights.STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
+    return what + "".join(drawn)
+
+
+def _names(info: weights.Info, share: Sequence[int]) -> str:
+    return ", ".join(info.labels[label] for label in share)
 
 
 def _use(info: weights.Info, stock: bool) -> list[str]:
+    label = info.classes[0] if info.classes else None
     if stock:
-        labels = ", class_labels=0" if info.task == "class-to-image" else ""
+        labels = f", class_labels={label}" if info.task == "class-to-image" else ""
         if info.codec == "vae":  # DiTPipeline wants a list, and guides by 4 unless told otherwise
-            labels = f", class_labels=[0], guidance_scale={info.guidance_scale}"
+            labels = f", class_labels=[{label}], guidance_scale={info.guidance_scale}"
         return [
             "# plain diffusers, no line of ours",
             "from diffusers import DiffusionPipeline",
@@ -211,8 +232,9 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
             f'pipe(num_inference_steps={info.default_steps}{labels}).images[0].save("sample.png")',
         ]
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
+    parts = f"each folder in {weights.STUDENTS}/" if len(info.shares) > 1 else "UNet2DModel"
     lines = [
-        f"# parts open with stock classes: UNet2DModel and the scheduler{patch}",
+        f"# parts open with stock classes: {parts} and the scheduler{patch}",
         "from distillers import Generator",
     ]
     if info.task == "sar-to-optical":
@@ -223,7 +245,7 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
             f'sar = read_sar("{info.name}/examples/0.png")',
             f'pixels = Generator.from_pretrained("{info.name}").translate(sar, seed=0)',
         ]
-    labels = ", labels=[0]" if info.task == "class-to-image" else ""
+    labels = f", labels=[{label}]" if info.task == "class-to-image" else ""
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 
 

@@ -3,7 +3,7 @@
 name = "eurosat-consistency"        # the folder it makes
 method = "consistency"              # a file in distillers/methods
 teacher = "weights/eurosat-teacher" # folder or hub id; absent for method = "diffusion"
-[data]                              # kind = "images" | "pairs" | "shapes", and that kind's options
+[data]                              # kind = "images" | "pairs" | "shapes" | "preferences", and that kind's options
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
 [model]                             # only for method = "diffusion": task, patch, prediction, schedule, network
@@ -11,11 +11,10 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for method = "dif
 
 from __future__ import annotations
 
-import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +24,7 @@ from distillers.data import ImageData, open_data
 from distillers.distiller import Distiller
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.options import checked as checked
 from distillers.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.trainer import TrainSettings
@@ -127,8 +127,9 @@ class Recipe:
         return ModelSettings(**checked(ModelSettings, self.model, "model"))
 
     def open_data(self) -> ImageData:
+        """All of it: which part of it the method learns from, `Distiller.data` says."""
         options = dict(self.data)
-        return self.distiller().data(open_data(str(options.pop("kind", "images")), **options))
+        return open_data(str(options.pop("kind", "images")), **options)
 
     def open_teacher(self, data: ImageData, device: str = "cpu") -> Teacher:
         """The teacher of the recipe, described under the recipe's name; for diffusion an untrained one."""
@@ -224,22 +225,3 @@ def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(key, value, f"a table [{key}]")
     return value
-
-
-def checked(kind: type, options: dict[str, Any], where: str) -> dict[str, Any]:
-    """Options with TOML's types brought to the dataclass's; unknown and wrongly typed keys refused by name."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    hints, known = get_type_hints(kind), {f.name for f in fields(kind)}
-    checked = {}
-    for key, value in options.items():
-        if key not in known:
-            raise BadInput(f"{where}.{key}", value, ", ".join(sorted(known)))
-        try:
-            # JSON's strict rules: a list is a tuple and 1 a float, but "1" and true are no numbers, nor are nan and inf
-            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False))
-            checked[key] = adapter.validate_json(json.dumps(value, default=str))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise BadInput(".".join(map(str, (where, key, *first["loc"]))), value, first["msg"]) from None
-    return checked

@@ -34,6 +34,8 @@ class Teacher:
     def from_pretrained(cls, path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> Teacher:
         """Open a folder that diffusers saved, or a hub id. Raises BadInput for what cannot be opened."""
         parts = weights.read(path_or_hub_id, device)
+        if not isinstance(parts.denoiser, Denoiser):
+            raise BadInput("teacher", str(path_or_hub_id), "a folder of one network, such as one of its students")
         return cls(parts.denoiser, parts.codec, parts.info)
 
     @classmethod

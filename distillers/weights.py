@@ -4,6 +4,7 @@ A folder is a diffusers pipeline (safetensors only) plus `fewstep.json`, which s
 the published step counts and their times, the labels' names, how the picture is laid out, and a sha256 of each part. A
 folder without `fewstep.json` is any diffusers pipeline and opens as a teacher. A student that is an adapter is saved
 twice: added to its teacher's weights, which is what opens and is served, and alone, for those who have the teacher.
+Students that answer for a share of the labels each lie in students/0, students/1, ..., each a network folder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 from distillers.adapter import fused, has_lora, lora_rank, lora_state
 from distillers.codec import ImageCodec, PixelUnshuffle, Vae
-from distillers.denoiser import Denoiser, Guided
+from distillers.denoiser import Denoiser, Guided, Routed
 from distillers.errors import BadInput
 from distillers.schedule import (
     NoiseSchedule,
@@ -41,7 +42,8 @@ ROLES = ("teacher", "student")
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline")
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")  # the last is DiT as older diffusers saved it
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-PARTS = ("unet", "transformer", "vae", "scheduler")  # the network first: see `staged`
+STUDENTS = "students"
+PARTS = ("unet", "transformer", STUDENTS, "vae", "scheduler")  # the network first: see `staged`
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -72,6 +74,7 @@ class Info:
     guidance_scale: float = 1.0
     teacher: str | None = None
     sar: dict[str, Any] | None = None  # channels and value range of the SAR input
+    shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
     lora: Lora | None = None  # set by `write` if the folder holds an adapter
     sha256: dict[str, str] = field(default_factory=dict)
     format: int = 1
@@ -111,8 +114,37 @@ class Info:
             raise BadInput(f"{path}: default_steps", self.default_steps, f"one of {sorted(self.step_times)}")
         if self.patch < 1 or min(self.size) < 1 or not isinstance(self.sar_channels, int):
             raise BadInput(f"{path}: patch, size, sar", (self.patch, self.size, self.sar), "whole numbers above 0")
+        if self.shares:
+            self._check_shares(f"{path}: shares")
         if self.lora and (self.lora.rank < 1 or ADAPTER not in self.sha256):
             raise BadInput(f"{path}: lora", self.lora, f"a rank of 1 or more, and {ADAPTER} under sha256")
+
+    def _check_shares(self, where: str) -> None:
+        every, found = range(len(self.labels)), [label for share in self.shares for label in share]
+        covered = set(found) == set(every) if len(self.shares) > 1 else set(found) <= set(every)
+        if not (covered and len(set(found)) == len(found) and all(self.shares)):
+            raise BadInput(
+                where, self.shares, f"0 to {len(every) - 1}, each in one share, all of them if there are two"
+            )
+        if self.guidance_scale != 1:
+            raise BadInput(f"{where}, guidance_scale", self.guidance_scale, "1: no student knows the null class")
+
+    @property
+    def classes(self) -> list[int]:
+        """The labels that are answered for, ascending: all, or a lone student's share."""
+        return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))
+
+    @property
+    def classes_in_words(self) -> str:
+        """What may be asked for, for messages: "0 to 23", or a lone student's share by number."""
+        classes = self.classes
+        gapless = classes == list(range(classes[0], classes[-1] + 1))
+        numbers = f"{classes[0]} to {classes[-1]}" if gapless else ", ".join(map(str, classes))
+        return numbers + (f", the share of {self.name}" if len(classes) < len(self.labels) else "")
+
+    def student_of(self, label: int | None) -> int:
+        """Which of its networks answers for a label."""
+        return next((k for k, share in enumerate(self.shares) if label in share), 0)
 
     @property
     def sar_channels(self) -> int:
@@ -121,8 +153,9 @@ class Info:
 
     def write(self, folder: Path) -> None:
         entries = asdict(self)
-        if not self.lora:  # unknown to folders and readers older than it
-            del entries["lora"]
+        for name in ("lora", "shares"):  # unknown to folders and readers older than they are
+            if not entries[name]:
+                del entries[name]
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 
@@ -130,7 +163,7 @@ class Info:
 class Parts:
     """An opened folder."""
 
-    denoiser: Denoiser
+    denoiser: Denoiser | Routed
     codec: ImageCodec
     info: Info
 
@@ -151,43 +184,56 @@ def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     index = _json(folder / "model_index.json")
     if index.get("_class_name") not in (None, *PIPELINES):
         raise BadInput(f"{folder}: pipeline", index["_class_name"], ", ".join(PIPELINES))
-    part = next((p for p in PARTS[:2] if (_part(folder, index, p) / "config.json").is_file()), None)
-    if part is None:
-        raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
     info = Info.read(folder) if (folder / MANIFEST).is_file() else None
     if info:
         verify(folder, info)
+    places = _networks(folder, index, info)
     place = _part(folder, index, "scheduler")
     scheduler = _json(place / "scheduler_config.json")
     schedule, prediction = _schedule(place, scheduler), _prediction(place, scheduler)
-    network = _load(_part(folder, index, part), NETWORKS, dtype)
+    networks = [_load(place, NETWORKS, dtype) for place in places]
     codec = _codec(folder, info)
-    info = info or _describe(folder, network, codec, index)
-    _check_fit(folder, network, codec, info)
-    denoiser = Denoiser(network.to(device), schedule, prediction)
+    info = info or _describe(folder, networks[0], codec, index)
+    for network in networks:
+        _check_fit(folder, network, codec, info)
+    denoisers = [Denoiser(network.to(device), schedule, prediction) for network in networks]
+    denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info)
 
 
-def write(
-    folder: Path, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, codec: ImageCodec, info: Info
-) -> None:
+def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
+    """Where the network lies, or each student's."""
+    if info and len(info.shares) > 1:
+        return [folder / STUDENTS / str(k) for k in range(len(info.shares))]
+    for part in ("unet", "transformer"):
+        if (place := _part(folder, index, part) / "config.json").is_file():
+            return [place.parent]
+    raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
+
+
+def write(folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info) -> None:
     """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
 
     A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
     """
-    scheduler = _scheduler(schedule, prediction, info)
-    lora = None
+    scheduler = _scheduler(denoiser.schedule, denoiser.prediction, info)
+    lora, index = None, None
     with staged(folder) as new:
-        if has_lora(network):
-            lora = Lora(rank=lora_rank(network), base=info.teacher)
-            _save_adapter(network, new / ADAPTER)
-            network = fused(network)
-        part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
-        _save_half(network, new / part)
+        if isinstance(denoiser, Routed):  # no stock pipeline routes
+            for k, student in enumerate(denoiser.students):
+                _save_half(student.network, new / STUDENTS / str(k))  # type: ignore[arg-type]
+        else:
+            network = denoiser.network
+            if has_lora(network):
+                lora = Lora(rank=lora_rank(network), base=info.teacher)
+                _save_adapter(network, new / ADAPTER)
+                network = fused(network)
+            part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
+            _save_half(network, new / part)
+            index = _model_index(network, scheduler, codec, info)
         scheduler.save_pretrained(new / "scheduler")
         if isinstance(codec, Vae):
             _save_half(codec.vae, new / "vae")
-        index = _model_index(network, scheduler, codec, info)
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         digests = {str(p.relative_to(new)): _sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
@@ -243,7 +289,7 @@ def _save_adapter(network: nn.Module, file: Path) -> None:
 
 def verify(folder: Path, info: Info) -> None:
     """Raise BadInput if a part listed in the manifest is missing or is not the file that was published."""
-    parts = sorted(p for part in PARTS for p in folder.glob(f"{part}/*.safetensors"))
+    parts = sorted(p for part in PARTS for p in folder.glob(f"{part}/**/*.safetensors"))
     for path in (*parts, *folder.glob(ADAPTER)):
         if str(path.relative_to(folder)) not in info.sha256:
             raise BadInput(str(path), "a file that is not listed", "the files listed in fewstep.json")
@@ -408,7 +454,7 @@ def class_rows(network: nn.Module) -> int:
     return counted + 1 if counted else config.get("num_class_embeds") or 0
 
 
-def guided(denoiser: Denoiser, info: Info, guidance_scale: float) -> nn.Module:
+def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn.Module:
     """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
     if guidance_scale == 1:
         return denoiser

@@ -258,7 +258,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "n zero": ({"n": 0}, "n", "1"),
     "n true": ({"n": True}, "n", "integer"),
     "label below zero": ({"label": -1}, "label", "0"),
-    "label out of range": ({"label": 3}, "label", "0..2: Red circle, Forest, Sea Lake"),
+    "label out of range": ({"label": 3}, "label", "0 to 2: Red circle, Forest, Sea Lake"),
     "unknown class": ({"prompt": "a cat"}, "prompt", "Red circle, Forest, Sea Lake"),
     "prompt against label": ({"prompt": "Forest", "label": 0}, "label", "1, which is Forest"),
     "unpublished steps": ({"steps": 3}, "steps", "1, 2"),

@@ -33,9 +33,9 @@ def test_every_order_gets_exactly_one_answer(moves: list[Any]) -> None:
             orders = list(range(len(futures), len(futures) + count))
             if len(waiting) + count > LIMIT:
                 with pytest.raises(Full):
-                    batcher.put(key, orders)
+                    batcher.put([(key, order) for order in orders])
             else:
-                futures += batcher.put(key, orders)
+                futures += batcher.put([(key, order) for order in orders])
                 waiting += [(key, order) for order in orders]
         elif move == "cancel" and futures:
             order = rest[0] % len(futures)
@@ -65,13 +65,13 @@ def test_every_order_gets_exactly_one_answer(moves: list[Any]) -> None:
         else:
             assert isinstance(future.exception(), Closed)
     with pytest.raises(Closed):
-        batcher.put("a", [0])
+        batcher.put([("a", 0)])
     assert batcher.take() is None
 
 
 def test_a_cancelled_head_gives_its_place_away() -> None:
     batcher: Batcher[str, int, int] = Batcher(LIMIT, LARGEST.__getitem__)
-    (left,), _, _ = batcher.put("b", [0]), batcher.put("a", [1]), batcher.put("b", [2])
+    (left,), _, _ = batcher.put([("b", 0)]), batcher.put([("a", 1)]), batcher.put([("b", 2)])
     assert left.cancel()
     turn = batcher.take()
     assert turn is not None and (turn[0], [ticket.order for ticket in turn[1]]) == ("a", [1])
@@ -94,7 +94,7 @@ def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
         chance = random.Random(caller)
         for number in range(300):
             order = (caller, number)
-            (futures[order],) = batcher.put(chance.randrange(3), [order])
+            (futures[order],) = batcher.put([(chance.randrange(3), order)])
             if chance.random() < 0.3 and futures[order].cancel():
                 cancelled.add(order)
 
@@ -120,15 +120,15 @@ def test_take_waits_without_a_timer_until_there_is_work() -> None:
     seen: list[Any] = []
     taker = threading.Thread(target=lambda: seen.append(batcher.take()))
     taker.start()
-    (first,) = batcher.put("a", [1])
+    (first,) = batcher.put([("a", 1)])
     taker.join(timeout=10)
     assert seen[0][0] == "a" and seen[0][1][0].answer is first
 
 
 def test_those_who_left_do_not_keep_others_out() -> None:
     batcher: Batcher[str, int, int] = Batcher(2, lambda key: 4)
-    for future in batcher.put("a", [1, 2]):
+    for future in batcher.put([("a", 1), ("a", 2)]):
         future.cancel()
-    (kept,) = batcher.put("b", [3])
+    (kept,) = batcher.put([("b", 3)])
     turn = batcher.take()
     assert turn is not None and turn[1][0].answer is kept

@@ -253,9 +253,9 @@ def test_a_flow_network_keeps_its_schedule(tmp_path: Path) -> None:
 def test_what_no_stock_scheduler_samples_is_refused_before_anything_is_written(
     schedule: NoiseSchedule, prediction: Prediction, tmp_path: Path
 ) -> None:
-    network: nn.Module = untrained(describe()).denoiser.network
+    denoiser = Denoiser(untrained(describe()).denoiser.network, schedule, prediction)
     with pytest.raises(BadInput, match=r"schedule.*diffusers"):
-        weights.write(tmp_path / "x", network, schedule, prediction, PixelUnshuffle(), describe())
+        weights.write(tmp_path / "x", denoiser, PixelUnshuffle(), describe())
     assert not list(tmp_path.iterdir())
 
 

@@ -51,8 +51,8 @@ class Batcher(Generic[Key, Order, Result]):
         """Orders waiting, those cancelled but not yet met included."""
         return self._waiting
 
-    def put(self, key: Key, orders: Sequence[Order]) -> list[Future[Result]]:
-        """Takes all orders or none (Full); their futures, in the same sequence."""
+    def put(self, orders: Sequence[tuple[Key, Order]]) -> list[Future[Result]]:
+        """Takes all orders or none (Full), each under its key; their futures, in the same sequence."""
         with self._changed:
             if self.closed:
                 raise Closed
@@ -61,9 +61,9 @@ class Batcher(Generic[Key, Order, Result]):
             if self._waiting + len(orders) > self.limit:
                 raise Full
             now, first = time.perf_counter(), self._number
-            tickets = [Ticket[Order, Result](order, first + i, now) for i, order in enumerate(orders)]
-            if tickets:
-                self._queues.setdefault(key, deque()).extend(tickets)
+            tickets = [Ticket[Order, Result](order, first + i, now) for i, (_, order) in enumerate(orders)]
+            for (key, _), ticket in zip(orders, tickets, strict=True):
+                self._queues.setdefault(key, deque()).append(ticket)
             self._number += len(tickets)
             self._waiting += len(tickets)
             self._changed.notify()

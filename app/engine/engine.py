@@ -35,6 +35,7 @@ class Shape:
     steps: int
     height: int
     width: int
+    student: int = 0  # of a folder of several: nobody waits for another student's pass within their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +126,16 @@ class Engine:
 
     async def draw(self, model: Model, steps: int, orders: Sequence[Order], height: int, width: int) -> list[Drawn]:
         """The pictures, in the sequence of the orders. If the caller is cancelled, what still waits is never drawn."""
-        return cast(list[Drawn], await self._ask(Shape(model.name, steps, height, width), orders))
+        keys = [Shape(model.name, steps, height, width, model.info.student_of(order.label)) for order in orders]
+        return cast(list[Drawn], await self._ask(list(zip(keys, orders, strict=True))))
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Runs a function on the engine's thread, in its turn."""
-        return (await self._ask(Call(function), [None]))[0]
+        return (await self._ask([(Call(function), None)]))[0]
 
-    async def _ask(self, key: Shape | Call, orders: Sequence[Order | None]) -> list[Any]:
+    async def _ask(self, orders: Sequence[tuple[Shape | Call, Order | None]]) -> list[Any]:
         try:
-            futures = self._batcher.put(key, orders)
+            futures = self._batcher.put(orders)
         except Full:
             seconds = math.ceil(len(self._batcher) * self._seconds_per_image)
             raise overloaded(f"{len(self._batcher)} pictures wait already", max(1, seconds)) from None
@@ -184,11 +186,12 @@ class Engine:
             log.info("%s is open on %s after %.1f s", name, self.device, time.perf_counter() - started)
 
     def _warm(self, model: Model) -> None:
-        """One picture, so that the first caller does not pay for what is only done once."""
+        """One picture by each network, so that the first caller does not pay for what is only done once."""
         height, width = model.info.size
         sar = np.zeros((height, width), np.float32) if model.translates else None
-        label = 0 if model.info.labels else None
-        self._forward(model, min(model.steps or [1]), [Order(0, label, sar)])
+        first = [share[0] for share in model.info.shares] or model.info.classes[:1]
+        for label in first or (None,):
+            self._forward(model, min(model.steps or [1]), [Order(0, label, sar)])
 
     def _largest(self, key: Shape | Call) -> int:
         """Pictures in one forward pass: limited by number and, so that memory is, by pixels."""

@@ -51,6 +51,11 @@ class Model:
         """The folder's default, as far as this server allows it."""
         return self.info.default_steps if self.steps else min(self.info.default_steps, self.max_steps)
 
+    @property
+    def parameters_mb(self) -> float:
+        """Memory of the parameters in MB: all students are resident."""
+        return sum(p.numel() * p.element_size() for p in self.generator.parameters()) / 2**20
+
     def check_steps(self, steps: int | None) -> int:
         """The steps to take. BadInput for a number the model was not published with."""
         allowed = self.steps or range(1, self.max_steps + 1)
@@ -77,6 +82,9 @@ class Model:
             "data": info.data,
             "teacher": info.teacher,
             "labels": list(info.labels),
+            "students": max(1, len(info.shares)),
+            "shares": info.shares or ([info.classes] if info.labels else []),  # positions in labels, by student
+            "parameters_mb": round(self.parameters_mb, 3),
             "size": {"height": info.size[0], "width": info.size[1]},
             "steps": self.steps,
             "max_steps": max(self.steps or [self.max_steps]),

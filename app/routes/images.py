@@ -38,7 +38,7 @@ def _size(model: Model, size: str | None) -> tuple[int, int]:
 
 def _labels(model: Model, body: ImageRequest, seeds: Sequence[int]) -> list[int | None]:
     """A class for every picture, from the label, the prompt, or the seeds."""
-    names, prompt = model.info.labels, (body.prompt or "").strip()
+    names, classes, prompt = model.info.labels, model.info.classes, (body.prompt or "").strip()
     if not names:
         if prompt or body.label is not None:
             field, given = ("prompt", prompt) if prompt else ("label", body.label)
@@ -51,12 +51,14 @@ def _labels(model: Model, body: ImageRequest, seeds: Sequence[int]) -> list[int 
             more = f" and {len(names) - 40} more in /v1/models/{model.name}" if len(names) > 40 else ""
             raise BadInput("prompt", prompt, ", ".join(names[:40]) + more)
         label = folded.index(prompt.casefold())
+        if label not in classes:  # a lone student's
+            raise BadInput("prompt", prompt, ", ".join(names[k] for k in classes[:40]))
         if body.label not in (None, label):
             raise BadInput("label", body.label, f"{label}, which is {names[label]}, or no prompt beside it")
     if label is None:
-        return [class_of_seed(seed, len(names)) for seed in seeds]
-    if label >= len(names):
-        raise BadInput("label", label, f"0..{len(names) - 1}: {', '.join(names[:40])}")
+        return [classes[class_of_seed(seed, len(classes))] for seed in seeds]
+    if label not in classes:
+        raise BadInput("label", label, f"{model.info.classes_in_words}: {', '.join(names[k] for k in classes[:40])}")
     return [label for _ in seeds]
 
 

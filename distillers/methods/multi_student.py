@@ -1,0 +1,163 @@
+"""Multi-student distillation: the classes are shared out, and each share has a student of its own.
+
+Song, Lorraine, Nie, Kreis and Lucas, "Multi-student Diffusion Distillation for Better One-step Generators", 2025; no
+code was released.
+
+G_k = Distill(teacher, data of V_k), k = 0 .. K-1, where V_k are disjoint shares of the classes, as equal in size as can
+be. A picture's class says which student draws it, so a picture costs one student's pass: capacity grows with K, latency
+does not. How a student learns is another method's business (`base`); one job trains one student. What is new here is
+the first stage of a student that cannot start as its teacher, because it is smaller: teacher score matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from distillers import methods
+from distillers.data import ImageData, Part
+from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import denoising, noised
+from distillers.options import checked
+from distillers.teacher import Teacher
+
+NAME = "multi_student"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStudent(Distiller):
+    """E_{y in V_k} (min(SNR, 20) + 1) || x0_student(x_t, t, y) - x0_teacher(x_t, t, y) ||^2, then the base method."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("class-to-image",)
+
+    students: int = 1  # K (paper: 4); 1 is the base method itself
+    student: int | None = None  # k, which one this job trains; absent: `fewstep distill` trains all, one after another
+    partition: Literal["consecutive", "clusters"] = "consecutive"  # clusters: of the teacher's class embeddings
+    start: str | None = None  # absent: the teacher's weights; "untrained"; or a folder of the same network
+    network: dict[str, Any] | None = None  # options of the teacher's network class that differ: a smaller student
+    matching: float | None = None  # share of the training for score matching; absent: 0.3, or 0 if it starts trained
+    base: str = "dmd2"  # the method of the stages after it
+    options: dict[str, Any] = field(default_factory=dict)  # the base method's own table
+
+    def __post_init__(self) -> None:
+        if self.students < 1:
+            raise BadInput(f"{NAME}.students", self.students, "1 or more")
+        if self.student is not None and not 0 <= self.student < self.students:
+            raise BadInput(f"{NAME}.student", self.student, f"0 to {self.students - 1}, or absent: all in turn")
+        if self.matching and not (0 <= self.matching < 1 and self.untrained):
+            allowed = "0 up to, not including, 1; 0 for a student that starts trained"
+            raise BadInput(f"{NAME}.matching", self.matching, allowed)
+        bases = [name for name in methods.names() if name not in (NAME, "diffusion")]
+        if self.base not in bases or not set(self.tasks) & set(methods.find(self.base).tasks):
+            raise BadInput(f"{NAME}.base", self.base, "a method for classes: " + ", ".join(bases))
+        for name, own in (("start", self.start), ("network", self.network)):
+            if name in self.options:
+                raise BadInput(f"{NAME}.options.{name}", self.options[name], f"absent: {NAME}.{name} says it")
+            if own and name not in {f.name for f in fields(methods.find(self.base))}:
+                raise BadInput(f"{NAME}.{name}", own, f"absent: students of {self.base} start as the teacher")
+        assert self.method  # refuse wrong options before anything is opened
+
+    @cached_property
+    def method(self) -> Distiller:
+        """The base method, told how its student starts."""
+        kind, start = methods.find(self.base), {"start": self.start, "network": self.network}
+        options = {**self.options, **{name: value for name, value in start.items() if value}}
+        return kind(**checked(kind, options, f"{NAME}.options"))
+
+    @property
+    def untrained(self) -> bool:
+        return bool(self.network) or self.start == "untrained"
+
+    @property
+    def matched(self) -> float:
+        """Where in the training, 0 to 1, the base method takes over."""
+        return (0.3 if self.untrained else 0.0) if self.matching is None else self.matching
+
+    # --- who learns what ---------------------------------------------------------------------------------------------
+    def shares(self, teacher: Teacher) -> list[list[int]]:
+        """V_0 .. V_{K-1}: the labels of each student. BadInput where there are fewer labels than students."""
+        classes = len(teacher.info.labels)
+        if self.students > classes:
+            raise BadInput(f"{NAME}.students", self.students, f"1 to {classes}, a class or more for each")
+        if self.partition == "clusters":
+            return equal_clusters(class_embeddings(teacher), self.students)
+        return [part.tolist() for part in np.array_split(np.arange(classes), self.students)]
+
+    def share(self, teacher: Teacher) -> list[int]:
+        """V_k. BadInput where it is not said which student this job trains."""
+        shares = self.shares(teacher)
+        if self.student is None and self.students > 1:
+            raise BadInput(f"{NAME}.student", None, f"0 to {self.students - 1}: one training makes one student")
+        return shares[self.student or 0]
+
+    def data(self, data: ImageData, teacher: Teacher) -> ImageData:
+        share = self.share(teacher)
+        return data if self.students == 1 else Part(data, [data.labels[label] for label in share])
+
+    def networks(self, teacher: Teacher) -> Networks:
+        self.share(teacher)
+        nets = self.method.networks(teacher)
+        if self.matched and "teacher" not in nets:
+            raise BadInput(f"{NAME}.matching", self.matched, f"0: {self.base} has no teacher")
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        if progress < self.matched:
+            yield from self.match(nets, batch)
+        else:
+            yield from self.method.step(nets, batch, (progress - self.matched) / (1 - self.matched))
+
+    def match(self, nets: Networks, batch: Batch) -> Iterator[Turn]:
+        """Stage 0: the student learns what the teacher answers at noised data, not the data themselves."""
+        student, teacher = nets["student"], nets["teacher"]
+        x0, cond = labels_and_images(batch)
+        t, x_t = noised(student.schedule, x0)
+        with torch.no_grad():
+            told = teacher(x_t, t, cond)
+        yield "student", denoising(student, x_t, t, told, cond)
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        return self.method.generator(nets, teacher)
+
+
+# --- which classes belong together -----------------------------------------------------------------------------------
+def class_embeddings(teacher: Teacher) -> Tensor:
+    """What the teacher's network makes of each class, (N, d): the first embedding that it has for its classes."""
+    count = len(teacher.info.labels)
+    for module in teacher.denoiser.network.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings in (count, count + 1):  # with the null class
+            return module.weight.detach()[:count]
+    kind = type(teacher.denoiser.network).__name__
+    raise BadInput(f"{NAME}.partition", "clusters", f"consecutive: this {kind} has no embedding of {count} classes")
+
+
+def equal_clusters(embeddings: Tensor, clusters: int, rounds: int = 100) -> list[list[int]]:
+    """K-means whose clusters are equal in size, to within one: points (N, d) -> the members of each, ascending.
+
+    Every cluster has N / K seats, and each round seats all points at the least total squared distance. The first
+    centre is the point farthest from the mean, each next one the farthest from those before it: nothing is drawn, the
+    same points give the same clusters. Clusters stand in the order of their first members. Memory grows with N^2.
+    """
+    points = embeddings.double().cpu()
+    chosen = [int((points - points.mean(0)).norm(dim=1).argmax())]
+    while len(chosen) < clusters:
+        chosen.append(int(torch.cdist(points, points[chosen]).amin(1).argmax()))
+    centres, seats, cluster_of = points[chosen], torch.arange(len(points)) % clusters, None
+    for _ in range(rounds):
+        distance = (points[:, None] - centres).square().sum(2)
+        _, seat = linear_sum_assignment(distance[:, seats].numpy())
+        before, cluster_of = cluster_of, seats[torch.from_numpy(seat)]
+        if before is not None and torch.equal(before, cluster_of):
+            break
+        centres = torch.stack([points[cluster_of == k].mean(0) for k in range(clusters)])
+    assert cluster_of is not None
+    return sorted((cluster_of == k).nonzero()[:, 0].tolist() for k in range(clusters))
