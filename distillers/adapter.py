@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +66,18 @@ def set_lora_scale(network: nn.Module, scale: float) -> None:
     """Multiply the trained change by `scale`: 0 is exactly the teacher, 1 the student. Set anew, not accumulated."""
     for _, layer in _layers(network):
         layer.set_scale(NAME, scale)
+
+
+@contextmanager
+def without_lora(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is exactly what it was before `add_lora`; afterwards its scale is what it was."""
+    scales = [(layer, layer.scaling[NAME]) for _, layer in _layers(network)]
+    set_lora_scale(network, 0)
+    try:
+        yield
+    finally:
+        for layer, scale in scales:
+            layer.scaling[NAME] = scale
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:

@@ -47,36 +47,41 @@ def distill(
 ) -> None:
     """Train what a recipe describes and publish it as a weights folder.
 
-    Stop it whenever you like: the same command goes on from its last checkpoint (under OUT/training).
+    Stop it whenever you like: the same command goes on from its last checkpoint (under OUT/training). A recipe of
+    several students trains them one after another and merges them; with `multi_student.student=1` that one alone.
 
     Examples: `fewstep distill eurosat-consistency`,
     `fewstep distill weights/eurosat-consistency/recipe.toml train.seed=1 --out weights/second`.
     """
     from accelerate import PartialState
 
-    from distillers.publish import publish
+    from distillers.job import distill as make
+    from distillers.job import named
     from distillers.recipe import Recipe
-    from distillers.trainer import train
 
-    plan = Recipe.load(recipe, overrides)
+    plan = named(Recipe.load(recipe, overrides))
     folder = out or Path("weights") / plan.name
-    data = plan.open_data()
-    teacher = plan.open_teacher(data)
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput("device", device, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
-    generator = train(
-        plan.distiller(),
-        teacher,
-        data,
-        plan.settings(),
-        folder / "training",
-        description=plan.table(),
-        device="cpu" if _device(device) == "cpu" else None,
-    )
+    make(plan, folder, "cpu" if _device(device) == "cpu" else None)
     if not PartialState().is_main_process:
         return
-    publish(generator, plan, data, folder)
     typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
+
+
+@app.command()
+def merge(
+    students: Annotated[list[Path], typer.Argument(help="The folders of all students.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+) -> None:
+    """Make one folder of the students of one recipe: every class is drawn by the student that has it.
+
+    Example: `fewstep merge weights/mine-student-0 weights/mine-student-1 --out weights/mine`.
+    """
+    from distillers.job import merge as make
+
+    make(students, out)
+    typer.echo(f"{out}: {len(students)} students; samples in {out / 'grid.png'}")
 
 
 @app.command()
@@ -99,10 +104,11 @@ def generate(
     if not 1 <= n <= 1024:
         raise BadInput("n", n, "1 to 1024")
     generator = Generator.from_pretrained(weights, _device(device))
-    classes = generator.info.labels
-    chosen = (
-        [_label(label, classes)] * n if label is not None else [i % len(classes) for i in range(n)] if classes else None
-    )
+    classes, chosen = generator.info.classes, None
+    if label is not None:
+        chosen = [_label(label, generator.info.labels)] * n
+    elif classes:
+        chosen = [classes[i % len(classes)] for i in range(n)]
     grid_png(generator.sample(range(seed, seed + n), labels=chosen, steps=steps), columns=_columns(n), path=_png(out))
     typer.echo(
         f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
@@ -244,6 +250,55 @@ def benchmark(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")
         out.with_suffix(".md").write_text(table(costs))
+
+
+@app.command()
+def pairs(
+    model: Weights,
+    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    reward: Annotated[
+        str,
+        typer.Option(help="A feature classifier's folder, or module:function.", show_default=False),
+    ],
+    n: Annotated[int, typer.Option(help="Pairs to draw; ties are left out.")] = 256,
+    steps: Annotated[int, typer.Option(help="Network calls per picture.")] = 4,
+    seed: Annotated[int, typer.Option(help="Pair i uses seed + 2 i and seed + 2 i + 1.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw pairs of pictures and let a reward choose: a folder for data of kind = "preferences".
+
+    Example: `fewstep pairs weights/eurosat-consistency --out runs/pairs/eurosat-green
+    --reward distillers.reward:greenness`.
+    """
+    from distillers.generator import Generator
+    from distillers.reward import choose_pairs, load_reward
+
+    judge = load_reward(reward)
+    chosen = choose_pairs(Generator.from_pretrained(model, _device(device)), judge, out, n=n, steps=steps, seed=seed)
+    typer.echo(
+        f"{out}: {chosen.pairs} pairs, {chosen.ties} ties left out; "
+        f"mean reward of winners {chosen.winners:.4f}, of losers {chosen.losers:.4f}"
+    )
+
+
+@app.command()
+def suggest_student(
+    teacher: Annotated[str, typer.Argument(help="A teacher's folder or hub id.", show_default=False)],
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Of one network pass of one picture, on this device.", show_default=False)
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="How many, from the largest to the smallest.")] = 10,
+    device: Device = "auto",
+) -> None:
+    """Rank small student networks without training: latency, parameters, likeness to the teacher. Hints, no promises.
+
+    Example: `fewstep suggest-student weights/eurosat-teacher --budget-ms 10`.
+    """
+    from distillers.suggest import suggest, table
+    from distillers.teacher import Teacher
+
+    opened = Teacher.from_pretrained(teacher, _device(device))
+    typer.echo(table(suggest(opened, budget_ms=budget_ms, candidates=candidates), opened, budget_ms))
 
 
 @app.command()

@@ -20,7 +20,7 @@ from test_weights import contents, describe, transformer, untrained
 from torch import Tensor, nn
 
 from distillers import weights
-from distillers.adapter import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale
+from distillers.adapter import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
 from distillers.distiller import follow, slow_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -100,6 +100,20 @@ def test_a_fresh_adapter_changes_nothing_and_scale_zero_gives_the_teacher_back(k
     for scale, expected in ((0, teacher), (1, student), (0, teacher)):
         set_lora_scale(net, scale)
         assert torch.equal(answer(net), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_without_its_adapter_the_network_is_the_teacher_and_afterwards_itself(kind: str) -> None:
+    teacher, net = answer(network(kind)), learned(network(kind))
+    set_lora_scale(net, 0.5)
+    student = answer(net)
+    with without_lora(net):
+        assert torch.equal(answer(net), teacher)
+    assert torch.equal(answer(net), student) and not torch.equal(student, teacher)
+    with pytest.raises(RuntimeError), without_lora(net):
+        raise RuntimeError
+    assert torch.equal(answer(net), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from PIL import Image
 from distillers.data import KINDS, open_data
 from distillers.data.images import ImageFolder
 from distillers.data.pairs import SarOpticalPairs
+from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
 from distillers.data.shapes import COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
 
@@ -78,6 +79,15 @@ def sen12_layout(root: Path) -> Path:
     return root
 
 
+def write_pairs(root: Path, labels: tuple[str, ...] = LABELS, count: int = 5, side: int = 16) -> Path:
+    """Preference pairs whose loser is the negative of the winner, so every pixel shows whether both were turned."""
+    winners = [noise(i, side, side) for i in range(count)]
+    names = [labels[3 * i % len(labels)] if labels else None for i in range(count)]
+    pairs = (Preferred(winner=w, loser=255 - w, label=name) for w, name in zip(winners, names, strict=True))
+    assert write_preferences(root, pairs, labels) == count
+    return root
+
+
 PAIR_LAYOUTS = {"split": split_layout, "class": class_layout, "sen12": sen12_layout}
 
 
@@ -100,6 +110,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path, classes: Path):  # type
         "images": {"path": classes, "split": "train", "size": 16},
         "pairs": {"path": split_layout(tmp_path / "pairs"), "size": 16},
         "shapes": {"size": 16},
+        "preferences": {"path": write_pairs(tmp_path / "preferences"), "size": 16},
     }
     return open_data(request.param, **options[request.param])
 
@@ -108,6 +119,7 @@ def test_a_batch_has_the_promised_shapes_types_and_range(data) -> None:  # type:
     for batch in (data.draw(5, rng()), data.items([0, 2, 0, 1, 1])):
         expected = {"image": (5, 3, 16, 16)} | ({"label": (5,)} if data.labels else {})
         expected |= {"sar": (5, 1, 16, 16)} if isinstance(data, SarOpticalPairs) else {}
+        expected |= {"loser": (5, 3, 16, 16)} if isinstance(data, PreferencePairs) else {}
         assert {key: tuple(value.shape) for key, value in batch.items()} == expected
         for key, value in batch.items():
             assert value.dtype == (torch.int64 if key == "label" else torch.float32)
@@ -143,7 +155,11 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
     ("kind", "options", "field", "allowed"),
     [
         ("movies", {}, "data.kind", "images | pairs | shapes"),
-        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split"),
+        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit"),
+        ("shapes", {"shade": "black"}, "shade", "dark | mid | light"),
+        ("shapes", {"limit": 0}, "limit", "1 or more"),
+        ("preferences", {"path": "no/such/folder"}, "path", "existing folder"),
+        ("preferences", {"path": ".", "split": "all"}, "split", "train | test"),
         ("images", {}, "data.path", "needs it"),
         ("images", {"path": "no/such/folder"}, "path", "existing folder"),
         ("pairs", {"path": "no/such/folder"}, "path", "existing folder"),
@@ -261,6 +277,117 @@ def test_eurosat_opens() -> None:
     data = open_data("images", path=real("eurosat"), split="test", limit=200)
     assert data.name == "eurosat" and data.size == 64 and len(data.labels) == 10
     assert torch.bincount(data.items(range(200))["label"]).min() >= 10
+
+
+# --- preferences
+
+
+def test_pairs_keep_their_pictures_and_numbers(tmp_path: Path) -> None:
+    data = PreferencePairs(write_pairs(tmp_path / "liked"), size=16)
+    assert (data.name, len(data), data.labels) == ("liked", 5, LABELS)
+    batch = data.items(range(5))
+    assert batch["label"].tolist() == [0, 3, 6, 9, 12]
+    for i in range(5):
+        expected = torch.from_numpy(noise(i)).permute(2, 0, 1) / 127.5 - 1
+        assert torch.allclose(batch["image"][i], expected, atol=1e-6)
+        assert torch.allclose(batch["loser"][i], -expected, atol=1e-6)
+    assert not list(tmp_path.glob(".*")), "nothing is left beside"
+
+
+@pytest.mark.parametrize(("options", "count"), [({"flip": False}, 1), ({"flip": True}, 2), ({"dihedral": True}, 8)])
+def test_both_pictures_of_a_pair_are_turned_alike(tmp_path: Path, options: dict[str, bool], count: int) -> None:
+    drawn = PreferencePairs(write_pairs(tmp_path / "liked", count=1), size=16, **options).draw(200, rng())
+    assert torch.allclose(drawn["loser"], -drawn["image"], atol=1e-6)
+    assert len({picture.numpy().tobytes() for picture in drawn["image"]}) == count
+
+
+def test_pairs_without_labels_and_in_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        write_pairs(tmp_path / "liked" / split, labels=(), count=count)
+    sides = [PreferencePairs(tmp_path / "liked", split, size=16) for split in ("train", "test")]
+    assert [len(side) for side in sides] == [3, 2] and {side.name for side in sides} == {"liked"}
+    assert set(sides[0].draw(2, rng())) == {"image", "loser"} and sides[0].labels == ()
+
+
+def test_a_class_of_the_pairs_can_be_chosen(tmp_path: Path) -> None:
+    part = open_data("preferences", path=write_pairs(tmp_path / "liked"), size=16, classes=[LABELS[3]])
+    drawn = part.draw(4, rng())
+    assert len(part) == 1 and drawn["label"].tolist() == [3] * 4 and set(drawn) == {"image", "loser", "label"}
+
+
+GOOD = {"winner": "winners/000000.png", "loser": "losers/000000.png", "label": LABELS[0], "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "allowed"),
+    [
+        ("{", "", "JSON object"),
+        ("", "", "JSON object"),
+        ("[1]", "", "JSON object"),
+        (GOOD | {"winner": None}, ": winner", "path of a picture"),
+        (GOOD | {"loser": 3}, ": loser", "path of a picture"),
+        (GOOD | {"loser": ""}, ": loser", "path of a picture"),
+        (GOOD | {"loser": "losers/none.png"}, ": loser", "existing file"),
+        (GOOD | {"loser": "losers"}, ": loser", "existing file"),
+        (GOOD | {"loser": "../secret.png"}, ": loser", "stays in"),
+        (GOOD | {"winner": "{root}/../secret.png"}, ": winner", "stays in"),
+        (GOOD | {"winner": "link.png"}, ": winner", "stays in"),
+        (GOOD | {"winner": "a\0b"}, ": winner", "path of a picture"),
+        (GOOD | {"winner": "x" * 5000}, ": winner", "path of a picture"),
+        (GOOD | {"loser": "winners/000000.png"}, ": loser", "another picture"),
+        (GOOD | {"label": "Forest"}, ": label", "red circle"),
+        (GOOD | {"label": None}, ": label", "red circle"),
+        (GOOD | {"label": [1]}, ": label", "red circle"),
+        (GOOD | {"loser": "torn.png"}, ": {root}/torn.png", "readable image"),
+    ],
+)
+def test_what_is_no_pair_is_named_by_file_and_line(tmp_path: Path, line: object, field: str, allowed: str) -> None:
+    root = write_pairs(tmp_path / "liked")
+    save(tmp_path / "secret.png", noise(9))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    corrupt(save(root / "torn.png", noise(8)), "truncated")
+    text = line if isinstance(line, str) else json.dumps(line).replace("{root}", str(root))
+    file = root / "pairs.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + text + "\n")
+    with pytest.raises(BadInput) as error:
+        PreferencePairs(root, size=16).draw(1, rng())
+    assert error.value.field == f"{file}:2" + field.replace("{root}", str(root))
+    assert allowed in error.value.allowed
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[]", "[1]", '["a", "a"]'])
+def test_labels_that_are_no_list_of_names_are_refused(tmp_path: Path, text: str) -> None:
+    (write_pairs(tmp_path / "liked") / "labels.json").write_text(text)
+    with pytest.raises(BadInput, match=r"labels\.json.*a JSON list of different class names"):
+        PreferencePairs(tmp_path / "liked")
+
+
+def test_labels_need_their_list_and_a_folder_its_pairs(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "liked")
+    (root / "labels.json").unlink()
+    with pytest.raises(BadInput, match=r"pairs\.jsonl:1: label.*no labels\.json"):
+        PreferencePairs(root)
+    (root / "pairs.jsonl").write_text("")
+    with pytest.raises(BadInput, match=r"pairs\.jsonl:1: got .*JSON object"):
+        PreferencePairs(root)
+    (root / "pairs.jsonl").unlink()
+    with pytest.raises(BadInput, match=r"pairs\.jsonl.*a readable text file"):
+        PreferencePairs(root)
+
+
+def test_pairs_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def broken():  # type: ignore[no-untyped-def]
+        yield Preferred(winner=noise(0), loser=noise(1))
+        raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="power"):
+        write_preferences(tmp_path / "liked", broken(), ())
+    with pytest.raises(BadInput, match="pairs: got 0"):
+        write_preferences(tmp_path / "liked", iter(()), ())
+    assert not list(tmp_path.iterdir())
+    write_pairs(tmp_path / "liked")
+    with pytest.raises(BadInput, match=r"out: got .*does not exist yet"):
+        write_preferences(tmp_path / "liked", iter(()), ())
 
 
 # --- pairs
@@ -414,6 +541,27 @@ def test_items_depend_on_seed_split_and_index_only() -> None:
     assert torch.equal(first, CaptionedShapes(seed=3).items([5, 123_456_789])["image"])
     for other in (CaptionedShapes(seed=4), CaptionedShapes(seed=3, split="test")):
         assert not torch.equal(first, other.items([5, 123_456_789])["image"])
+
+
+@pytest.mark.parametrize("shade", SHADES)
+def test_a_shade_changes_the_background_alone(shade: str) -> None:
+    usual, shaded = CaptionedShapes(), CaptionedShapes(shade=shade)
+    what, other = usual.scenes(range(50)), shaded.scenes(range(50))
+    assert set(other.shade.tolist()) == {list(SHADES).index(shade)} != set(what.shade.tolist())
+    assert np.array_equal(what.centre, other.centre) and np.array_equal(what.colour, other.colour)
+    assert all(caption.endswith(f"on a {shade} background") for caption in shaded.captions(range(50)))
+    corner = (shaded.draw(50, rng())["image"][:, :, 0, 0] + 1) / 2
+    assert (corner - SHADES[shade]).abs().max() < 0.07
+
+
+def test_a_limit_leaves_a_handful_of_one_class() -> None:
+    few, whole = CaptionedShapes(limit=5), CaptionedShapes()
+    known = {picture.numpy().tobytes() for picture in whole.items(range(5))["image"]}
+    assert len(few) == 5 and {picture.numpy().tobytes() for picture in few.draw(100, rng())["image"]} == known
+    with pytest.raises(BadInput, match="0 to 4"):
+        few.items([5])
+    crosses = open_data("shapes", limit=136, classes=["red cross"])
+    assert len(crosses) == 8 and len({p.numpy().tobytes() for p in crosses.draw(100, rng())["image"]}) == 8
 
 
 def test_captions_agree_with_the_picture() -> None:

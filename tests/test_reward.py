@@ -1,19 +1,28 @@
 """Rewards: what is one, what is refused by name before anybody trains on it, and what feedback does with it."""
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor
+from typer.testing import CliRunner
 
+from distillers.cli import app
 from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
+from distillers.data.preferences import PreferencePairs
+from distillers.data.shapes import CaptionedShapes
 from distillers.denoiser import Cond
 from distillers.errors import BadInput
 from distillers.features import FeatureCard, FeatureNet
+from distillers.generator import Generator
 from distillers.methods.hyper_sd import HyperSD
-from distillers.reward import Recognised, Reward, load_reward
+from distillers.reward import Recognised, Reward, choose_pairs, greenness, load_reward, shape_count
 
 LABELS = ("Forest", "River", "Sea Lake")
 
@@ -94,6 +103,87 @@ def test_a_classifier_has_no_opinion_without_a_label(classifier: FeatureNet, con
         Recognised(classifier)(torch.zeros(1, 3, 8, 8), cond)
 
 
+# --- what can be measured exactly ------------------------------------------------------------------------------------
+def test_greenness_counts_what_is_seen() -> None:
+    colours = torch.tensor([[-1.0, 1, -1], [1, 1, 1], [0, 0.5, 0], [1, -1, 1], [-9, 9, -9]])
+    pixels = colours[:, :, None, None].expand(-1, -1, 4, 4).clone().requires_grad_()
+    assert greenness(pixels, None).tolist() == [2, 0, 0.5, -2, 2]
+    greenness(pixels, None).sum().backward()
+    assert pixels.grad is not None and bool(pixels.grad[2].any())
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_shape_count_counts_the_drawn_shapes(size: int) -> None:
+    """Right for every one of these pictures, also with some noise; specks and grey are no shapes."""
+    data = CaptionedShapes(size, split="test")
+    pictures, truth = data.items(range(1000))["image"], 1 + torch.from_numpy(data.scenes(range(1000)).second).float()
+    assert torch.equal(shape_count(pictures, None), truth)
+    noisy = pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    assert (shape_count(noisy, None) == truth).float().mean() > 0.99
+    blank = torch.full((2, 3, 32, 32), 0.3)
+    blank[1, 0, 5, 5:9] = 1  # four pixels of colour
+    assert shape_count(blank, None).tolist() == [0, 0]
+
+
+# --- pairs that a reward chooses -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", ["class-to-image", "image"])
+def test_pairs_from_the_command(task: str, shapes: ImageData, tmp_path: Path) -> None:
+    teacher, out = teacher_for(task, shapes), tmp_path / "pairs"
+    generator = Generator(teacher.denoiser, teacher.codec, teacher.info)
+    generator.save_pretrained(tmp_path / "model")
+    command = ["pairs", str(tmp_path / "model"), "--out", str(out), "--reward", "distillers.reward:greenness"]
+    done = CliRunner().invoke(app, [*command, "--n", "40", "--steps", "2", "--seed", "5", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    opened = PreferencePairs(out, size=8)
+    batch = opened.items(range(len(opened)))
+    assert len(opened) == 40 and opened.labels == (shapes.labels if task == "class-to-image" else ())
+    rewards = [greenness(batch[key], None) for key in ("image", "loser")]
+    assert bool((rewards[0] > rewards[1] - 1e-2).all()) and rewards[0].mean() > rewards[1].mean() + 1e-3
+    told = [float(number) for number in re.findall(r"of (?:winners|losers) (-?[\d.]+\d)", done.output)]
+    assert told == pytest.approx([float(reward.mean()) for reward in rewards], abs=5e-3) and "0 ties" in done.output
+    if task == "class-to-image":
+        assert batch["label"].tolist() == [i % 24 for i in range(40)]
+    drawn = Generator.from_pretrained(tmp_path / "model")
+    for i, line in enumerate(map(json.loads, (out / "pairs.jsonl").read_text().splitlines())):
+        assert sorted(line["seeds"]) == [5 + 2 * i, 6 + 2 * i]
+        labels = [i % 24] if task == "class-to-image" else None
+        if i % 10 == 0:  # the seed makes the same picture again
+            again = drawn.sample(line["seeds"][:1], labels=labels, steps=2)[0]
+            assert (again - batch["image"][i]).abs().max() < 0.02
+            assert line["rewards"][0] == pytest.approx(float(greenness(again[None], None)), abs=1e-3)
+    refused = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert isinstance(refused.exception, BadInput) and refused.exception.field == "out"
+
+
+def flat(pixels: Tensor, cond: Cond | None) -> Tensor:
+    return torch.zeros(len(pixels))
+
+
+def test_ties_are_left_out_and_what_cannot_be_compared_is_refused(shapes: ImageData, tmp_path: Path) -> None:
+    teacher = teacher_for("image", shapes)
+    generator = Generator(teacher.denoiser, teacher.codec, teacher.info)
+    every_second = iter(np.tile([0.0, 1.0], 100))
+
+    def sometimes(pixels: Tensor, cond: Cond | None) -> Tensor:
+        steps = torch.arange(len(pixels)) // 2 * next(every_second)
+        return steps.float()
+
+    assert next(every_second) == 0  # the reward is tried once before it judges
+    next(every_second)
+    chosen = choose_pairs(generator, sometimes, tmp_path / "some", n=8, steps=1, seed=0)
+    assert (chosen.pairs, chosen.ties) == (6, 2) and chosen.winners > chosen.losers
+    with pytest.raises(BadInput, match="pairs: got 0"):
+        choose_pairs(generator, flat, tmp_path / "none", n=4, steps=1, seed=0)
+    with pytest.raises(BadInput, match="reward"):
+        choose_pairs(generator, one_for_all, tmp_path / "none", n=4, steps=1, seed=0)
+    with pytest.raises(BadInput, match="n: got 0"):
+        choose_pairs(generator, flat, tmp_path / "none", n=0, steps=1, seed=0)
+    generator.info = replace(generator.info, task="sar-to-optical")
+    with pytest.raises(BadInput, match="no translator"):
+        choose_pairs(generator, flat, tmp_path / "none", n=4, steps=1, seed=0)
+    assert not (tmp_path / "none").exists()
+
+
 # --- by name ---------------------------------------------------------------------------------------------------------
 def test_a_folder_is_a_classifier_and_a_dotted_name_a_function(classifier: FeatureNet, tmp_path: Path) -> None:
     classifier.save(tmp_path / "tiny")
@@ -141,6 +231,14 @@ def test_what_is_no_number_per_picture_is_refused(function: object) -> None:
     for grad in (True, False):  # `networks` may be called under no_grad
         with torch.set_grad_enabled(grad), pytest.raises(BadInput, match="reward"):
             Reward(function, PixelUnshuffle(1), *example())  # type: ignore[arg-type]
+
+
+def test_a_reward_that_only_compares_needs_no_gradient() -> None:
+    Reward(without_gradient, PixelUnshuffle(1), *example(), differentiable=False)
+    Reward(shape_count, PixelUnshuffle(1), *example(), differentiable=False)
+    for function in (not_a_number, one_for_all, a_column, not_a_tensor):
+        with pytest.raises(BadInput, match=r"reward.*one finite number per picture"):
+            Reward(function, PixelUnshuffle(1), *example(), differentiable=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

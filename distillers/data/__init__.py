@@ -1,4 +1,4 @@
-"""What students and teachers learn from: image folders, SAR/optical pairs, procedural shapes.
+"""What students and teachers learn from: image folders, SAR/optical pairs, procedural shapes, preferences.
 
 Every kind answers the same two questions, so training and evaluation know none of them by name.
 """
@@ -14,6 +14,7 @@ import torch
 from distillers.data.images import ImageFolder
 from distillers.data.pairs import SarOpticalPairs, read_sar
 from distillers.data.pixels import Batch, check_indices
+from distillers.data.preferences import PreferencePairs
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 
@@ -84,6 +85,7 @@ KINDS: dict[str, Callable[..., ImageData]] = {
     "images": ImageFolder,
     "pairs": SarOpticalPairs,
     "shapes": CaptionedShapes,
+    "preferences": PreferencePairs,
 }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from distillers.data.pixels import (
     SPLITS,
@@ -23,6 +22,7 @@ from distillers.data.pixels import (
     image_files,
     read_image,
     spread,
+    square,
     subfolders,
     to_tensor,
 )
@@ -75,16 +75,8 @@ class ImageFolder:
         """All images, (N,size,size,3) uint8, decoded at the first use."""
         pixels = np.empty((len(self.files), self.size, self.size, 3), dtype=np.uint8)
         for i, file in enumerate(self.files):
-            pixels[i] = self._square(read_image(file))
+            pixels[i] = square(read_image(file), self.size)
         return pixels
-
-    def _square(self, image: Image.Image) -> Pixels:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
-        if side != self.size:  # Pillow's filter widens when it shrinks, which is the antialiasing
-            square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return np.asarray(square)
 
     def __len__(self) -> int:
         return len(self.files)

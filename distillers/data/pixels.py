@@ -17,7 +17,8 @@ from torch import Tensor
 from distillers.errors import BadInput
 
 Batch = dict[str, Tensor]
-"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,1,H,W) in [-1,1]."""
+"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,1,H,W) in [-1,1];
+`loser` like `image`, in preference pairs, whose `image` is the winner."""
 
 Pixels = NDArray[np.uint8]
 SPLITS = ("train", "test")
@@ -67,6 +68,16 @@ def read_image(path: Path) -> Image.Image:
     if min(upright.size) < SMALLEST:
         raise BadInput(str(path), f"{upright.width}x{upright.height} px", f"at least {SMALLEST} px on each side")
     return upright
+
+
+def square(image: Image.Image, size: int) -> Pixels:
+    """The centred square of a picture as RGB, resized to (size, size, 3) with antialiasing."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cropped = image.convert("RGB").crop((left, top, left + side, top + side))
+    if side != size:  # Pillow's filter widens when it shrinks, which is the antialiasing
+        cropped = cropped.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(cropped)
 
 
 def to_tensor(pixels: Pixels) -> Tensor:

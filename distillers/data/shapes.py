@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from distillers.data.pixels import SPLITS, Batch, check_indices, check_size, check_split, check_whole
+from distillers.errors import BadInput
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -30,6 +31,7 @@ NOMINAL = 10_000
 
 _MARGIN, _GAP = 0.03, 0.05  # to the border; between the two objects
 _UNIFORMS = 14  # numbers that decide one picture
+_SHADE = 7  # the one of them that decides the background's shade
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -68,22 +70,37 @@ class CaptionedShapes:
     """A shape (labels: 4 shapes in 6 colours), in half of the pictures with a smaller one beside it.
 
     Endless: item i is a pure function of (seed, split, i) for every i >= 0; `len` is a nominal 10,000. `draw` takes its
-    pictures from the same distribution, by `rng` alone. BadInput: size below 8, unknown split, negative seed or index.
+    pictures from the same distribution, by `rng` alone. `shade` puts every picture on a "dark", "mid" or "light"
+    background and leaves it as it is otherwise: another style. `limit` keeps the first so many items, all that `draw`
+    then shows: a handful of examples. BadInput: size below 8, unknown split or shade, negative seed or index, limit
+    below 1.
     """
 
     name = "shapes"
     labels = LABELS
 
-    def __init__(self, size: int = 32, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self,
+        size: int = 32,
+        seed: int = 0,
+        split: str = "train",
+        shade: str | None = None,
+        limit: int | None = None,
+    ) -> None:
         check_split(split)
+        if shade is not None and shade not in SHADES:
+            raise BadInput("shade", shade, " | ".join(SHADES))
         self.size, self.seed, self.split = check_size(size), check_whole("seed", seed, 0), split
+        self.shade, self.limit = shade, None if limit is None else check_whole("limit", limit, 1)
 
     def __len__(self) -> int:
-        return NOMINAL
+        return NOMINAL if self.limit is None else self.limit
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` new pictures; a pure function of `rng`."""
-        return self._batch(scenes(rng.random((n, _UNIFORMS))))
+        """`n` new pictures, or under a limit `n` of those there are; a pure function of `rng`."""
+        if self.limit is not None:
+            return self.items(rng.integers(self.limit, size=n).tolist())
+        return self._batch(self._scenes(rng.random((n, _UNIFORMS))))
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Pictures `indices`."""
@@ -91,9 +108,14 @@ class CaptionedShapes:
 
     def scenes(self, indices: Sequence[int]) -> Scenes:
         """What is in pictures `indices`."""
-        wanted = check_indices(indices, None)
+        wanted = check_indices(indices, self.limit)
         rows = [np.random.default_rng([self.seed, SPLITS.index(self.split), i]).random(_UNIFORMS) for i in wanted]
-        return scenes(np.array(rows).reshape(len(wanted), _UNIFORMS))
+        return self._scenes(np.array(rows).reshape(len(wanted), _UNIFORMS))
+
+    def _scenes(self, u: NDArray[np.float64]) -> Scenes:
+        if self.shade is not None:
+            u[:, _SHADE] = (list(SHADES).index(self.shade) + 0.5) / len(SHADES)
+        return scenes(u)
 
     def caption(self, index: int) -> str:
         """Picture `index` in words."""
@@ -114,7 +136,7 @@ def scenes(u: NDArray[np.float64]) -> Scenes:
     shape, colour = _choose(u[:, 0:2], len(SHAPES)), _choose(u[:, 2:4], len(COLOURS))
     first = 1 + _choose(u[:, 4], 2)
     size = np.stack([first, first - 1], axis=1)
-    second, relation, shade = u[:, 5] < 0.5, _choose(u[:, 6], len(RELATIONS)), _choose(u[:, 7], len(SHADES))
+    second, relation, shade = u[:, 5] < 0.5, _choose(u[:, 6], len(RELATIONS)), _choose(u[:, _SHADE], len(SHADES))
     radius = np.array(list(SIZES.values()))[size]
     alone = _between(_MARGIN + radius[:, :1], u[:, 8:10])
     centre = np.where(second[:, None, None], _beside(radius, relation, u[:, 8:12]), alone[:, None, :])

@@ -1,0 +1,206 @@
+"""PSO: a few-step generator is tuned to what is preferred, in pairs, without unlearning its few steps.
+
+Miao, Yang, Lin, Wang, Liu, Wang and Qiu, "Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample
+Optimization", 2024. The recipe's teacher is the generator to tune: a LoRA learns on it, and the reference is the same
+network with the LoRA off. Plain fine-tuning of such a generator would make it a denoiser again, and blurred.
+
+Offline, the winners are data and the losers what the reference draws: under one noise, at one of the times that the
+sampler visits, the error on the winner has to fall against that on the loser, both measured from the reference.
+Online, a reward judges two rollouts of the re-noising sampler, and the winner's steps have to become likelier than the
+loser's. The step that ends in the picture adds no noise and has no likelihood, so it is left out; a generator of one
+step has no other. `policy_std` makes that step a Gaussian, while training only.
+
+Errors and log-densities are means over elements, so that beta means the same at every size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillers import weights
+from distillers.adapter import add_lora, without_lora
+from distillers.denoiser import Cond, Denoiser
+from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.losses import per_sample_mse
+from distillers.reward import Reward, load_reward
+from distillers.schedule import NoiseSchedule, like
+from distillers.teacher import Teacher
+
+SAFE = 3.8  # 2 beta ln(1 + eps): below it the samples of a toy problem left the data
+WAYS_OUT = 'mode = "offline"; or policy_std above 0, which makes the last step a Gaussian around its output'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pso(Distiller):
+    """L = -ln sigmoid( beta ((l_ref^w - l_ref^l) - (l^w - l^l)) ), l = mean of (x0_theta(x_t, t) - x0)^2 / sigma_t^2.
+
+    personalise: relu(1 - beta (l^l - l^w)) + l^l / 2, without a reference. finetune: l^w alone, the naive baseline.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image")
+    mode: Literal["offline", "online", "personalise", "finetune"] = "offline"  # where the pairs come from, or none
+    steps: int = 4  # step count of the base that is tuned, and published as the default
+    lora_rank: int = 16  # of the change that learns
+    beta: float = 5.0  # per element, as all here; larger stays nearer to the reference (paper, online: 50)
+    clip: float = 0.5  # eps, online: likelihood ratios outside [1 - eps, 1 + eps] earn no more (paper: 0.1)
+    reward: str | None = None  # online: a feature classifier's folder, or "module:function"; see distillers/reward.py
+    policy_std: float = 0.0  # online, experimental: std of the last step, in the unit of x0; 0 leaves that step out
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("lora_rank", 1), ("policy_std", 0)):
+            if not getattr(self, name) >= least:
+                raise BadInput(f"pso.{name}", getattr(self, name), f"{least} or more")
+        if not self.beta > 0:
+            raise BadInput("pso.beta", self.beta, "a number above 0")
+        if not 0 < self.clip < 1:
+            raise BadInput("pso.clip", self.clip, "a number between 0 and 1")
+        online = self.mode == "online"
+        if online != (self.reward is not None):
+            raise BadInput("pso.reward", self.reward, 'a reward for mode = "online", absent for the others')
+        if self.policy_std and not online:
+            raise BadInput("pso.policy_std", self.policy_std, 'absent: only mode = "online" has a policy')
+        if online and self.steps == 1 and not self.policy_std:
+            raise BadInput("pso.steps", 1, f"2 or more, for one step adds no noise and has no likelihood; {WAYS_OUT}")
+
+    def networks(self, teacher: Teacher) -> Networks:
+        sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info), self.steps)
+        nets = Networks({"student": trainable_copy(teacher.denoiser), "sampler": frozen(sampler)})
+        add_lora(nets["student"].network, self.lora_rank)
+        if self.reward:
+            if not self.noisy_steps(sampler, teacher.denoiser.schedule):
+                allowed = f"a sampler that adds noise between its steps, for others have no likelihood; {WAYS_OUT}"
+                raise BadInput("teacher", f"{teacher.info.name}, sampled by {teacher.info.sampler}", allowed)
+            x0, cond = teacher.example()
+            nets["reward"] = frozen(Reward(load_reward(self.reward), teacher.codec, x0, cond, differentiable=False))
+        for warning in self.doubts():
+            warnings.warn(warning, stacklevel=2)
+        return nets
+
+    def doubts(self) -> Iterator[str]:
+        """What we measured to go wrong with these settings."""
+        room = 2 * self.beta * math.log1p(self.clip)
+        if self.mode == "online" and room < SAFE:
+            yield f"pso: 2 beta ln(1 + clip) = {room:.2f}, below {SAFE}: samples may leave the data (toy measurements)"
+        if self.mode == "online" and self.beta >= 50 and self.clip <= 0.1:
+            yield f"pso: beta = {self.beta:g}, clip = {self.clip:g} hardly learns in two dimensions (toy measurements)"
+        if self.mode in ("offline", "online") and self.steps == 1:
+            yield "pso: steps = 1 is experimental: on toy problems the one-step output did not reach the target"
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        x0, cond = labels_and_images(batch)
+        if self.mode == "online":
+            yield "student", self.online(nets, x0, cond)
+        else:
+            yield "student", self.offline(nets, x0, batch.get("loser"), cond)
+
+    # --- pairs of pictures -------------------------------------------------------------------------------------------
+    def offline(self, nets: Networks, winner: Tensor, loser: Tensor | None, cond: Cond | None) -> Tensor:
+        """The loss of winners and losers (B, ...); None for losers drawn from the reference."""
+        student, sampler = nets["student"], nets["sampler"]
+        if loser is None and self.mode != "finetune":
+            with without_lora(student.network):
+                loser = sampler.rollout(student, torch.randn_like(winner), cond)[-1]
+        # one of the sampler's times and one noise, for winner and loser, policy and reference alike
+        times = torch.tensor(sampler.times, dtype=torch.float64, device=winner.device)
+        t = times[torch.randint(len(times), (len(winner),), device=winner.device)]
+        eps = torch.randn_like(winner)
+
+        def error(x0: Tensor) -> Tensor:
+            x_t = student.schedule.add_noise(x0, eps, t)
+            squared = per_sample_mse(sampler(student, x_t, t, cond), x0)
+            return squared / student.schedule.sigma(t).to(squared) ** 2
+
+        won = error(winner)
+        if self.mode == "finetune" or loser is None:
+            return won.mean()
+        lost = error(loser)
+        if self.mode == "personalise":  # the second term keeps what the base could draw
+            return ((1 - self.beta * (lost - won)).relu() + 0.5 * lost).mean()
+        with torch.no_grad(), without_lora(student.network):
+            won_ref, lost_ref = error(winner), error(loser)
+        return -F.logsigmoid(self.beta * ((won_ref - lost_ref) - (won - lost))).mean()
+
+    # --- pairs of rollouts -------------------------------------------------------------------------------------------
+    def online(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
+        """L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs; x0 only gives the shape.
+
+        h = +1 for the winner, -1 for the loser. A tie has h = 0 and teaches nothing; the official code takes the second
+        for the winner.
+        """
+        student, sampler = nets["student"], nets["sampler"]
+        a, b = (sampler.rollout(student, torch.randn_like(x0), cond) for _ in range(2))
+        for path in (a, b):
+            path[-1] = path[-1] + self.policy_std * torch.randn_like(x0)
+        with torch.no_grad():
+            h = (nets["reward"](a[-1], cond) - nets["reward"](b[-1], cond)).sign()
+        margins = [
+            h * (self.log_ratio(nets, a, j, cond) - self.log_ratio(nets, b, j, cond))
+            for j in self.noisy_steps(sampler, student.schedule)
+        ]
+        return -F.logsigmoid(self.beta * torch.stack(margins)).mean()
+
+    def log_ratio(self, nets: Networks, path: list[Tensor], j: int, cond: Cond | None) -> Tensor:
+        """ln p(x_{j+1} | x_j) / p_ref(x_{j+1} | x_j), a mean over elements, clipped to [1 - eps, 1 + eps]. (B,)."""
+        student, sampler = nets["student"], nets["sampler"]
+        scale, std = self.gaussian(sampler, student.schedule, j)
+        t = torch.tensor(sampler.times[j], dtype=torch.float64, device=path[j].device)
+
+        def squared() -> Tensor:
+            return per_sample_mse(scale * sampler(student, path[j], t, cond), path[j + 1])
+
+        with torch.no_grad(), without_lora(student.network):
+            reference = squared()
+        ln_r = (reference - squared()) / (2 * std**2)
+        return ln_r.clamp(math.log1p(-self.clip), math.log1p(self.clip))
+
+    def gaussian(self, sampler: Sampler, schedule: NoiseSchedule, j: int) -> tuple[float, float]:
+        """Scale and std of x_{j+1} ~ N(scale x0_theta(x_j), std^2); std is 0 where the step adds no noise."""
+        if j + 1 == len(sampler.times):
+            return 1.0, self.policy_std
+        s = torch.tensor(sampler.times[j + 1], dtype=torch.float64)
+        return float(schedule.alpha(s)), float(schedule.sigma(s)) if sampler.renoises else 0.0
+
+    def noisy_steps(self, sampler: Sampler, schedule: NoiseSchedule) -> list[int]:
+        """The steps that have a likelihood."""
+        return [j for j in range(len(sampler.times)) if self.gaussian(sampler, schedule, j)[1] > 0]
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        return Generator(nets["student"], teacher.codec, replace(teacher.info, default_steps=self.steps))
+
+
+class Sampler(nn.Module):
+    """How the base is sampled, without its network: at which times, with noise between them or none, how guided."""
+
+    def __init__(self, base: Generator, steps: int) -> None:
+        super().__init__()
+        self.info, self.times = base.info, base.times(steps)
+        self.renoises = base.info.sampler == "consistency"
+
+    def forward(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+        """x0 as it is predicted while sampling."""
+        x0: Tensor = weights.guided(denoiser, self.info, self.info.guidance_scale)(x_t, t, cond)
+        return x0
+
+    @torch.no_grad()
+    def rollout(self, denoiser: Denoiser, noise: Tensor, cond: Cond | None) -> list[Tensor]:
+        """x_t at each time, then the picture: steps + 1 tensors, the last one what `Generator` draws."""
+        schedule, times = denoiser.schedule, torch.tensor(self.times, dtype=torch.float64, device=noise.device)
+        path = [noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)]
+        for t, s in pairwise(times):
+            x0 = self(denoiser, path[-1], t, cond)
+            if self.renoises:
+                path.append(schedule.add_noise(x0, torch.randn_like(x0), s))
+            else:
+                path.append(schedule.step(path[-1], x0, t, s))
+        return [*path, self(denoiser, path[-1], times[-1], cond)]
