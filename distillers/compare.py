@@ -122,7 +122,10 @@ class Study:
             for _, other in plans.values():
                 if plan.name == other.name:
                     raise BadInput("study.students", student, "recipes of different names")
-                if _source(plan) != _source(other):
+                # pairs of pictures have no held-out split: such students are measured on the others' data
+                if "preferences" not in (plan.data.get("kind"), other.data.get("kind")) and _source(plan) != _source(
+                    other
+                ):
                     raise BadInput("study.students", f"{student}, on {_source(plan)}", f"on {_source(other)}")
             plans[plan.name] = (student, plan)
         for table in ("labels", "own"):
@@ -161,9 +164,13 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
         raise BadInput("jobs", jobs, "1 or more")
     study = Study.load(file)
     plans = study.plans()
-    test, train = splits(next(plan for _, plan in plans.values()))
+    sources = [plan for _, plan in plans.values() if plan.data.get("kind") != "preferences"]
+    if not sources:
+        raise BadInput("study.students", list(plans), "one or more that learn from data with a test split")
+    test, train = splits(sources[0])
     teacher = Generator.from_pretrained(study.teacher, device)
     space = load_features(study.features, Path(study.teacher).parent)
+    judges = {name: load_reward(which) for name, which in study.rewards.items()}
     check_evaluation(teacher, None, test, n=study.n, seed=study.seed, features=space, mean_of=study.mean_of)
     for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
         teacher.times(steps)
@@ -172,7 +179,6 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)
-    judges = {name: load_reward(which) for name, which in study.rewards.items()}
     measure = _Measuring(study, teacher, test, space, judges, device)
     teacher_steps = tuple(sorted(study.teacher_steps))
     pace = study.pace or teacher_steps[-1]

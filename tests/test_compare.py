@@ -92,6 +92,8 @@ def keys(place: Path) -> dict[str, Any]:
         "features": "shapes",
         "train": {"iterations": 2, "batch": 4},
         "labels": {"tuned": "tuned without teacher"},
+        "own": {"tuned": {"iterations": 3}},
+        "rewards": {"green": "distillers.reward:greenness"},
     }
 
 
@@ -122,14 +124,17 @@ def test_one_command_makes_the_table(done: tuple[Path, Any], place: Path) -> Non
         assert 0.2 < row["speed_up"] * row["latency_ms"]["p50"] / teacher["latency_ms"]["p50"] < 5  # timed twice
     assert set(told["training"]) == {"steps", "tuned"} and set(told["failed"]) == {"broken"}
     for name, cost in told["training"].items():
-        assert (cost["iterations"], cost["batch"]) == (2, 4) and cost["seconds"] > 0
+        assert (cost["iterations"], cost["batch"]) == (2 + (name == "tuned"), 4) and cost["seconds"] > 0
         assert cost == json.loads((place / "runs" / name / "training" / "cost.json").read_text())
     assert told["study"]["students"] == [str(place / f"{name}.toml") for name in ("steps", "broken", "tuned")]
     text = study.with_suffix(".md").read_text()
     assert text in ended.stdout and text.startswith("# Tiny\n")
-    heads = "| method | NFE | Frechet | KID x1000 | precision | recall | p50 ms | speed-up over the teacher at 3 |"
+    assert all(-1 <= row["rewards"]["green"] <= 1 for row in told["rows"])
+    heads = "| method | NFE | Frechet | KID x1000 | precision | recall | reward green | p50 ms |"
+    heads += " speed-up over the teacher at 3 |"
     assert f"{heads} s per iteration | peak MB | compute s |" in text  # 8 px are too small for SSIM, and no pairs
     assert "train.iterations=2, train.batch=4" in text and "broken is missing: stopped: " in text
+    assert "tuned without teacher: train.iterations=3." in text
     with Image.open(study.with_suffix(".png")) as picture:
         assert picture.format == "PNG" and picture.height == 5 * (20 + 8 * 12 + 2 * 2)
 
@@ -211,6 +216,9 @@ def student(name: str) -> Callable[[dict[str, Any], Path], dict[str, Any]]:
         (wrong(train={"batch": 0}), "train.batch", "above 0"),
         (wrong(train={"nonsense": 1}), "train.nonsense", "iterations"),
         (wrong(labels={"stpes": "x"}), "study.labels.stpes", "steps, broken, tuned"),
+        (wrong(own={"stpes": {"batch": 1}}), "study.own.stpes", "steps, broken, tuned"),
+        (wrong(own={"tuned": {"nonsense": 1}}), "train.nonsense", "iterations"),
+        (wrong(rewards={"x": "nowhere:nothing"}), "reward", "module:function"),
         (student("steps.toml"), "study.students", "different names"),
         (student("larger.toml"), "study.students", "'size': 8"),
         (student("foreign.toml"), "study.students", "tiny-teacher"),
