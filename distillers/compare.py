@@ -370,10 +370,10 @@ def _lines(
     def speed_up(row: Row) -> float | None:
         return None if row.latency_ms is None else paced / row.latency_ms["p50"]
 
-    order = ("real", "baseline", "teacher")
-    own = sorted(teacher.rows, key=lambda row: order.index(row.role))
+    own = sorted(teacher.rows, key=lambda row: {"real": 0, "baseline": 1}.get(row.role, 2))
+    few = Path(study.teacher).name  # what is tuned may be a student itself
     return [
-        *(_Line(row.name, None, row, None, None) for row in own),
+        *(_Line(row.name.replace("student", few, 1), None, row, None, None) for row in own),
         *(
             _Line(row.name.replace("student", _label(study, name), 1), name, row, speed_up(row), costs[name])
             for name, report in students.items() for row in report.rows if row.role == "student"

@@ -34,7 +34,8 @@ BASE = replace(SETTINGS, iterations=1500)
 TUNING = replace(SETTINGS, iterations=300, learning_rate=1e-3, warmup=20, decay="constant", ema=0.98)
 PAIRED: dict[str, Distiller] = {
     "finetune": Pso(mode="finetune"),
-    "pso": Pso(),
+    "pso, beta 2": Pso(beta=2.0),
+    "pso, beta 5": Pso(),
     "personalise": Pso(mode="personalise"),
 }
 RIGHT = "preference_report:rightness"
@@ -118,8 +119,9 @@ def report(out: Path, seeds: Sequence[int] = (0, 1, 2)) -> None:
                 print(json.dumps(runs[-1]), flush=True)
             if seed == seeds[0]:
                 for k in (4, 1):
-                    shown = [("base", made["base"]), ("finetune", made["finetune"]), ("pso", made["pso"])]
-                    panels.append([(f"{name}: {label}, {k} step(s)", noise, samples(g, k)) for label, g in shown])
+                    steps = f"{k} step{'s' * (k > 1)}"
+                    shown = ("base", "finetune", "pso, beta 2")
+                    panels.append([(f"{name}: {label}, {steps}", noise, samples(made[label], k)) for label in shown])
         rows += panels
     for label, method in REWARDED.items():
         assert isinstance(method, Pso)

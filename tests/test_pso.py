@@ -395,7 +395,7 @@ def test_preferred_pictures_reach_the_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_pairs_move_the_four_step_samples_to_the_target(name: str) -> None:
     target = modes(TARGETS[name])
-    before, after = (held_against(target, g) for g in (untuned(0), tuned(PAIRED["pso"], 0, target)))
+    before, after = (held_against(target, g) for g in (untuned(0), tuned(PAIRED["pso, beta 2"], 0, target)))
     assert after["energy_4"] < before["energy_4"] / 2, (before, after)
     assert 0.7 < after["spread_4"] < 1.4, after
 
@@ -411,7 +411,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_broken_copy_does_not_get_there(wrong: str) -> None:
     target = modes(TARGETS["opposite modes"])
-    broken = mutated(pso, *WRONG[wrong]).Pso()
+    broken = mutated(pso, *WRONG[wrong]).Pso(beta=2.0)
     before, after = (held_against(target, g) for g in (untuned(0), tuned(broken, 0, target)))
     assert not (after["energy_4"] < before["energy_4"] / 2 and 0.7 < after["spread_4"] < 1.4), (before, after)
 
