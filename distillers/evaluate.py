@@ -694,11 +694,8 @@ def _spread_condition(generator: "Generator", n: int, sar: Tensor | None) -> dic
                 "sar", None, "real SAR tiles (B,1,H,W) in [-1,1]: this model translates SAR, and noise is no SAR"
             )
         return {"sar": sar[[i % len(sar) for i in range(n)]]}
-    return (
-        {"labels": [i % len(generator.info.labels) for i in range(n)]}
-        if generator.info.task == "class-to-image"
-        else {}
-    )
+    classes = generator.info.classes
+    return {"labels": [classes[i % len(classes)] for i in range(n)]} if generator.info.task == "class-to-image" else {}
 
 
 def _call(generator: "Generator", steps: int, condition: dict[str, Any], seeds: Sequence[int]) -> Callable[[], Tensor]:

@@ -345,8 +345,9 @@ class Run:
         folder.mkdir(exist_ok=True)
         nets = Networks({**self.nets, **self.averages})
         generator = self.distiller.generator(nets, self.teacher).eval()
-        batch = data.items(range(min(count, len(data))))
-        labels = [i % len(generator.info.labels) for i in range(len(batch["image"]))] if generator.info.labels else None
+        count = min(count, len(data))
+        batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
+        labels = batch["label"].tolist() if generator.info.labels else None
         pictures = generator.sample(range(len(batch["image"])), labels=labels, sar=batch.get("sar"))
         for net in self.optimizers:
             self.nets[net].train()

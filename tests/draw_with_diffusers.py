@@ -1,8 +1,8 @@
 """Draws from weights folders with stock diffusers classes alone: `python draw_with_diffusers.py OUT FOLDER...`.
 
 Writes OUT/<folder>.npz with one array `steps_<k>` (B, H, W, 3) in [0, 1] for each step count: the published ones of a
-student, 1 and 5 of a teacher. Image i has seed i and class i; a translator's SAR is a ramp. Importing `distillers`
-fails.
+student, 1 and 5 of a teacher. Image i has seed i and the class that `labels_of` says; a translator's SAR is a ramp.
+Importing `distillers` fails.
 """
 
 import json
@@ -24,6 +24,12 @@ def ramp(channels: int, height: int, width: int) -> torch.Tensor:
     return row.contiguous()
 
 
+def labels_of(about: dict) -> list[int]:
+    """COUNT classes: of several students the first class of each in turn, of a lone one its own; else 0, 1, ..."""
+    shares = about.get("shares") or [list(range(len(about["labels"])))]
+    return [shares[i % len(shares)][i // len(shares)] for i in range(COUNT)]
+
+
 def generators() -> list[torch.Generator]:
     """One random stream per image."""
     return [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
@@ -33,7 +39,7 @@ def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
     """What the card's own lines do."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"class_labels": list(range(COUNT))} if about["task"] == "class-to-image" else {}
+    options: dict[str, Any] = {"class_labels": labels_of(about)} if about["task"] == "class-to-image" else {}
     if type(pipeline).__name__ == "DiTPipeline":
         options["guidance_scale"] = 1.0
     else:
@@ -44,19 +50,32 @@ def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
 @torch.no_grad()
 def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
     """Network and scheduler opened one by one, where no stock pipeline exists; pixels are pixel_shuffle of x0."""
-    network = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    labels = labels_of(about) if about["task"] == "class-to-image" else [None] * COUNT
+    places = [folder / "unet"] * COUNT
+    if len(about.get("shares", [])) > 1:  # each image by the student that has its class
+        places = [
+            folder / "students" / str(k)
+            for label in labels
+            for k, share in enumerate(about["shares"])
+            if label in share
+        ]
+    networks = [diffusers.UNet2DModel.from_pretrained(place).eval() for place in places]
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
     patch, (height, width) = about["patch"], about["size"]
     shape = (COUNT, 3 * patch**2, height // patch, width // patch)
     sar = ramp(about["sar"]["channels"], height, width) if about["task"] == "sar-to-optical" else None
-    labels = torch.arange(COUNT) if about["task"] == "class-to-image" else None
     streams = generators()
     x = torch.stack([torch.randn(shape[1:], generator=stream) for stream in streams])
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x_in = x if sar is None else torch.cat([x, F.pixel_unshuffle(sar, patch)], dim=1)
-        output = network(x_in, t, class_labels=labels).sample[:, : shape[1]]
+        output = torch.cat(
+            [
+                network(x_in[[i]], t, class_labels=None if label is None else torch.tensor([label])).sample
+                for i, (network, label) in enumerate(zip(networks, labels, strict=True))
+            ]
+        )[:, : shape[1]]
         x = scheduler.step(output, t, x, generator=streams).prev_sample
     return ((F.pixel_shuffle(x, patch) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from draw_with_diffusers import COUNT, ramp
+from draw_with_diffusers import COUNT, labels_of, ramp
 from safetensors import safe_open
 
 from distillers import weights
@@ -52,7 +53,7 @@ def published(folder: Path) -> list[Path]:
 def test_stock_diffusers_draws_the_same_pictures(folder: Path, stock: tuple[Path, str]) -> None:
     generator = Generator.from_pretrained(folder)
     info = generator.info
-    labels = list(range(COUNT)) if info.labels else None
+    labels = labels_of(asdict(info)) if info.labels else None
     sar = ramp(info.sar_channels, *info.size) if info.sar_channels else None
     drawn = np.load(stock[0] / f"{folder.name}.npz")
     assert drawn.files
@@ -139,7 +140,7 @@ def test_the_card_names_measured_numbers_only(folder: Path) -> None:
     else:
         assert not re.search(r"\d", measured)
     told = card.split("## Measured\n")[0].split("```")[0]
-    known = {*info.size, info.patch, len(info.labels), info.default_steps, *info.step_times}
+    known = {*info.size, info.patch, len(info.labels), info.default_steps, *info.step_times, *range(len(info.shares))}
     assert {int(number) for number in re.findall(r"(?<![\w.-])\d+(?![\w.-])", told.split("---\n", 2)[2])} <= known
 
 
