@@ -57,10 +57,11 @@ from distillers.evaluate import (
 )
 from distillers.features import Features, load_features
 from distillers.generator import Generator
+from distillers.options import checked
 from distillers.process import cpu_quota, usable_cores
 from distillers.progress import drawing_bar
 from distillers.publish import draw_rows, splits
-from distillers.recipe import Recipe, checked, read_toml
+from distillers.recipe import Recipe, read_toml
 from distillers.reward import RewardFunction, load_reward
 
 Say = Callable[[str], None]
@@ -198,7 +199,8 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
     paced = _pace([(teacher, report), *((students[name], reports[name]) for name in students)], pace, test)
     lines = _lines(study, report, reports, costs, paced)
     _write(file, study, report, reports, lines, costs, failed)
-    shown = {f"teacher, {_count(teacher_steps[-1])}": (teacher, teacher_steps[-1])}
+    before = "teacher" if teacher.info.role == "teacher" else Path(study.teacher).name
+    shown = {f"{before}, {_count(teacher_steps[-1])}": (teacher, teacher_steps[-1])}
     for name, student in students.items():
         counts = sorted(_steps(student, study))
         shown |= {f"{_label(study, name)}, {_count(k)}": (student, k) for k in (counts[0], counts[-1])}

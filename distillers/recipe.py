@@ -24,7 +24,7 @@ from distillers.data import ImageData, open_data
 from distillers.distiller import Distiller
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.options import checked as checked
+from distillers.options import checked
 from distillers.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.trainer import TrainSettings
