@@ -25,6 +25,7 @@ from distillers.distiller import Distiller
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.options import checked
+from distillers.radiometry import Radiometry
 from distillers.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.trainer import TrainSettings
@@ -165,17 +166,26 @@ class Recipe:
             size=(data.size, data.size),
             labels=list(data.labels) if model.task == "class-to-image" else [],
             patch=model.patch,
-            sar=(model.sar or {"channels": 1, "range": [-1, 1]}) if model.task == "sar-to-optical" else None,
+            sar=_radiometry(model, data) if model.task == "sar-to-optical" else None,
         )
         torch.manual_seed(self.settings().seed)
         codec = PixelUnshuffle(model.patch)
         return _fitting(Teacher.random(info, model.network, model.schedule, model.prediction, codec), data)
 
 
+def _radiometry(model: ModelSettings, data: ImageData) -> dict[str, Any]:
+    """What the manifest will say of the SAR: as the data show it, with the recipe's own remarks."""
+    return {**getattr(data, "radiometry", Radiometry()).to_dict(), **(model.sar or {})}
+
+
 def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
     """The teacher, if it can learn from or teach on these data; else BadInput."""
-    if teacher.info.task == "sar-to-optical" and "sar" not in data.items([0]):
-        raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
+    if teacher.info.task == "sar-to-optical":
+        if "sar" not in data.items([0]):
+            raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
+        seen, shown = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)
+        if shown is not None and replace(seen, range=None) != replace(shown, range=None):
+            raise BadInput("data.radiometry", shown.to_dict(), f"what the model sees: {seen.to_dict()}")
     multiple = Generator(teacher.denoiser, teacher.codec, teacher.info).size_multiple
     if data.size % multiple:
         raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")

@@ -73,7 +73,7 @@ class Info:
     patch: int = 1  # pixels a side that become one position of the network
     guidance_scale: float = 1.0
     teacher: str | None = None
-    sar: dict[str, Any] | None = None  # channels and value range of the SAR input
+    sar: dict[str, Any] | None = None  # what the model sees of SAR: `Radiometry` in words
     shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
     lora: Lora | None = None  # set by `write` if the folder holds an adapter
     sha256: dict[str, str] = field(default_factory=dict)

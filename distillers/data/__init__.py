@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distillers.data.images import ImageFolder
-from distillers.data.pairs import SarOpticalPairs, read_sar
+from distillers.data.pairs import MixedPairs, SarOpticalPairs, read_sar
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.shapes import CaptionedShapes
@@ -84,6 +84,7 @@ class Part:
 KINDS: dict[str, Callable[..., ImageData]] = {
     "images": ImageFolder,
     "pairs": SarOpticalPairs,
+    "mixed-pairs": MixedPairs,
     "shapes": CaptionedShapes,
     "preferences": PreferencePairs,
 }

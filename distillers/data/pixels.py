@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from distillers.errors import BadInput
 
 Batch = dict[str, Tensor]
-"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,1,H,W) in [-1,1];
+"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
 `loser` like `image`, in preference pairs, whose `image` is the winner."""
 
 Pixels = NDArray[np.uint8]
@@ -86,7 +87,7 @@ def to_tensor(pixels: Pixels) -> Tensor:
     return channels_first.float().div_(127.5).sub_(1.0)
 
 
-def dihedral(pixels: Pixels, operation: NDArray[np.integer]) -> Pixels:
+def dihedral(pixels: NDArray[Any], operation: NDArray[np.integer]) -> NDArray[Any]:
     """Turn image i of (B,S,S,C) by `operation[i]` % 4 quarters, after a left-right flip where `operation[i]` >= 4."""
     turned = pixels.copy()
     for k in range(1, 8):

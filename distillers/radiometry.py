@@ -1,0 +1,225 @@
+"""What the numbers of a SAR picture mean, and how a network sees them.
+
+A raster holds decibels, linear power, amplitude, or digital numbers that nobody calibrated; a network wants [-1, 1].
+Between the two stands the decibel: dB = 10 log10(power) = 20 log10(amplitude). Digital numbers are amplitudes up to an
+unknown factor, so their white (the 99 % quantile of the scene; 255 where they have 8 bits) is put at a level that the
+model names. Clip ranges and levels stand in the weights folder (`sar` in fewstep.json), never in a user's code.
+
+Knows arrays and the manifest's words; files are read in `scene.py` and `data/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillers.errors import BadInput
+
+Array = NDArray[np.floating]
+
+POLARISATIONS = ("VV", "VH")
+UNITS = ("db", "linear", "amplitude", "dn")
+WHITE = 0.99  # the quantile of digital numbers that is taken for white, as in the pictures the models learnt from
+PLAUSIBLE_DB = {"VV": (-20.0, -4.0), "VH": (-27.0, -11.0), "": (-27.0, -4.0)}  # where the median of land lies
+LOWEST_DB, HIGHEST_DB = -80.0, 50.0  # beyond, a number is no backscatter in decibels (saturated metal reaches 40)
+DN_ABOVE = 50.0  # no median of power or amplitude comes near it
+ADVICE = "say what they are: --units db | linear | amplitude | dn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radiometry:
+    """How one model sees backscatter; the manifest's `sar`.
+
+    form "db": each of `bands` is clipped to clip_db[band] and brought to [-1, 1] linearly; a band that is not there is
+    0 everywhere. form "amplitude": one band, amplitude over its white, clipped, brought to [-1, 1]; absolute levels play
+    no part. `white_db`: the level that the white of digital numbers is taken for ("db" only).
+    """
+
+    form: Literal["db", "amplitude"] = "amplitude"
+    channels: int = 1
+    bands: tuple[str, ...] = ()
+    clip_db: dict[str, tuple[float, float]] = field(default_factory=dict)
+    white_db: dict[str, float] = field(default_factory=dict)
+    range: Any = None  # a remark
+
+    @classmethod
+    def of(cls, sar: Mapping[str, Any] | None) -> Radiometry:
+        """What a manifest says. Raises BadInput for a description that cannot be followed."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            found = TypeAdapter(cls).validate_python(dict(sar or {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(f"sar.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+        named = set(found.bands)
+        whole = len(found.bands) == found.channels and named <= set(found.clip_db) and named <= set(found.white_db)
+        ranges = all(low < high for low, high in found.clip_db.values())
+        if found.channels < 1 or (found.form == "db" and not (whole and ranges)):
+            raise BadInput("sar", dict(sar or {}), "a clip_db range and a white_db level for each of its bands")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        told = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items() if value}
+
+    def anchored(self, units: str) -> bool:
+        """Whether levels hang on the scene's own white, for want of an absolute one."""
+        return units == "dn" or self.form == "amplitude"
+
+    def level(self, band: str) -> float:
+        """The decibels that a scene's white becomes, where it is anchored."""
+        return self.white_db[band] if self.form == "db" else 0.0
+
+    def unit(self, decibels: Mapping[str, Array]) -> NDArray[np.float32]:
+        """(channels, H, W) in [-1, 1] from decibels (H, W) by band, anchored already; NaN is 0.
+
+        Form "db" takes any of its bands; "amplitude" takes one, whatever its name.
+        """
+        if self.form == "amplitude":
+            (values,) = decibels.values()
+            seen = np.minimum(10 ** (values / 20), 1) * 2 - 1
+            return np.nan_to_num(np.repeat(seen[None], self.channels, 0).astype(np.float32), nan=0.0)
+        shape = next(iter(decibels.values())).shape
+        out = np.zeros((self.channels, *shape), dtype=np.float32)
+        for i, band in enumerate(self.bands):
+            if band in decibels:
+                low, high = self.clip_db[band]
+                out[i] = (np.clip(decibels[band], low, high) - low) * (2 / (high - low)) - 1
+        return np.nan_to_num(out, copy=False, nan=0.0)
+
+
+# The clip ranges that SEN12MS-CR's models share (DSen2-CR, GLF-CR, UnCRtainTS). The white levels put the mean of the
+# pictures learnt from, 7.3 dB below their white, where Sentinel-1's mean over land is (-12.6 and -20.3 dB, TerraMind).
+SENTINEL1_DB = Radiometry(
+    form="db",
+    channels=2,
+    bands=POLARISATIONS,
+    clip_db={"VV": (-25.0, 0.0), "VH": (-32.5, 0.0)},
+    white_db={"VV": -5.3, "VH": -13.0},
+)
+AMPLITUDE = Radiometry(range="uint8 amplitude / its 99 % quantile, to [-1, 1]")
+NAMED = {"amplitude": AMPLITUDE, "sentinel1-db": SENTINEL1_DB}
+
+
+def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:
+    """dB of values in `units`; relative dB of digital numbers. No backscatter (zero, or noise subtracted below it) is
+    LOWEST_DB; NaN stays NaN."""
+    numbers = values.astype(np.float32)
+    if units == "db":
+        return numbers
+    factor = np.float32(10 if units == "linear" else 20)
+    smallest = np.float32(10 ** (LOWEST_DB / factor))
+    return factor * np.log10(np.maximum(numbers, smallest))
+
+
+def white_of(values: NDArray[Any], units: str) -> float:
+    """dB of what counts as white: 255 where numbers have 8 bits, else the 99 % quantile of valid values."""
+    if values.dtype == np.uint8:
+        return float(20 * np.log10(255.0))
+    return float(np.nanquantile(decibels(values, units), WHITE))
+
+
+def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
+    """(units, why) by the values of each band; `samples` are valid values only, in the type of the raster.
+
+    The rule, for all bands alike:
+    - 8 bits: digital numbers, stretched for display.
+    - a median below -1 dB, all values between -80 and 50: decibels.
+    - nothing negative and a median or maximum above 50: digital numbers.
+    - nothing negative (but for 5 % of noise, subtracted below zero): linear power where that puts the median backscatter
+      where land has it and amplitude does not, amplitude where it is the other way round.
+
+    Raises:
+        BadInput: both fit, none fits, or the bands disagree.
+    """
+    found = {band: _decide(band, values) for band, values in samples.items()}
+    kinds = {units for units, _ in found.values()}
+    reasons = "; ".join(f"{band or 'the band'}: {why}" for band, (_, why) in found.items())
+    if len(kinds) != 1 or None in kinds:
+        raise BadInput("units", f"auto, but values do not tell ({reasons})", ADVICE)
+    (units,) = kinds
+    assert units is not None
+    return units, reasons
+
+
+def _decide(band: str, values: NDArray[Any]) -> tuple[str | None, str]:
+    if values.dtype == np.uint8:
+        return "dn", "8-bit numbers, stretched for display"
+    numbers = values.astype(np.float64)
+    low, median, high = float(numbers.min()), float(np.median(numbers)), float(numbers.max())
+    seen = f"{low:.4g} to {high:.4g}, median {median:.4g}"
+    if median < -1:
+        fits = low >= LOWEST_DB and high <= HIGHEST_DB
+        return ("db", f"{seen}: negative, as decibels are") if fits else (None, f"{seen}: beyond decibels; scaled?")
+    negative = float((numbers < 0).mean())
+    if negative > 0.05:
+        return None, f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power"
+    if median > DN_ABOVE or (values.dtype.kind in "ui" and high > 1):
+        return "dn", f"{seen}: digital numbers"
+    if median <= 0:
+        return None, f"{seen}: hardly any backscatter"
+    bottom, top = PLAUSIBLE_DB.get(band, PLAUSIBLE_DB[""])
+    as_power, as_amplitude = 10 * np.log10(median), 20 * np.log10(median)
+    if fits_power := bottom <= as_power <= top:
+        why = f"{seen}: {as_power:.1f} dB if power"
+    if fits_amplitude := bottom <= as_amplitude <= top:
+        why = f"{seen}: {as_amplitude:.1f} dB if amplitude"
+    if fits_power == fits_amplitude:
+        both = f"{as_power:.1f} dB if power, {as_amplitude:.1f} dB if amplitude"
+        return None, f"{seen}: {both}; {'both' if fits_power else 'neither'} plausible for land"
+    return ("linear" if fits_power else "amplitude"), why
+
+
+def name_bands(wanted: str | None, descriptions: Sequence[str | None], file: str = "") -> tuple[dict[str, int], str]:
+    """({polarisation: band number from 1}, how it was told) for a raster's bands.
+
+    wanted: None, or entries divided by commas: "VV,VH" (by description; else by position), "2,1" (numbers, in the order
+    VV, VH), "VV=2". Without: by descriptions, by the file's name where there is one band, by position for two.
+
+    Raises:
+        BadInput: no such band, an unknown polarisation, one named twice.
+    """
+    count = len(descriptions)
+    described = {p: i + 1 for p in POLARISATIONS for i, d in enumerate(descriptions) if p in _words(d)}
+    allowed = f"VV, VH, numbers 1 to {count}, or VV=NUMBER, divided by commas"
+    if wanted is None:
+        return _guess(described, count, file)
+    found: dict[str, int] = {}
+    entries = [entry.strip() for entry in wanted.split(",")]
+    for position, entry in enumerate(entries):
+        name, _, number = entry.upper().partition("=")
+        if name.isdigit() and not number:
+            by_number = {i: p for p, i in described.items()}
+            name, number = by_number.get(int(name), POLARISATIONS[min(position, 1)]), name
+        if name not in POLARISATIONS or name in found or not (number or "1").isdigit():
+            raise BadInput("bands", wanted, allowed)
+        if not number and name not in described and (described or len(entries) != count):
+            names = ", ".join(d or "no description" for d in descriptions)
+            raise BadInput("bands", f"{wanted}, in a raster of {count} ({names})", allowed)
+        index = int(number) if number else described.get(name, position + 1)
+        if not 1 <= index <= count or index in found.values():
+            raise BadInput("bands", wanted, allowed)
+        found[name] = index
+    return found, "as asked for"
+
+
+def _guess(described: dict[str, int], count: int, file: str) -> tuple[dict[str, int], str]:
+    if described:
+        return described, "by band descriptions"
+    if count == 1:
+        named = [p for p in POLARISATIONS if p in _words(file)]
+        if len(named) == 1:
+            return {named[0]: 1}, "by the file's name"
+        return {"VV": 1}, "assumed: one band without a name is taken for VV"
+    if count == 2:
+        return {"VV": 1, "VH": 2}, "assumed: two bands without names are taken for VV, VH"
+    raise BadInput("bands", f"{count} bands without polarisations in their descriptions", "--bands VV=NUMBER,VH=NUMBER")
+
+
+def _words(text: str | None) -> set[str]:
+    return set("".join(c if c.isalnum() else " " for c in (text or "").upper()).split())
