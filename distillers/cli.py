@@ -22,6 +22,9 @@ app = typer.Typer(
     Start with `fewstep run`: it distils a small teacher on this machine, measures it and serves it.""",
 )
 
+benchmarks = typer.Typer(no_args_is_help=True, help="Measure what something costs beside what it cannot avoid.")
+app.add_typer(benchmarks, name="benchmark")
+
 Weights = Annotated[
     Path, typer.Argument(help="A weights folder, such as weights/eurosat-consistency.", show_default=False)
 ]
@@ -118,26 +121,127 @@ def generate(
 
 @app.command()
 def translate(
-    weights: Weights,
-    sar: Annotated[Path, typer.Argument(help="One SAR picture: 8-bit grey PNG, WebP or TIFF.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The optical picture to write (PNG).")] = Path("optical.png"),
+    sar: Annotated[
+        Path, typer.Argument(help="A GeoTIFF of VV, VH or both; or one grey PNG or WebP.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write; for a picture a PNG.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(help="A weights folder of sar-to-optical.", envvar="FEWSTEP_TRANSLATOR")
+    ] = Path("weights/sar-optical-db-adversarial"),
     steps: Steps = None,
-    seed: Seed = 0,
+    samples: Annotated[
+        int, typer.Option(help="Above 1: also OUT.uncertainty.tif: mean, deviation, quantiles over so many seeds.")
+    ] = 1,
+    units: Annotated[
+        str, typer.Option(help="auto | db | linear | amplitude | dn. auto refuses when the values do not tell.")
+    ] = "auto",
+    bands: Annotated[
+        str | None, typer.Option(help='"VV,VH", "2,1" or "VH=1"; by descriptions or the name if left out.')
+    ] = None,
+    nodata: Annotated[float | None, typer.Option(help="A number without data, beside NaN and the file's own.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and scene give the same bytes.")] = 0,
+    tile: Annotated[int | None, typer.Option(help="Pixels a side of the tiles; 256 if left out.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Pixels; a quarter of a tile if left out, at most half.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tiles at a time; cores on a CPU, 16 on a GPU if left out.")] = None,
+    stac: Annotated[bool, typer.Option("--stac", help="Write a STAC item beside, OUT with .json.")] = False,
+    preview: Annotated[Path | None, typer.Option(help="A PNG of the result, 2048 px at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Translate one SAR picture to optical. Colours are inferred, not measured; objects may be invented or missing.
+    """Translate a SAR scene to optical: a GeoTIFF of any size in, a Cloud-Optimised GeoTIFF on the same grid out.
 
-    Example: `fewstep translate weights/sar-optical-consistency tile.png optical.png`.
+    Colours are inferred, not measured; objects may be invented or missing. Files are written beside and renamed: a file
+    that is there is whole.
+
+    Example: `fewstep translate scene.tif optical.tif --samples 8`; without a scene: `fewstep demonstration scene.tif`.
     """
-    from distillers.data import read_sar
-    from distillers.generator import Generator
-    from distillers.pictures import grid_png
+    import json
+    from dataclasses import asdict
 
-    target = _png(out)
-    generator = Generator.from_pretrained(weights, _device(device))
-    picture = read_sar(sar)
-    grid_png(generator.translate(picture, seed=seed, steps=steps), columns=1, path=target, gap=0)
-    typer.echo(f"{out}: {picture.shape[-1]}x{picture.shape[-2]} px; colours are inferred, not measured")
+    from distillers.generator import Generator
+
+    picture = sar.suffix.lower() not in (".tif", ".tiff")
+    if preview is not None:
+        _png(preview)
+    if picture:
+        _png(out)
+    generator = Generator.from_pretrained(model, _device(device))
+    if picture:
+        _translate_picture(generator, sar, out, bands, seed, steps)
+        return
+    from distillers.progress import scene_bar
+    from distillers.raster import preview as small
+    from distillers.scene import Options, uncertainty_path
+    from distillers.scene import translate as translate_scene
+
+    options = Options(
+        steps=steps, seed=seed, samples=samples, units=units, bands=bands, nodata=nodata, tile=tile, overlap=overlap,
+        batch=batch,
+    )  # fmt: skip
+    with scene_bar() as show:
+        facts = translate_scene(generator, sar, out, options, stac=stac, progress=show)
+    if preview is not None:
+        from PIL import Image
+
+        Image.fromarray(small(out)).save(preview)
+    if as_json:
+        typer.echo(json.dumps(asdict(facts), indent=2))
+    else:
+        used = ", ".join(f"{band} (band {i})" for band, i in facts.bands.items())
+        typer.echo(
+            f"{out}: {facts.width}x{facts.height} px, {facts.steps} step{'s' * (facts.steps > 1)}, "
+            f"{facts.megapixels_per_second:.2f} Mpx/s; {facts.tiles} tiles, {facts.skipped} without data\n"
+            f"read as {facts.units}: {facts.units_why}\nbands: {used}, {facts.bands_how}"
+        )
+        if facts.mean_deviation is not None:
+            typer.echo(f"{uncertainty_path(out)}: mean deviation {facts.mean_deviation:.1f} levels of 255")
+        if samples > 1 and (line := _calibrated(model)):
+            typer.echo(line)
+    for warning in facts.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _translate_picture(generator: Any, sar: Path, out: Path, bands: str | None, seed: int, steps: int | None) -> None:
+    """One grey picture, of the size a network takes at once."""
+    from distillers.data import read_sar
+    from distillers.pictures import grid_png
+    from distillers.radiometry import Radiometry
+    from distillers.scene import WARNING
+
+    seen = read_sar(sar, Radiometry.of(generator.info.sar), bands)
+    grid_png(generator.translate(seen, seed=seed, steps=steps), columns=1, path=out, gap=0)
+    typer.echo(f"{out}: {seen.shape[-1]}x{seen.shape[-2]} px")
+    typer.echo(f"warning: {WARNING}", err=True)
+
+
+def _calibrated(model: Path) -> str | None:
+    """What the folder's calibration says of its bands, in one line; None without one."""
+    import json
+
+    file = model / "calibration.json"
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text())
+    return (
+        f"calibration on {told['n']} tiles of {told['data']}: spread over skill {told['spread_over_skill']:.2f}, 1 if "
+        f"right; rank correlation of deviation and error {told['rank_correlation']:.2f}"
+    )
+
+
+@app.command()
+def demonstration(
+    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.", show_default=False)],
+    side: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
+    seed: Annotated[int, typer.Option(help="Another seed, another place.")] = 0,
+) -> None:
+    """Make up a Sentinel-1 scene (VV and VH in dB, UTM) to try `fewstep translate` with. No real place.
+
+    Example: `fewstep demonstration scene.tif`, then `fewstep translate scene.tif optical.tif --preview optical.png`.
+    """
+    from distillers.demonstration import demonstration as make
+
+    make(out, side, seed)
+    typer.echo(f"{out}: {side}x{side} px of VV and VH in dB")
 
 
 @app.command()
@@ -150,6 +254,16 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="The teacher's rows, e.g. 50,250; empty for none.")] = "50",
     path: Annotated[Path | None, typer.Option(help="Data folder; the recipe's if left out.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Translators: any folder of SAR/optical pairs; its held-out scenes.")
+    ] = None,
+    pairs_option: Annotated[
+        list[str] | None,
+        typer.Option("--pairs-option", help="key=value, e.g. units=db bands=VV,VH size=64; repeatable."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Translators: calibrate the deviation of so many samples; 0 to leave that out.")
+    ] = 0,
     features: Annotated[
         str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE or a folder.")
     ] = None,
@@ -164,10 +278,12 @@ def evaluate(
 ) -> None:
     """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
 
-    Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`.
+    Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
+    pairs: `fewstep evaluate weights/sar-optical-db-adversarial --pairs mine --samples 16 --out mine.json`.
     """
     import json
 
+    from distillers.calibration import calibrate
     from distillers.evaluate import evaluate as measure
     from distillers.features import load_features
     from distillers.generator import Generator
@@ -175,7 +291,10 @@ def evaluate(
     from distillers.publish import held_out, write_card
 
     generator = Generator.from_pretrained(weights, _device(device))
-    data, train = held_out(weights, path)
+    if pairs is None:
+        data, train = held_out(weights, path)
+    else:
+        data, train = _pairs(generator, pairs, pairs_option or [])
     counts = _counts("steps", steps) if steps else None
     teacher_counts = _counts("teacher-steps", teacher_steps) if teacher_steps else []
     beside = weights.parent / (generator.info.teacher or "")
@@ -189,11 +308,22 @@ def evaluate(
             generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
             teacher_steps=teacher_counts, train=train, mean_of=mean_of, progress=show,
         )  # fmt: skip
+        calibration = None
+        if samples:
+            target = out or weights / "report.json"
+            calibration = calibrate(
+                generator, data, n=min(n, 200), samples=samples, steps=min(counts or [generator.info.default_steps]),
+                seed=seed, progress=show, picture=target.with_name(f"{target.stem}-tiles.png"),
+            )  # fmt: skip
     target = out or weights / "report.json"
     target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
+    if calibration is not None:
+        calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
     if out is None:
         write_card(weights)
     typer.echo(report.markdown())
+    if calibration is not None:
+        typer.echo(calibration.markdown())
 
 
 @app.command()
@@ -217,8 +347,8 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
-def benchmark(
+@benchmarks.command("training")
+def benchmark_training(
     recipes: Annotated[list[str], typer.Argument(help="TOML files or names of shipped recipes.", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value for every recipe, e.g. train.batch=8; repeatable.")
@@ -232,7 +362,7 @@ def benchmark(
 ) -> None:
     """Time one training iteration of each recipe against the network passes that it cannot avoid.
 
-    Example: `fewstep benchmark eurosat-consistency shapes-consistency --set train.batch=8 --out cost.json`.
+    Example: `fewstep benchmark training eurosat-consistency shapes-consistency --set train.batch=8 --out cost.json`.
     """
     import json
     from dataclasses import asdict
@@ -250,6 +380,36 @@ def benchmark(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")
         out.with_suffix(".md").write_text(table(costs))
+
+
+@benchmarks.command("scene")
+def benchmark_scene(
+    model: Annotated[Path, typer.Argument(help="A weights folder of sar-to-optical.", show_default=False)],
+    sides: Annotated[str, typer.Option(help="Pixels a side of the scenes, with commas.")] = "1024,4096",
+    rounds: Annotated[int, typer.Option(help="Scene and bare passes, in turn, so many times.")] = 3,
+    steps: Steps = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json to write, with the table in a .md beside it.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Hold the throughput of whole scenes against the bare forward pass on the same tiles; show memory by size.
+
+    Example: `fewstep benchmark scene weights/sar-optical-db-adversarial --sides 1024,4096,16384 --out scene.json`.
+    """
+    import json
+    from dataclasses import asdict
+
+    from distillers.throughput import measure, table
+
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
+    found = measure(model, _counts("sides", sides), rounds=rounds, steps=steps, device=_device(device))
+    typer.echo(table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        out.with_suffix(".md").write_text(table(found))
 
 
 @app.command()
@@ -342,6 +502,9 @@ def run(
             teacher=None,
             teacher_steps="50",
             path=None,
+            pairs=None,
+            pairs_option=None,
+            samples=0,
             features=None,
             mean_of=0,
             seed=0,
@@ -377,6 +540,27 @@ def _label(given: str, labels: list[str]) -> int:
     if given.isdigit() and int(given) < len(labels):
         return int(given)
     raise BadInput("label", given, ", ".join(labels) or "nothing: this model has no classes")
+
+
+def _pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, Any]:
+    """The test and train split of a user's own pairs, shown as the model has seen its own."""
+    import tomllib
+
+    from distillers.data import open_data
+
+    table: dict[str, Any] = {"size": generator.info.size[0], "radiometry": generator.info.sar or {}}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise BadInput("pairs-option", option, "key=value, for example units=db")
+        try:
+            table[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = text
+    return (
+        open_data("pairs", path=str(folder), split="test", **table),
+        open_data("pairs", path=str(folder), split="train", **table),
+    )
 
 
 def _counts(field: str, text: str) -> list[int]:

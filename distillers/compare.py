@@ -53,6 +53,7 @@ from distillers.evaluate import (
     hacking_notes,
     latencies_of,
     markdown_table,
+    region_table,
     reward_columns,
 )
 from distillers.features import Features, load_features
@@ -409,9 +410,8 @@ def _write(
         ("compute s", lambda line: line.compute, ".0f"),
     ]  # fmt: skip
     parts = [f"# {study.title}", f"![samples]({file.with_suffix('.png').name})", markdown_table(columns, lines)]
-    mapped = [line for line in lines if line.row.regions]
-    if mapped:
-        parts += ["By region:", markdown_table(_regions(mapped), mapped)]
+    if by_region := region_table([(line.label, line.row) for line in lines], "method"):
+        parts += ["By region:", by_region]
     if by_class := class_table([(line.label, line.row) for line in lines]):
         parts += ["KID x1000 by class, each against the real pictures of that class:", by_class]
     parts += ["\n".join([teacher.conditions(), *notes])]
@@ -424,21 +424,6 @@ def _write(
 
 def _of_row(value: Callable[[Row], Any]) -> Callable[[_Line], Any]:
     return lambda line: value(line.row)
-
-
-def _regions(lines: list[_Line]) -> list[Column[_Line]]:
-    def figure(region: str, name: str) -> Callable[[_Line], Any]:
-        return lambda line: (line.row.regions or {}).get(region, {}).get(name)
-
-    found = {name: values["n"] for line in lines for name, values in (line.row.regions or {}).items()}
-    heads = [(f"{region} (n = {n}), {name.upper()}", region, name) for region, n in found.items() for name in FIGURES]
-    return [
-        ("method", lambda line: line.label, ""),
-        *((head, figure(region, name), FIGURES[name]) for head, region, name in heads),
-    ]
-
-
-FIGURES = {"psnr": ".2f", "ssim": ".3f"}  # by region, and how they are printed
 
 
 def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) -> list[str]:

@@ -30,6 +30,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from distillers.errors import BadInput
+from distillers.pictures import grey_sar
 
 if TYPE_CHECKING:
     from distillers.data import Batch, ImageData
@@ -137,6 +138,22 @@ def ssim(fake: Tensor, real: Tensor) -> Tensor:
     return value.reshape(len(real))
 
 
+def shifted_psnr(fake: Tensor, real: Tensor, reach: int = 2) -> Tensor:
+    """(B,) dB, the best over shifts of up to `reach` pixels: pairs are registered to a pixel or two, not better."""
+    inner, (height, width) = real[..., reach:-reach, reach:-reach], real.shape[-2:]
+    tried = [
+        psnr(fake[..., dy : height - 2 * reach + dy, dx : width - 2 * reach + dx], inner)
+        for dy in range(2 * reach + 1)
+        for dx in range(2 * reach + 1)
+    ]
+    return torch.stack(tried).amax(0)
+
+
+def copy_ratio(fake: Tensor, real: Tensor, sar: Tensor) -> Tensor:
+    """(B,) mean |fake - SAR| over mean |fake - real|, sar (B,1,H,W) grey: below 1 the SAR is nearly copied."""
+    return (fake - sar).abs().mean((1, 2, 3)) / (fake - real).abs().mean((1, 2, 3)).clamp_min(1e-6)
+
+
 def rmse(fake: Tensor, real: Tensor) -> Tensor:
     """(B,) root mean square difference per picture, in units of the [-1,1] range."""
     return (fake.float() - real.float()).square().mean((1, 2, 3)).sqrt()
@@ -207,6 +224,8 @@ class Row:
     recall: float | None = None
     psnr: float | None = None  # dB, mean over pictures
     ssim: float | None = None
+    shifted_psnr: float | None = None  # dB, the best within 2 px
+    copy_ratio: float | None = None  # below 1: the SAR is nearly copied
     regions: dict[str, dict[str, float]] | None = None
     classes: dict[str, dict[str, float]] | None = None  # label -> n and kid, against the real items of that class
     rewards: dict[str, float] | None = None  # name -> mean over pictures
@@ -259,6 +278,8 @@ class Report:
             (f"speed-up over {paced}", lambda r: r.speed_up and next(iter(r.speed_up.values())), ".1f"),
         ]  # fmt: skip
         parts = [markdown_table(heads, self.rows)]
+        if by_region := region_table([(row.name, row) for row in self.rows]):
+            parts += ["By region:", by_region]
         if by_class := class_table([(row.name, row) for row in self.rows]):
             parts += ["KID x1000 by class:", by_class]
         return "\n\n".join([*parts, "\n".join([self.conditions(), *self.notes])]) + "\n"
@@ -278,7 +299,8 @@ QUALITY: list[Column[Row]] = [
     ("NFE", lambda r: r.nfe, ""), ("Frechet", lambda r: r.frechet, ".3f"),
     ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
     ("precision", lambda r: r.precision, ".3f"), ("recall", lambda r: r.recall, ".3f"),
-    ("PSNR", lambda r: r.psnr, ".2f"), ("SSIM", lambda r: r.ssim, ".3f"),
+    ("PSNR", lambda r: r.psnr, ".2f"), ("within 2 px", lambda r: r.shifted_psnr, ".2f"),
+    ("SSIM", lambda r: r.ssim, ".3f"), ("copy ratio", lambda r: r.copy_ratio, ".2f"),
 ]  # fmt: skip
 
 
@@ -311,6 +333,24 @@ def class_table(rows: Sequence[tuple[str, Row]]) -> str | None:
         return (label, lambda named: _kid(named[1], label), ".0f")
 
     return markdown_table([("", lambda named: named[0], ""), *(column(label) for label in labels)], rows)
+
+
+REGION_FIGURES = {"psnr": ".2f", "ssim": ".3f"}  # by region, and how they are printed
+
+
+def region_table(rows: Sequence[tuple[str, Row]], head: str = "") -> str | None:
+    """PSNR and SSIM of every region by itself, a line for each named row; None where no region is known."""
+    rows = [(name, row) for name, row in rows if row.regions]
+    found = {region: values["n"] for _, row in rows for region, values in (row.regions or {}).items()}
+    if not found:
+        return None
+
+    def column(region: str, name: str) -> "Column[tuple[str, Row]]":
+        title = f"{region} (n = {found[region]}), {name.upper()}"
+        return (title, lambda named: (named[1].regions or {}).get(region, {}).get(name), REGION_FIGURES[name])
+
+    columns = [column(region, name) for region in found for name in REGION_FIGURES]
+    return markdown_table([(head, lambda named: named[0], ""), *columns], rows)
 
 
 def _kid(row: Row, label: str) -> float | None:
@@ -353,7 +393,7 @@ class _Contestant:
     draw: Callable[["Batch", Sequence[int]], Tensor]  # (the real items, the seeds) -> pictures
     generator: "Generator | None" = None
     features: list[Tensor] = field(default_factory=list)
-    pairs: dict[str, list[Tensor]] = field(default_factory=lambda: {"psnr": [], "ssim": []})
+    pairs: dict[str, list[Tensor]] = field(default_factory=dict)
     agreement: dict[str, list[Tensor]] = field(default_factory=lambda: {"rmse": [], "psnr": []})
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -391,14 +431,14 @@ def evaluate(
     contestants = [
         *(_entrant(model, s, n, len(reference)) for model, s in [*entries, *((generator, s) for s in steps)]),
         *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in [min(steps)] if mean_of),
-        *(_baselines(colour, n, len(reference)) if generator.info.task == "sar-to-optical" else ()),
+        *(_baselines(colour, n, len(reference), generator) if generator.info.task == "sar-to-optical" else ()),
     ]
     done, labels, judges = 0, [], rewards or {}
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         seeds, items = range(seed + start, seed + start + len(part)), data.items(part)
         labels += items["label"].tolist() if generator.info.task == "class-to-image" else []
-        for contestant in _round(contestants, items, seeds, features, judges):
+        for contestant in _round(contestants, items, seeds, features, judges, generator.info.sar):
             done += len(part)
             if progress:
                 progress(done, n * len(contestants), contestant.row.name)
@@ -545,12 +585,12 @@ def _mean_entrant(generator: "Generator", steps: int, n: int, n_reference: int, 
     return _Contestant(row, draw)
 
 
-def _baselines(colour: Tensor, n: int, n_reference: int) -> Iterator[_Contestant]:
+def _baselines(colour: Tensor, n: int, n_reference: int, generator: "Generator") -> Iterator[_Contestant]:
     def constant(items: "Batch", seeds: Sequence[int]) -> Tensor:
         return colour.float().reshape(1, 3, 1, 1).expand_as(items["image"])
 
     def copied(items: "Batch", seeds: Sequence[int]) -> Tensor:
-        return items["sar"].expand_as(items["image"])
+        return grey_sar(items["sar"], generator.info.sar).expand_as(items["image"])
 
     for name, draw in (("constant colour", constant), ("SAR copied to three bands", copied)):
         yield _Contestant(Row(name=name, role="baseline", n=n, n_reference=n_reference), draw)
@@ -562,6 +602,7 @@ def _round(
     seeds: Sequence[int],
     features: "Features",
     judges: Mapping[str, Judge],
+    radiometry: dict[str, Any] | None,
 ) -> Iterator[_Contestant]:
     """Everybody draws for one batch of real items; students are held against the last teacher's pictures."""
     held: tuple[str, Tensor] | None = None
@@ -571,8 +612,11 @@ def _round(
         for name, judge in judges.items():
             one.rewards.setdefault(name, []).append(judge(pictures, {k: items[k] for k in items if k == "label"}))
         if "sar" in items:
-            one.pairs["psnr"].append(psnr(pictures, items["image"]))
-            one.pairs["ssim"].append(ssim(pictures, items["image"]))
+            real, seen = items["image"], grey_sar(items["sar"], radiometry)
+            measured = {"psnr": psnr(pictures, real), "ssim": ssim(pictures, real)}
+            measured |= {"shifted_psnr": shifted_psnr(pictures, real), "copy_ratio": copy_ratio(pictures, real, seen)}
+            for name, values in measured.items():
+                one.pairs.setdefault(name, []).append(values)
         if one.row.role == "teacher":
             held = (one.row.name, pictures)
         elif one.row.role == "student" and held is not None:
@@ -586,9 +630,10 @@ def _settle(one: _Contestant, reference: Tensor, regions: dict[str, list[int]]) 
     """From what was gathered to the row."""
     row, seen = one.row, torch.cat(one.features)
     _fill_distances(row, reference, seen)
-    if one.pairs["psnr"]:
+    if one.pairs:
         pairs = {name: torch.cat(values) for name, values in one.pairs.items()}
-        row.psnr, row.ssim = _mean(pairs["psnr"]), _mean(pairs["ssim"])
+        for name, values in pairs.items():
+            setattr(row, name, _mean(values))
         row.regions = {
             region: {"n": len(where), **{k: v for k, p in pairs.items() if (v := _mean(p[where])) is not None}}
             for region, where in regions.items()

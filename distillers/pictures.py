@@ -1,14 +1,18 @@
 """Pictures of pictures: a grid, and labelled rows to compare by eye. PNG through Pillow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distillers.errors import BadInput
+from distillers.radiometry import Radiometry
 
 GAP = 2  # pixels between two pictures
 
@@ -55,5 +59,44 @@ def side_by_side(rows: Mapping[str, Tensor], path: str | Path, zoom: int = 1) ->
         draw.text((GAP, top + 2), label, fill="black", font=font)
         sheet.paste(strip, (0, top + line))
         top += line + strip.height
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "PNG")
+
+
+def grey_sar(sar: Tensor, described: Mapping[str, Any] | None) -> Tensor:
+    """(B,1,H,W) in [-1,1] to look at, of what a model is shown (B,C,H,W); `described` is its manifest's `sar`."""
+    seen = Radiometry.of(described)
+    return torch.stack([torch.from_numpy(seen.as_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart, and its name in the legend."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+
+
+def chart(panels: Mapping[str, Sequence[Curve]], path: str | Path, side: int = 360) -> None:
+    """Panels side by side under their titles, both axes from 0 to 1; a PNG."""
+    font, margin, top = ImageFont.load_default(size=13), 40, 34
+    sheet = Image.new("RGB", (len(panels) * (side + 2 * margin), side + 2 * margin + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, curves) in enumerate(panels.items()):
+        left, bottom = i * (side + 2 * margin) + margin, top + margin + side
+        draw.text((left, 14), title, fill="black", font=font)
+        for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+            at = round(tick * side)
+            draw.line((left, bottom - at, left + side, bottom - at), fill="#eeeeee")
+            draw.line((left + at, bottom, left + at, bottom - side), fill="#eeeeee")
+            draw.text((left - 34, bottom - at - 8), f"{tick:.2f}", fill="black", font=font)
+            draw.text((left + at - 12, bottom + 6), f"{tick:.2f}", fill="black", font=font)
+        for k, curve in enumerate(curves):
+            points = [(left + x * side, bottom - y * side) for x, y in zip(curve.x, curve.y, strict=True)]
+            draw.line(points, fill=curve.colour, width=2)
+            draw.line((left + 10, bottom - 60 + 18 * k, left + 30, bottom - 60 + 18 * k), fill=curve.colour, width=3)
+            draw.text((left + 36, bottom - 68 + 18 * k), curve.name, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")

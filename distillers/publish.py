@@ -13,20 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 from torch import Tensor
 
 from distillers import weights
 from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.pictures import grid_png, side_by_side
+from distillers.pictures import grey_sar, grid_png, side_by_side
+from distillers.radiometry import Radiometry
 from distillers.recipe import Recipe
 
 ATTRIBUTION = {
     "eurosat": "EuroSAT (Helber et al. 2019, MIT). Contains modified Copernicus Sentinel data.",
+    "sentinel-pairs+sen12-pairs": "Contains modified Copernicus Sentinel data (Sentinel-1 GRD VH and Sentinel-2 "
+    "L1C of 2020; SEN1-2, Schmitt et al. 2018, CC-BY).",
     "sentinel-pairs": "Contains modified Copernicus Sentinel data (Sentinel-1 GRD VH, Sentinel-2 L1C, 2020).",
     "shapes": "Procedural; made by this project, no rights reserved.",
 }
+RADIOMETRY = """
+
+Levels: the SAR learnt from was never calibrated. Its white (99 % quantile) was put at the level that Sentinel-1 has
+over land, with 1.5 dB of random gain, so a calibrated raster in dB, power or amplitude is understood as far as that
+goes: the model knows bright from dark, but not what a decibel more means. VH was learnt from scenes of two regions, VV
+from 64 patches of SEN1-2 and from VH made into VV; no place was learnt with both, so their true ratio tells nothing."""
 COLUMNS = 10  # of grid.png
 
 
@@ -88,8 +98,11 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData | N
     models = [model for model in (teacher, generator) if model is not None]
     draw_rows({_row(model, k): (model, k) for model in models for k in _shown(model)}, data, folder / "grid.png")
     if generator.info.task == "sar-to-optical" and data is not None:
+        seen = Radiometry.of(generator.info.sar)
         for i, sar in enumerate(data.items(_columns(data))["sar"]):
-            grid_png(sar[None], columns=1, path=folder / "examples" / f"{i}.png", gap=0)
+            grey, band = seen.as_picture(sar.numpy())
+            name = f"{i}-{band}.png" if band else f"{i}.png"
+            grid_png(torch.from_numpy(grey)[None, None] * 2 - 1, columns=1, path=folder / "examples" / name, gap=0)
 
 
 def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | None, path: Path) -> None:
@@ -103,7 +116,8 @@ def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | Non
     below: dict[str, Tensor] = {}
     if info.task == "sar-to-optical" and data is not None:
         batch = data.items(_columns(data))
-        condition, above, below = {"sar": batch["sar"]}, {"SAR": batch["sar"]}, {"optical, the truth": batch["image"]}
+        condition = {"sar": batch["sar"]}
+        above, below = {"SAR": grey_sar(batch["sar"], info.sar)}, {"optical, the truth": batch["image"]}
     elif info.task == "class-to-image":
         classes = info.classes
         condition = {"labels": [classes[i * len(classes) // COLUMNS] for i in range(COLUMNS)]}
@@ -240,10 +254,10 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
     if info.task == "sar-to-optical":
         return [
             *lines,
-            "from distillers.data import read_sar",
+            "from distillers.scene import translate",
             "",
-            f'sar = read_sar("{info.name}/examples/0.png")',
-            f'pixels = Generator.from_pretrained("{info.name}").translate(sar, seed=0)',
+            f'generator = Generator.from_pretrained("{info.name}")',
+            'translate(generator, "scene.tif", "optical.tif")  # or `fewstep translate scene.tif optical.tif`',
         ]
     labels = f", labels=[{label}]" if info.task == "class-to-image" else ""
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
@@ -276,5 +290,6 @@ def _limits(info: weights.Info) -> str:
         return (
             "Colours are inferred, not measured; objects may be invented or missing. SAR input: "
             f"{info.sar}. Trained on two regions and one season: expect wrong colours elsewhere."
+            + (RADIOMETRY if (info.sar or {}).get("form") == "db" else "")
         )
     return "A small network trained briefly; it shows the method, not the state of the art."

@@ -35,8 +35,8 @@ class Radiometry:
     """How one model sees backscatter; the manifest's `sar`.
 
     form "db": each of `bands` is clipped to clip_db[band] and brought to [-1, 1] linearly; a band that is not there is
-    0 everywhere. form "amplitude": one band, amplitude over its white, clipped, brought to [-1, 1]; absolute levels play
-    no part. `white_db`: the level that the white of digital numbers is taken for ("db" only).
+    0 everywhere. form "amplitude": one band, amplitude over its white, clipped, brought to [-1, 1]; absolute levels
+    play no part. `white_db`: the level that the white of digital numbers is taken for ("db" only).
     """
 
     form: Literal["db", "amplitude"] = "amplitude"
@@ -92,6 +92,29 @@ class Radiometry:
                 out[i] = (np.clip(decibels[band], low, high) - low) * (2 / (high - low)) - 1
         return np.nan_to_num(out, copy=False, nan=0.0)
 
+    def picture(self, grey: Array, band: str) -> NDArray[np.float32]:
+        """(channels, H, W) in [-1, 1] from a grey picture (H, W), 0 black to 1 white: its white is the 99 % quantile.
+
+        In form "db" black is half a level of 8 bits, and the picture is of `band`.
+        """
+        if self.form == "amplitude":
+            return np.repeat((grey * 2 - 1).astype(np.float32)[None], self.channels, 0)
+        if band not in self.bands:
+            raise BadInput("bands", band, ", ".join(self.bands))
+        return self.unit({band: self.level(band) + decibels(np.maximum(grey, 0.5 / 255), "dn")})
+
+    def as_picture(self, unit: NDArray[np.floating]) -> tuple[NDArray[np.float32], str]:
+        """((H, W) grey, 0 to 1, and its band) of what a model is shown (channels, H, W): the first band that is there.
+
+        `picture` gives that band back, as far as its white reaches.
+        """
+        if self.form == "amplitude":
+            return ((unit[0] + 1) / 2).astype(np.float32), ""
+        i = next((i for i in range(len(unit)) if np.any(unit[i])), 0)
+        band, (low, high) = self.bands[i], self.clip_db[self.bands[i]]
+        seen = (unit[i] + 1) / 2 * (high - low) + low - self.level(band)
+        return np.minimum(10 ** (seen / 20), 1).astype(np.float32), band
+
 
 # The clip ranges that SEN12MS-CR's models share (DSen2-CR, GLF-CR, UnCRtainTS). The white levels put the mean of the
 # pictures learnt from, 7.3 dB below their white, where Sentinel-1's mean over land is (-12.6 and -20.3 dB, TerraMind).
@@ -127,52 +150,46 @@ def white_of(values: NDArray[Any], units: str) -> float:
 def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
     """(units, why) by the values of each band; `samples` are valid values only, in the type of the raster.
 
-    The rule, for all bands alike:
+    The rule, for all bands alike; where one band could be two things, another may tell:
     - 8 bits: digital numbers, stretched for display.
     - a median below -1 dB, all values between -80 and 50: decibels.
     - nothing negative and a median or maximum above 50: digital numbers.
-    - nothing negative (but for 5 % of noise, subtracted below zero): linear power where that puts the median backscatter
-      where land has it and amplitude does not, amplitude where it is the other way round.
+    - nothing negative (but for 5 % of noise, subtracted below zero): linear power where that puts the median where land
+      has it and amplitude does not, amplitude where it is the other way round.
 
     Raises:
-        BadInput: both fit, none fits, or the bands disagree.
+        BadInput: both fit all bands, none fits one, or the bands disagree.
     """
     found = {band: _decide(band, values) for band, values in samples.items()}
-    kinds = {units for units, _ in found.values()}
+    kinds = set(UNITS).intersection(*(fitting for fitting, _ in found.values()))
     reasons = "; ".join(f"{band or 'the band'}: {why}" for band, (_, why) in found.items())
-    if len(kinds) != 1 or None in kinds:
+    if len(kinds) != 1:
         raise BadInput("units", f"auto, but values do not tell ({reasons})", ADVICE)
-    (units,) = kinds
-    assert units is not None
-    return units, reasons
+    return kinds.pop(), reasons
 
 
-def _decide(band: str, values: NDArray[Any]) -> tuple[str | None, str]:
+def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
+    """(the units that fit, why)."""
     if values.dtype == np.uint8:
-        return "dn", "8-bit numbers, stretched for display"
+        return {"dn"}, "8-bit numbers, stretched for display"
     numbers = values.astype(np.float64)
     low, median, high = float(numbers.min()), float(np.median(numbers)), float(numbers.max())
     seen = f"{low:.4g} to {high:.4g}, median {median:.4g}"
     if median < -1:
         fits = low >= LOWEST_DB and high <= HIGHEST_DB
-        return ("db", f"{seen}: negative, as decibels are") if fits else (None, f"{seen}: beyond decibels; scaled?")
+        return ({"db"}, f"{seen}: negative, as decibels are") if fits else (set(), f"{seen}: beyond decibels; scaled?")
     negative = float((numbers < 0).mean())
     if negative > 0.05:
-        return None, f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power"
+        return set(), f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power"
     if median > DN_ABOVE or (values.dtype.kind in "ui" and high > 1):
-        return "dn", f"{seen}: digital numbers"
+        return {"dn"}, f"{seen}: digital numbers"
     if median <= 0:
-        return None, f"{seen}: hardly any backscatter"
+        return set(), f"{seen}: hardly any backscatter"
     bottom, top = PLAUSIBLE_DB.get(band, PLAUSIBLE_DB[""])
-    as_power, as_amplitude = 10 * np.log10(median), 20 * np.log10(median)
-    if fits_power := bottom <= as_power <= top:
-        why = f"{seen}: {as_power:.1f} dB if power"
-    if fits_amplitude := bottom <= as_amplitude <= top:
-        why = f"{seen}: {as_amplitude:.1f} dB if amplitude"
-    if fits_power == fits_amplitude:
-        both = f"{as_power:.1f} dB if power, {as_amplitude:.1f} dB if amplitude"
-        return None, f"{seen}: {both}; {'both' if fits_power else 'neither'} plausible for land"
-    return ("linear" if fits_power else "amplitude"), why
+    levels = {"linear": 10 * np.log10(median), "amplitude": 20 * np.log10(median)}
+    fitting = {units for units, level in levels.items() if bottom <= level <= top}
+    told = ", ".join(f"{level:.1f} dB if {units}" for units, level in levels.items())
+    return fitting, f"{seen}: {told}; plausible for land: {' and '.join(sorted(fitting)) or 'neither'}"
 
 
 def name_bands(wanted: str | None, descriptions: Sequence[str | None], file: str = "") -> tuple[dict[str, int], str]:

@@ -24,6 +24,9 @@ class Diffusion(Distiller):
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
+    last_time_share: float = (
+        0.0  # of samples at t_max, where only the condition tells; for a condition that tells little
+    )
     sampling_steps: int = 50  # network calls when the teacher is served
 
     def networks(self, teacher: Teacher) -> Networks:
@@ -39,6 +42,8 @@ class Diffusion(Distiller):
             cond = {**cond, "label": cond["label"].masked_fill(dropped, null)}
         # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, Algorithm 1)
         t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
+        if self.last_time_share:
+            t = t.masked_fill(torch.rand(len(x0), device=x0.device) < self.last_time_share, schedule.t_max)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
         yield "student", denoising(denoiser, x_t, t, x0, cond, self.snr_cap)
 
