@@ -155,13 +155,21 @@ class Axis:
         return (self.count - 1) * self.stride + self.tile
 
     def weight(self, index: int) -> NDArray[np.float32]:
-        """(tile,): raised cosines where a neighbour overlaps, 1 elsewhere; the weights of all tiles add up to 1."""
+        """(tile,): how much a tile counts; the weights of all tiles add up to 1.
+
+        Where a neighbour overlaps: nothing in the outer quarter, where convolutions saw the zeros beyond the tile; then
+        a raised cosine over half of the overlap.
+        """
         weight = np.ones(self.tile)
-        ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(self.overlap) + 0.5) / self.overlap)
+        outer = self.overlap // 4
+        length = self.overlap - 2 * outer
+        ramp = np.zeros(self.overlap)
+        ramp[outer : outer + length] = 0.5 - 0.5 * np.cos(np.pi * (np.arange(length) + 0.5) / max(length, 1))
+        ramp[outer + length :] = 1
         if index > 0:
             weight[: self.overlap] = ramp
         if index < self.count - 1:
-            weight[-self.overlap :] = ramp[::-1]
+            weight[self.tile - self.overlap :] = ramp[::-1]
         return weight.astype(np.float32)
 
 
