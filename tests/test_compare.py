@@ -248,8 +248,8 @@ def test_translators_have_means_regions_sar_and_truth(tmp_path: Path) -> None:
             for folder, shape in (("sar", (144, 144)), ("opt", (144, 144, 3))):
                 (tmp_path / "pairs" / split / folder).mkdir(parents=True, exist_ok=True)
                 picture = Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8))
-                picture.save(tmp_path / "pairs" / split / folder / f"{name}.png")
-    about = [{"id": name, "region": name.title()} for name in ("north", "south")]
+                picture.save(tmp_path / "pairs" / split / folder / f"{split}-{name}.png")
+    about = [{"id": f"{s}-{name}", "region": name.title()} for s in ("train", "test") for name in ("north", "south")]
     (tmp_path / "pairs" / "metadata.json").write_text(json.dumps(about))
     data = {"kind": "pairs", "path": str(tmp_path / "pairs"), "split": "train", "size": 16}
     teacher = tmp_path / "weights" / "sar-teacher"

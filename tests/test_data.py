@@ -12,7 +12,7 @@ from PIL import Image
 
 from distillers.data import KINDS, open_data
 from distillers.data.images import ImageFolder
-from distillers.data.pairs import SarOpticalPairs
+from distillers.data.pairs import MixedPairs, SarOpticalPairs, simulated
 from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
 from distillers.data.shapes import COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
@@ -112,13 +112,16 @@ def data(request: pytest.FixtureRequest, tmp_path: Path, classes: Path):  # type
         "shapes": {"size": 16},
         "preferences": {"path": write_pairs(tmp_path / "preferences"), "size": 16},
     }
+    if request.param == "mixed-pairs":
+        paths = split_layout(tmp_path / "pairs"), class_layout(tmp_path / "classes")
+        options["mixed-pairs"] = {"sources": [{"path": p} for p in paths], "size": 16, "radiometry": "amplitude"}
     return open_data(request.param, **options[request.param])
 
 
 def test_a_batch_has_the_promised_shapes_types_and_range(data) -> None:  # type: ignore[no-untyped-def]
     for batch in (data.draw(5, rng()), data.items([0, 2, 0, 1, 1])):
         expected = {"image": (5, 3, 16, 16)} | ({"label": (5,)} if data.labels else {})
-        expected |= {"sar": (5, 1, 16, 16)} if isinstance(data, SarOpticalPairs) else {}
+        expected |= {"sar": (5, 1, 16, 16)} if isinstance(data, SarOpticalPairs | MixedPairs) else {}
         expected |= {"loser": (5, 3, 16, 16)} if isinstance(data, PreferencePairs) else {}
         assert {key: tuple(value.shape) for key, value in batch.items()} == expected
         for key, value in batch.items():
@@ -154,7 +157,7 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
 @pytest.mark.parametrize(
     ("kind", "options", "field", "allowed"),
     [
-        ("movies", {}, "data.kind", "images | pairs | shapes"),
+        ("movies", {}, "data.kind", "images | pairs | mixed-pairs | shapes"),
         ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit"),
         ("shapes", {"shade": "black"}, "shade", "dark | mid | light"),
         ("shapes", {"limit": 0}, "limit", "1 or more"),
@@ -168,6 +171,14 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
         ("shapes", {"seed": -1}, "seed", "0 or more"),
         ("shapes", {"split": "all"}, "split", "train | test"),
         ("pairs", {"path": ".", "split": "all"}, "split", "train | test"),
+        ("pairs", {"path": ".", "radiometry": "phase"}, "radiometry", "amplitude | sentinel1-db"),
+        ("pairs", {"path": ".", "radiometry": {"form": "db"}}, "sar", "clip_db"),
+        ("pairs", {"path": ".", "units": "watts"}, "units", "auto | db | linear | amplitude | dn | stretched-db"),
+        ("mixed-pairs", {}, "data.sources", "needs it"),
+        ("mixed-pairs", {"sources": []}, "sources", "one table or more"),
+        ("mixed-pairs", {"sources": [{"share": 2}]}, "sources.0", "path, share, bands"),
+        ("mixed-pairs", {"sources": [{"path": ".", "size": 16}]}, "sources.0", "path, share, bands"),
+        ("mixed-pairs", {"sources": [{"path": "no/such/folder"}]}, "path", "existing folder"),
     ],
 )
 def test_a_wrong_option_is_named(kind: str, options: dict[str, object], field: str, allowed: str) -> None:
@@ -531,6 +542,160 @@ def test_the_real_pairs_open() -> None:
     assert {sentinel.region_of(0), sentinel.region_of(511)} <= {"California", "Texas"}
     sen12 = [SarOpticalPairs(real("sen12-pairs"), split, size=128) for split in ("train", "test")]
     assert [data.layout for data in sen12] == ["class", "class"] and sum(len(data) for data in sen12) == 80 * 4
+
+
+@pytest.mark.parametrize("bands", ["HH", "VV,VV", "", "vv"])
+def test_bands_that_pictures_cannot_have_are_refused(tmp_path: Path, bands: str) -> None:
+    with pytest.raises(BadInput, match="VV, VH or VV,VH") as error:
+        SarOpticalPairs(split_layout(tmp_path), bands=bands)
+    assert error.value.field == "bands"
+
+
+# --- pairs in decibels
+
+
+def ramp_pair(root: Path) -> Path:
+    """One pair whose SAR holds every level from 0 to 255, once a row."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    save(root / "train/sar/a.png", levels)
+    save(root / "train/opt/a.png", noise(1))
+    return root
+
+
+def in_decibels(seen: torch.Tensor, low: float) -> NDArray[np.floating]:
+    """Back from [-1, 1] by a clip range that ends at 0 dB."""
+    return np.asarray((seen.double().numpy() + 1) / 2 * -low + low)
+
+
+def test_stretched_decibels_are_linear_in_the_levels(tmp_path: Path) -> None:
+    root = ramp_pair(tmp_path)
+    options = {"size": 16, "radiometry": "sentinel1-db", "units": "stretched-db"}
+    seen = SarOpticalPairs(root, bands="VV", **options).items([0])["sar"][0]
+    found = in_decibels(seen[0], -25).ravel()
+    expected = -5.3 - 7.3 + 20 * (np.arange(256) / 255 - 0.5)
+    assert np.allclose(found, np.clip(expected, -25, 0), atol=1e-4) and (seen[1] == 0).all()
+    vh = in_decibels(SarOpticalPairs(root, bands="VH", **options).items([0])["sar"][0, 1], -32.5).ravel()
+    assert np.allclose(vh, expected - 13 + 5.3, atol=1e-4)  # its white is lower by as much
+
+
+def test_digital_numbers_are_logarithmic_below_white(tmp_path: Path) -> None:
+    pairs = SarOpticalPairs(ramp_pair(tmp_path), size=16, radiometry="sentinel1-db")
+    found = in_decibels(pairs.items([0])["sar"][0, 1], -32.5).ravel()
+    expected = -13 + 20 * np.log10(np.maximum(np.arange(256), 0.5) / 255)
+    assert pairs.units == "dn" and np.allclose(found, np.maximum(expected, -32.5), atol=1e-4)
+
+
+@pytest.mark.parametrize(("units", "step"), [("stretched-db", 20 / 255), ("dn", 20 * np.log10(255 / 254))])
+def test_training_fills_the_steps_and_what_was_clipped(tmp_path: Path, units: str, step: float) -> None:
+    pairs = SarOpticalPairs(ramp_pair(tmp_path), size=16, radiometry="sentinel1-db", bands="VV", units=units)
+    for level, beyond in ((254, 0.0), (255, 2.0)):
+        values = np.full((1, 100, 100), level, np.uint8)
+        plain, drawn = pairs._decibels(values, "VV", None), pairs._decibels(values, "VV", rng())
+        assert np.ptp(plain) == 0 and len(np.unique(drawn)) > 5000
+        assert (drawn - plain).mean() == pytest.approx(beyond, abs=0.08)
+        assert (drawn - plain).min() > -0.51 * step
+        if not beyond:
+            assert (drawn - plain).min() < -0.49 * step and 0.49 * step < (drawn - plain).max() < 0.51 * step
+
+
+HEARD = rng(9).normal(-12, 3, (4000, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("bands", "without"),
+    [
+        (("VH",), {"VV": 0.4, "VH": 0.25}),
+        (("VV",), {"VH": 0.4, "VV": 0.25}),
+        (("VV", "VH"), {"VV": 0.25, "VH": 0.25}),
+    ],
+)
+def test_a_polarisation_is_left_out_whole_and_never_both(bands: tuple[str, ...], without: dict[str, float]) -> None:
+    seen = simulated({band: HEARD for band in bands}, rng())
+    assert seen.keys() == without.keys()
+    none = {band: np.isnan(values) for band, values in seen.items()}
+    for band, share in without.items():
+        gone = none[band].all((1, 2))
+        assert (gone == none[band].any((1, 2))).all()
+        assert gone.mean() == pytest.approx(share, abs=0.03)
+    assert not (none["VV"] & none["VH"]).any()
+
+
+@pytest.mark.parametrize(("real", "other", "ratio"), [("VH", "VV", 7.7), ("VV", "VH", -7.7)])
+def test_a_simulated_polarisation_lies_on_its_side_of_the_real_one(real: str, other: str, ratio: float) -> None:
+    seen = simulated({real: HEARD}, rng())
+    apart = (seen[other] - seen[real])[~np.isnan(seen[other] - seen[real]).any((1, 2))]
+    assert apart.mean() == pytest.approx(ratio, abs=0.2)
+    assert apart.mean((1, 2)).std() == pytest.approx(2.0, abs=0.15)  # from crop to crop
+    within = apart - apart.mean((1, 2), keepdims=True)
+    assert 0.5 < within.std() < 3  # speckle of its own
+    gain = (seen[real] - HEARD)[~np.isnan(seen[real]).any((1, 2))]
+    assert np.ptp(gain, axis=(1, 2)).max() < 1e-9  # one for a crop
+    assert gain.mean() == pytest.approx(0, abs=0.1) and gain.std() == pytest.approx(1.5, abs=0.1)
+
+
+def test_two_real_polarisations_keep_their_ratio() -> None:
+    seen = simulated({"VV": HEARD, "VH": HEARD - 5}, rng())
+    apart = seen["VV"] - seen["VH"]
+    assert np.isnan(apart).any() and np.nanmax(np.abs(apart - 5)) < 1e-9
+
+
+def test_what_is_simulated_is_a_function_of_the_random_generator() -> None:
+    first, again, other = (simulated({"VH": HEARD[:50]}, rng(seed)) for seed in (1, 1, 2))
+    for band in ("VV", "VH"):
+        assert np.array_equal(first[band], again[band], equal_nan=True)
+        assert not np.array_equal(first[band], other[band], equal_nan=True)
+
+
+# --- mixed pairs
+
+
+def plain_pairs(root: Path, value: int, sides: tuple[int, ...] = (16,)) -> Path:
+    for k, side in enumerate(sides):
+        save(root / f"train/sar/{k}.png", np.full((side, side), value, np.uint8))
+        save(root / f"train/opt/{k}.png", np.full((side, side, 3), value, np.uint8))
+    return root
+
+
+def test_sources_are_drawn_by_their_shares(tmp_path: Path) -> None:
+    paths = [plain_pairs(tmp_path / name, value, sides) for name, value, sides in (("a", 0, (16,)), ("b", 255, (96,)))]
+    sources = [{"path": path, "share": share} for path, share in zip(paths, (3, 1), strict=True)]
+    mixed = MixedPairs(sources, size=16, radiometry="amplitude")
+    drawn = mixed.draw(2000, rng())
+    assert drawn["sar"].shape == (2000, 1, 16, 16) and torch.equal(drawn["sar"][:, 0], drawn["image"][:, 0])
+    assert (drawn["sar"][:, 0, 0, 0] < 0).float().mean() == pytest.approx(0.75, abs=0.03)
+    assert mixed.name == "a+b" and mixed.draw(0, rng())["image"].shape == (0, 3, 16, 16)
+    for share in (0, -1, "half"):
+        with pytest.raises(BadInput, match=r"share: .*above 0"):
+            MixedPairs([{"path": paths[0], "share": share}], size=16)
+
+
+def test_items_of_mixed_pairs_are_those_of_the_sources_in_turn(tmp_path: Path) -> None:
+    roots = split_layout(tmp_path / "split"), class_layout(tmp_path / "class")
+    options = {"split": "test", "size": 16, "radiometry": "sentinel1-db"}
+    sources = [{"path": roots[0], "bands": "VH"}, {"path": roots[1], "bands": "VV", "units": "stretched-db"}]
+    mixed, parts = MixedPairs(sources, **options), [SarOpticalPairs(**source, **options) for source in sources]
+    assert len(mixed) == sum(map(len, parts)) and len(mixed.items([])["sar"]) == 0
+    whole = mixed.items(range(len(mixed)))
+    for key, values in whole.items():
+        assert torch.equal(values, torch.cat([part.items(range(len(part)))[key] for part in parts]))
+    chosen = [len(mixed) - 1, 0, len(parts[0]), len(parts[0]) - 1]
+    assert all(torch.equal(mixed.items(chosen)[key], whole[key][chosen]) for key in whole)
+    assert (whole["sar"][: len(parts[0]), 0] == 0).all() and (whole["sar"][len(parts[0]) :, 1] == 0).all()
+    assert mixed.region_of(0) == "split, South"
+    assert mixed.region_of(len(mixed) - 1) in ("class, agri", "class, urban")
+    (roots[0] / "metadata.json").unlink()
+    assert MixedPairs(sources, **options).region_of(0) == "split"
+
+
+def test_a_mixed_batch_is_as_wide_as_the_model(tmp_path: Path) -> None:
+    sources = [
+        {"path": split_layout(tmp_path / "a"), "bands": "VH"},
+        {"path": class_layout(tmp_path / "b"), "bands": "VV"},
+    ]
+    drawn = open_data("mixed-pairs", sources=sources, size=16).draw(400, rng())
+    assert drawn["sar"].shape == (400, 2, 16, 16) and drawn["sar"].isfinite().all() and drawn["sar"].abs().max() <= 1
+    gone = (drawn["sar"] == 0).all((2, 3)).float().mean(0)
+    assert 0.2 < gone[0] < 0.45 and 0.2 < gone[1] < 0.45  # both are real in one source and simulated in the other
 
 
 # --- shapes

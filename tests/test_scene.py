@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import uniform_filter
 from torch import nn
 
 from distillers.codec import PixelUnshuffle
@@ -218,20 +219,18 @@ def test_a_constant_scene_shows_no_grid(tmp_path: Path, name: str, monkeypatch: 
     def unevenness() -> float:
         """Largest over smallest contrast along a stride of 96 px, in parts of 16, over 14 strides."""
         translate(published, scene, tmp_path / "o.tif", Options(tile=128, overlap=32))
-        grey = pixels(tmp_path / "o.tif").astype(float).mean(0)[16:-16]
-        contrast = np.abs(np.diff(grey, axis=1)).mean(0)[
-            104 : 104 + 96 * 14
-        ]  # the first part is where two tiles are blended
+        grey = uniform_filter(pixels(tmp_path / "o.tif").astype(float).mean(0), 5)[16:-16]  # without the pixels' grain
+        contrast = grey.std(0)[104 : 104 + 96 * 14]  # the first part is where two tiles are blended
         parts = contrast.reshape(14, 6, 16).mean((0, 2))
         return float(parts.max() / parts.min())
 
     even = unevenness()
-    assert even < 1.1
+    assert even < 1.12
     crop = NoiseField.crop
     monkeypatch.setattr(
         NoiseField, "crop", lambda self, seed, step, y, x, *sides: crop(self, seed, step, y, 7 * x, *sides)
     )
-    assert unevenness() > max(1.08, even + 0.03), even
+    assert unevenness() > even + 0.06, even
 
 
 # --- seeds

@@ -6,17 +6,21 @@ Every kind answers the same two questions, so training and evaluation know none 
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distillers.data.images import ImageFolder
-from distillers.data.pairs import MixedPairs, SarOpticalPairs, read_sar
+from distillers.data.pairs import MixedPairs, SarOpticalPairs
+from distillers.data.pairs import read_sar as _read_grey
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
+from distillers.radiometry import Radiometry, name_bands
 
 __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 
@@ -88,6 +92,18 @@ KINDS: dict[str, Callable[..., ImageData]] = {
     "shapes": CaptionedShapes,
     "preferences": PreferencePairs,
 }
+
+
+def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None = None) -> Tensor:
+    """One SAR picture as a model is shown it, (1, C, H, W) in [-1, 1]; its polarisation by `bands` or the file's name.
+
+    Raises:
+        BadInput: a missing, unreadable or coloured file.
+    """
+    grey = _read_grey(path)
+    seen = seen or Radiometry()
+    (band, *_), _ = name_bands(bands, [None], Path(path).stem)
+    return torch.from_numpy(seen.picture((grey[0, 0].numpy() + 1) / 2, band))[None]
 
 
 def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -> ImageData:

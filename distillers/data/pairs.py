@@ -1,15 +1,11 @@
 """Co-registered SAR and optical scenes, kept in memory, cut into crops for training and tiles for evaluation.
 
-A pair is cut, turned and mirrored as one, so neither can move without the other. What SAR values mean, and what a model
-is shown of them, is `distillers.radiometry`.
+A pair is cut, turned and mirrored as one, so neither can move without the other. Which files are pairs and which of
+them are for testing is `layouts`; what SAR values mean, and what a model is shown of them, `distillers.radiometry`.
 """
 
-import hashlib
 import inspect
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distillers.data.layouts import RASTERS, Pair, find_pairs, metadata
 from distillers.data.pixels import (
-    SPLITS,
     Batch,
     Pixels,
     check_indices,
@@ -28,17 +24,24 @@ from distillers.data.pixels import (
     check_split,
     dihedral,
     existing_folder,
-    image_files,
     read_image,
     spread,
-    subfolders,
     to_tensor,
 )
+from distillers.data.rasters import read_optical_raster, read_sar_raster, sar_bands
 from distillers.errors import BadInput
-from distillers.radiometry import NAMED, POLARISATIONS, UNITS, Radiometry, decibels
+from distillers.radiometry import (
+    HIGHEST_DB,
+    LOWEST_DB,
+    NAMED,
+    POLARISATIONS,
+    UNITS,
+    Radiometry,
+    decibels,
+    decide_units,
+    white_of,
+)
 
-LAYOUTS = ("split", "class", "sen12")
-_PATCH = re.compile(r"_p\d+$")  # ROIs1868_summer_59_p1001 is patch 1001 of scene ROIs1868_summer_59
 STRETCHED = "stretched-db"
 STRETCH_DB = (
     20.0  # dB between 0 and 255 of SEN1-2's pictures: puts their speckle (20 levels) where other pictures have it
@@ -48,36 +51,30 @@ CLIPPED_DB = 2.0  # how far, on average, clipped numbers lie beyond
 GAIN_DB = 1.5  # between calibrations, orbits and seasons
 RATIO_DB, RATIO_SPREAD_DB = 7.7, 2.0  # VV over VH on land: TerraMind's means, -12.6 and -20.3 dB
 SPECKLE_DB = 1.5  # the share of a second polarisation's speckle that the first does not have
+HOLES = 0.1  # of a crop's pixels may have no data
+SAMPLED = 16  # rasters of a folder that its units are decided by
 _GREY = 3  # grey levels that the channels of a grey image may differ by after lossy compression
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One file pair and the scene (the stretch of ground) that it belongs to."""
-
-    sar: Path
-    optical: Path
-    scene: str
-
-
 class SarOpticalPairs:
-    """Pairs in one of three layouts, found by looking (`layout="auto"`) or named:
-
-    - `split`: `{train,test}/{sar,opt}/ID.webp`; each ID is a scene, the folders are the split.
-    - `class`: `{CLASS}/{sar,opt}/NAME.png`; the scene is NAME without its `_pN` (without one: the class).
-    - `sen12`: `ROIsXXXX_season/s1_N/*.png` with `s2_N/*.png` (as SEN1-2 is published); each `s1_N` is a scene.
-
-    The last two have no split on disk. Neighbouring patches overlap by half there, so whole scenes are divided: sorted
-    by the SHA-256 of their names, the first fifth (rounded up) is the test split, always the same for the same scenes.
+    """Pairs of a folder in one of the layouts of `layouts.find_pairs`, found by looking (`layout="auto"`) or named.
 
     `size` is the crop in pixels. `dihedral` turns and mirrors drawn crops in all eight ways. `limit` keeps an evenly
     spaced part of the pairs. Three equal SAR channels are read as one. `region_of` answers from `metadata.json`, else
     with the class folder.
 
     `radiometry` is what a model is shown: a name (amplitude | sentinel1-db) or a manifest's `sar`. Where it has
-    decibels, `bands` names the polarisations of the files ("VH", "VV" or "VV,VH") and `units` what their values are:
-    those of `radiometry.UNITS`, or "stretched-db" (8 bits, decibels stretched to them, as SEN1-2 has); then `draw` also
-    varies the levels, adds a simulated second polarisation and leaves polarisations out: see `simulated`.
+    decibels, `bands` names the polarisations of pictures ("VH" if not said, "VV" or "VV,VH") and `units` what their
+    values are: those of `radiometry.UNITS`, or "stretched-db" (8 bits, decibels stretched to them, as SEN1-2 has); then
+    `draw` also varies the levels, adds a simulated second polarisation and leaves polarisations out: see `simulated`.
+
+    Rasters (layouts geotiff and sen12ms) say their bands by description, else `bands` does, as in
+    `radiometry.name_bands`. Units "auto" are "dn" for 8 bits, else decided by the values of SAMPLED rasters, for all
+    alike. `nodata` is a SAR value that means no data beside NaN and what the file says. Optical rasters of 8 bits are
+    taken as they are, all others as reflectance, (numbers - optical_offset) / optical_scale: optical_offset = 1000 for
+    Sentinel-2 since processing baseline 04.00, as ESA delivers it. Crops of which more than a tenth lack data are not
+    among the items, and drawn anew.
+
     BadInput names the file that is unreadable, lacks its partner, differs in size from it, or is smaller than the crop.
     """
 
@@ -92,87 +89,130 @@ class SarOpticalPairs:
         dihedral: bool = True,
         limit: int | None = None,
         radiometry: str | Mapping[str, Any] = "amplitude",
-        bands: str = "VH",
-        units: str = "dn",
+        bands: str | None = None,
+        units: str = "auto",
+        nodata: float | None = None,
+        optical_scale: float = 10_000.0,
+        optical_offset: float = 0.0,
     ) -> None:
         self.path, self.size, self.dihedral = existing_folder(path), check_size(size), dihedral
         check_split(split)
         self.radiometry = described(radiometry)
-        self.bands = tuple(bands.split(","))
+        if units not in ("auto", *UNITS, STRETCHED):
+            raise BadInput("units", units, " | ".join(("auto", *UNITS, STRETCHED)))
+        if not optical_scale > 0:
+            raise BadInput("optical_scale", optical_scale, "above 0")
+        self.name, self.nodata, self.optical = self.path.name, nodata, (optical_scale, optical_offset)
+        self.layout, pairs = find_pairs(self.path, split, layout)
+        self.pairs = [pairs[i] for i in spread(len(pairs), limit)]
+        self._asked = bands, units
+        if self.layout in RASTERS:
+            self.bands = tuple(self._bands_of(self.pairs[0]))
+            return
+        self.bands = tuple(("VH" if bands is None else bands).split(","))
         if not set(self.bands) <= set(POLARISATIONS) or len(set(self.bands)) < len(self.bands):
             raise BadInput("bands", bands, "VV, VH or VV,VH: the polarisations of the SAR files")
-        if units not in (*UNITS, STRETCHED):
-            raise BadInput("units", units, " | ".join((*UNITS, STRETCHED)))
-        self.units = units
-        self.name = self.path.name
-        self.layout = self._layout_on_disk() if layout == "auto" else layout
-        if self.layout not in LAYOUTS:
-            raise BadInput("layout", layout, " | ".join(("auto", *LAYOUTS)))
-        pairs = {"split": self._find_split, "class": self._find_class, "sen12": self._find_sen12}[self.layout](split)
-        if not pairs:
-            raise BadInput("path", str(self.path), f"a folder with SAR/optical pairs in layout {self.layout!r}")
-        self.pairs = [pairs[i] for i in spread(len(pairs), limit)]
 
     # --- what is on disk
 
-    def _layout_on_disk(self) -> str:
-        inside = {child.name for child in subfolders(self.path)}
-        if any((self.path / s / "sar").is_dir() for s in SPLITS):
-            return "split"
-        if any((self.path / c / "sar").is_dir() for c in inside):
-            return "class"
-        if any(child.name.startswith("s1_") for c in inside for child in subfolders(self.path / c)):
-            return "sen12"
-        raise BadInput("path", str(self.path), "{train,test}/{sar,opt}, CLASS/{sar,opt} or ROIsXXXX_season/{s1_N,s2_N}")
-
-    def _find_split(self, split: str) -> list[Pair]:
-        folder = self.path / split
-        return [Pair(sar, opt, sar.stem) for sar, opt in _match(folder / "sar", folder / "opt")]
-
-    def _find_class(self, split: str) -> list[Pair]:
-        pairs = []
-        for folder in (f for f in subfolders(self.path) if (f / "sar").is_dir() or (f / "opt").is_dir()):
-            for sar, opt in _match(folder / "sar", folder / "opt"):
-                scene = _PATCH.sub("", sar.stem)
-                pairs.append(Pair(sar, opt, scene if scene != sar.stem else folder.name))
-        return _divide(pairs, split)
-
-    def _find_sen12(self, split: str) -> list[Pair]:
-        pairs = []
-        for season in subfolders(self.path):
-            names = {f.name[3:] for f in subfolders(season) if f.name.startswith(("s1_", "s2_"))}
-            for name in sorted(names):
-                matched = _match(season / f"s1_{name}", season / f"s2_{name}")
-                pairs += [Pair(sar, opt, f"{season.name}/s1_{name}") for sar, opt in matched]
-        return _divide(pairs, split)
-
     @cached_property
     def scenes(self) -> list[NDArray[Any]]:
-        """Every pair as (H,W,C+3), uint8 or float16: the SAR's bands, red, green, blue; decoded at the first use."""
-        return [_read_pair(pair, self.size) for pair in self.pairs]
+        """Every pair as (H,W,C+3), decoded at the first use: the SAR's bands, red, green, blue. uint8 where all are;
+        else float16: 8-bit SAR as it is, other SAR in decibels (at the model's white where it has no level of its own),
+        NaN where there are no data."""
+        read = self._read_rasters if self.layout in RASTERS else _read_pair
+        found = [read(pair, self.size) for pair in self.pairs]
+        kind = np.uint8 if all(scene.dtype == np.uint8 for scene in found) else np.float16
+        return [scene.astype(kind, copy=False) for scene in found]
+
+    @cached_property
+    def units(self) -> str:
+        """What the SAR's values are, as asked for or decided."""
+        asked = self._asked[1]
+        if asked != "auto" or self.layout not in RASTERS:
+            return "dn" if asked == "auto" else asked
+        samples: dict[str, list[NDArray[Any]]] = {band: [] for band in self.bands}
+        for i in spread(len(self.pairs), SAMPLED):
+            values, valid = self._read_sar(self.pairs[i])
+            for band, numbers in zip(self.bands, values[valid].T, strict=True):
+                samples[band].append(numbers[:: 1 + numbers.size // 65_536])
+        if not sum(map(len, samples[self.bands[0]])):
+            raise BadInput("path", str(self.path), "SAR rasters with data")
+        return decide_units({band: np.concatenate(parts) for band, parts in samples.items()})[0]
+
+    def _bands_of(self, pair: Pair) -> dict[str, int]:
+        """{polarisation: band}; one of them for a model that takes one."""
+        found = sar_bands(pair.sar, self._asked[0])
+        if self.radiometry.form == "amplitude":
+            kept = next((band for band in ("VH", *self.radiometry.bands) if band in found), next(iter(found)))
+            found = {kept: found[kept]}
+        return found
+
+    def _read_sar(self, pair: Pair) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        found = self._bands_of(pair)
+        if set(found) != set(self.bands):
+            raise BadInput(str(pair.sar), ", ".join(found), f"{', '.join(self.bands)}, as in {self.pairs[0].sar}")
+        return read_sar_raster(pair.sar, {band: found[band] for band in self.bands}, self.nodata)
+
+    @cached_property
+    def _eight_bits(self) -> bool:
+        """Whether the SAR's values stay as they are in `scenes`."""
+        return self.layout not in RASTERS or self._read_sar(self.pairs[0])[0].dtype == np.uint8
+
+    def _read_rasters(self, pair: Pair, size: int) -> NDArray[Any]:
+        sar, valid = self._read_sar(pair)
+        if (sar.dtype == np.uint8) != self._eight_bits:
+            raise BadInput(str(pair.sar), f"values of {sar.dtype}", f"8 bits in all or none, as in {self.pairs[0].sar}")
+        optical, seen = read_optical_raster(pair.optical, *self.optical)
+        _check_sizes(pair, sar, optical, size)
+        valid = valid & seen
+        if not self._eight_bits:
+            sar = self._levels(pair, sar, valid)
+        scene = np.concatenate([sar, optical.astype(sar.dtype)], axis=2)
+        return scene if valid.all() else np.where(valid[..., None], scene, np.nan).astype(np.float16)
+
+    def _levels(self, pair: Pair, sar: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float16]:
+        """Decibels of values that have more than 8 bits; BadInput where they cannot be in the folder's units."""
+        out = np.full(sar.shape, np.nan, np.float16)
+        if not valid.any():
+            return out
+        samples = {band: sar[..., i][valid] for i, band in enumerate(self.bands)}
+        low, high = float(sar[valid].min()), float(sar[valid].max())
+        wrong = low < LOWEST_DB or high > HIGHEST_DB if self.units == "db" else high <= 0
+        if self.units == STRETCHED or wrong or (self._asked[1] == "auto" and self._of_another_kind(samples)):
+            given = f"values from {low:.4g} to {high:.4g}, in a folder of units {self.units}"
+            raise BadInput(str(pair.sar), given, "values of one kind in all rasters; nodata where a number means none")
+        for i, (band, numbers) in enumerate(samples.items()):
+            shift = 0.0
+            if self.radiometry.anchored(self.units):
+                shift = self.radiometry.level(band) - white_of(numbers, self.units)
+            out[valid, i] = decibels(numbers, self.units) + np.float32(shift)
+        return out
+
+    def _of_another_kind(self, samples: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether one raster alone would be taken for something else; power and amplitude are too alike to tell."""
+        try:
+            own, _ = decide_units(samples)
+        except BadInput:
+            return False
+        alike = {"amplitude": "linear"}
+        return alike.get(own, own) != alike.get(self.units, self.units)
 
     @cached_property
     def _tiles(self) -> list[tuple[int, int, int]]:
-        """(pair, top, left) of every non-overlapping tile, in the order of the pairs, then by row."""
+        """(pair, top, left) of every non-overlapping tile with data, in the order of the pairs, then by row."""
         s = self.size
         return [
             (k, top, left)
             for k, scene in enumerate(self.scenes)
             for top in range(0, scene.shape[0] - s + 1, s)
             for left in range(0, scene.shape[1] - s + 1, s)
+            if _holes(scene[None, top : top + s, left : left + s])[0] <= HOLES
         ]
 
     @cached_property
     def _regions(self) -> dict[str, str]:
-        file = self.path / "metadata.json"
-        if not file.is_file():
-            return {}
-        try:
-            return {
-                str(entry["id"]): str(entry["region"]) for entry in json.loads(file.read_text()) if "region" in entry
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(str(file), str(error), 'a JSON list of {"id": ..., "region": ...}') from error
+        return {name: str(entry["region"]) for name, entry in metadata(self.path).items() if "region" in entry}
 
     # --- the batches
 
@@ -182,6 +222,14 @@ class SarOpticalPairs:
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         """`n` random crops (a pair is as likely as its area), both turned alike; a pure function of `rng`."""
+        crops = self._crops(n, rng)
+        while (poor := _holes(crops) > HOLES).any():
+            if not self._tiles:
+                raise BadInput("path", str(self.path), f"pairs with {self.size} x {self.size} px of data")
+            crops[poor] = self._crops(int(poor.sum()), rng)
+        return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng)
+
+    def _crops(self, n: int, rng: np.random.Generator) -> NDArray[Any]:
         area = np.array([scene.shape[0] * scene.shape[1] for scene in self.scenes], dtype=np.float64)
         chosen, where = rng.choice(len(area), size=n, p=area / area.sum()), rng.random((n, 2))
         crops = np.empty((n, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
@@ -190,7 +238,7 @@ class SarOpticalPairs:
             top = int(where[i, 0] * (scene.shape[0] - self.size + 1))
             left = int(where[i, 1] * (scene.shape[1] - self.size + 1))
             crops[i] = scene[top : top + self.size, left : left + self.size]
-        return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng)
+        return crops
 
     def items(self, indices: Sequence[int]) -> Batch:
         """The tiles of these positions as they are."""
@@ -201,16 +249,19 @@ class SarOpticalPairs:
 
     def _batch(self, crops: NDArray[Any], rng: np.random.Generator | None = None) -> Batch:
         """(n,S,S,C+3) in the model's terms; with `rng` as training draws them."""
-        image, sar = to_tensor(crops[..., -3:].astype(np.uint8)), crops[..., :-3]
-        if self.radiometry.form == "amplitude":
-            return {"image": image, "sar": to_tensor(sar)}
+        image, sar = to_tensor(np.nan_to_num(crops[..., -3:]).astype(np.uint8)), crops[..., :-3]
+        if self.radiometry.form == "amplitude" and self._eight_bits:
+            return {"image": image, "sar": to_tensor(sar).nan_to_num_(0)}
         heard = {band: self._decibels(sar[..., i], band, rng) for i, band in enumerate(self.bands)}
-        seen = self.radiometry.unit(heard if rng is None else simulated(heard, rng))
+        varied = heard if rng is None or self.radiometry.form == "amplitude" else simulated(heard, rng)
+        seen = self.radiometry.unit(varied)
         return {"image": image, "sar": torch.from_numpy(seen.swapaxes(0, 1).copy())}
 
     def _decibels(self, values: NDArray[Any], band: str, rng: np.random.Generator | None) -> NDArray[np.float32]:
         """dB of (n,S,S); training takes the steps out of 8-bit numbers and lets clipped ones lie beyond."""
         numbers = values.astype(np.float32)
+        if not self._eight_bits:
+            return numbers
         if self.units in ("db", "linear", "amplitude"):
             return decibels(numbers, self.units)
         beyond = np.zeros_like(numbers)
@@ -255,7 +306,7 @@ class MixedPairs:
     ) -> None:
         if not sources:
             raise BadInput("sources", sources, "one table or more, each with a path")
-        own = {"split": split, "size": size, "dihedral": dihedral, "radiometry": radiometry}
+        own: dict[str, Any] = {"split": split, "size": size, "dihedral": dihedral, "radiometry": radiometry}
         self.parts, shares, self.size = [], [], size
         for i, source in enumerate(sources):
             options = {**source}
@@ -276,7 +327,7 @@ class MixedPairs:
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         """`n` random crops, each from a source by its share; a pure function of `rng`."""
         counts = rng.multinomial(n, self.shares)
-        drawn = [part.draw(int(count), rng) for part, count in zip(self.parts, counts, strict=True) if count]
+        drawn = [part.draw(int(count), rng) for part, count in zip(self.parts, counts, strict=True) if count or not n]
         return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
 
     def items(self, indices: Sequence[int]) -> Batch:
@@ -335,37 +386,25 @@ def _speckle(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.flo
     return (pairs + np.roll(pairs, 1, -2)) / np.sqrt(2)
 
 
-def _match(sar_folder: Path, optical_folder: Path) -> list[tuple[Path, Path]]:
-    """The files of both folders paired by name (`_s1_` in one stands for `_s2_` in the other)."""
-    sar, optical = (
-        {f.stem.replace("_s1_", "_s2_"): f for f in image_files(existing_folder(folder))}
-        for folder in (sar_folder, optical_folder)
-    )
-    for name in sorted(sar.keys() ^ optical.keys()):
-        present, absent = (sar, optical_folder) if name in sar else (optical, sar_folder)
-        raise BadInput(str(present[name]), "no partner", f"an image of the same name in {absent}")
-    return [(sar[name], optical[name]) for name in sorted(sar)]
-
-
-def _divide(pairs: list[Pair], split: str) -> list[Pair]:
-    """The pairs of the scenes of `split`; see SarOpticalPairs for the rule."""
-    scenes = sorted({p.scene for p in pairs}, key=lambda scene: hashlib.sha256(scene.encode()).digest())
-    if len(scenes) == 1:
-        raise BadInput(
-            "path", f"one scene only ({scenes[0]})", "two scenes or more, to divide them into train and test"
-        )
-    test = set(scenes[: -(-len(scenes) // 5)])
-    return [p for p in pairs if (p.scene in test) == (split == "test")]
+def _holes(crops: NDArray[Any]) -> NDArray[np.floating]:
+    """(n,): the share of pixels without SAR or without optical."""
+    if crops.dtype == np.uint8:
+        return np.zeros(len(crops))
+    return np.isnan(crops).any(-1).mean((1, 2))
 
 
 def _read_pair(pair: Pair, size: int) -> NDArray[Any]:
     sar, optical = _read_sar(pair.sar), np.asarray(read_image(pair.optical).convert("RGB"))
+    _check_sizes(pair, sar, optical, size)
+    return np.concatenate([sar, optical], axis=2)
+
+
+def _check_sizes(pair: Pair, sar: NDArray[Any], optical: NDArray[Any], size: int) -> None:
     if sar.shape[:2] != optical.shape[:2]:
         given = f"{sar.shape[1]}x{sar.shape[0]} px beside {optical.shape[1]}x{optical.shape[0]} px in {pair.optical}"
         raise BadInput(str(pair.sar), given, "SAR and optical of the same size")
     if min(sar.shape[:2]) < size:
         raise BadInput(str(pair.sar), f"{sar.shape[1]}x{sar.shape[0]} px", f"at least the crop size, {size} px")
-    return np.concatenate([sar, optical.astype(sar.dtype)], axis=2)
 
 
 def _read_sar(path: Path) -> Pixels:

@@ -1,0 +1,251 @@
+"""What SAR numbers are taken for, in decibels and to a network; and the plain refusal where that cannot be told."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from distillers.errors import BadInput
+from distillers.radiometry import (
+    AMPLITUDE,
+    LOWEST_DB,
+    SENTINEL1_DB,
+    Radiometry,
+    decibels,
+    decide_units,
+    name_bands,
+    white_of,
+)
+
+
+def land(mean: float, seed: int = 0) -> NDArray[np.float32]:
+    """Decibels with speckle."""
+    return np.random.default_rng(seed).normal(mean, 3, 4000).astype(np.float32)
+
+
+def power(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(10 ** (values / 10), dtype=np.float32)
+
+
+def amplitude(values: NDArray[np.float32], factor: float = 1.0) -> NDArray[np.float32]:
+    return np.asarray(factor * 10 ** (values / 20), dtype=np.float32)
+
+
+def noisy(share: float) -> NDArray[np.float32]:
+    """Linear power of land, `share` of it below zero, for noise was subtracted."""
+    values = power(land(-12))
+    values[: int(share * len(values))] *= -1
+    return values
+
+
+# --- units
+
+VV, VH = land(-11.5), land(-19, 1)
+
+
+@pytest.mark.parametrize(
+    ("units", "samples"),
+    [
+        ("db", {"VV": VV, "VH": VH}),
+        ("db", {"VV": VV.astype(np.float64)}),
+        ("db", {"": np.round(VV).astype(np.int16)}),
+        ("linear", {"VV": power(VV), "VH": power(VH)}),
+        ("linear", {"VV": noisy(0.02)}),
+        ("amplitude", {"VV": amplitude(VV), "VH": amplitude(VH)}),
+        ("linear", {"VV": power(land(-7)), "VH": power(VH)}),  # VV could be amplitude too, VH could not
+        ("dn", {"VV": amplitude(VV, 1000).astype(np.uint16), "VH": amplitude(VH, 1000).astype(np.uint16)}),
+        ("dn", {"VV": amplitude(VV, 1000)}),
+        ("dn", {"VV": np.arange(256, dtype=np.uint8)}),
+        ("dn", {"": np.zeros(9, dtype=np.uint8)}),
+        ("dn", {"VV": np.array([0, 1, 2, 7] * 9, dtype=np.uint16)}),  # dark, but whole numbers
+    ],
+)
+def test_units_are_told_by_the_values(units: str, samples: dict[str, NDArray[Any]]) -> None:
+    found, why = decide_units(samples)
+    assert found == units
+    assert all((band or "the band") in why for band in samples)
+
+
+@pytest.mark.parametrize(
+    ("samples", "why"),
+    [
+        ({"VV": np.round(VV * 100).astype(np.int16)}, "beyond decibels; scaled"),
+        ({"VV": np.append(VV, np.float32(-9999))}, "-9999.*beyond decibels"),
+        ({"VV": np.append(VV, np.float32(51))}, "to 51.*beyond decibels"),
+        ({"VV": noisy(0.06)}, "6 % negative: neither"),
+        ({"VV": power(land(-7))}, "-7.* dB if linear, -14.* dB if amplitude; .*: amplitude and linear"),
+        ({"VV": power(land(-60))}, "plausible for land: neither"),
+        ({"VV": np.zeros(100, np.float32)}, "hardly any backscatter"),
+        ({"VV": VV, "VH": power(VH)}, "VV: .*decibels.*VH: .*if linear"),
+        ({"VV": VV, "VH": np.zeros(9, np.float32)}, "VH: .*hardly any"),
+    ],
+)
+def test_units_that_the_values_do_not_tell_are_refused_with_advice(samples: dict[str, NDArray[Any]], why: str) -> None:
+    with pytest.raises(BadInput, match=why) as error:
+        decide_units(samples)
+    assert error.value.field == "units" and "--units db | linear | amplitude | dn" in error.value.allowed
+
+
+# --- decibels
+
+
+@pytest.mark.parametrize(("units", "expected"), [("linear", -20), ("amplitude", -40), ("dn", -40), ("db", 0.01)])
+def test_decibels_by_units(units: str, expected: float) -> None:
+    assert decibels(np.array([0.01]), units) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("units", ["linear", "amplitude", "dn"])
+def test_no_backscatter_is_the_lowest_level_and_no_data_stays_none(units: str) -> None:
+    found = decibels(np.array([0.0, -0.3, 1e-30, 1.0, np.nan]), units)
+    assert found.dtype == np.float32
+    assert found[:4] == pytest.approx([LOWEST_DB, LOWEST_DB, LOWEST_DB, 0], abs=1e-4) and np.isnan(found[4])
+
+
+def test_integers_are_not_divided_as_integers() -> None:
+    assert decibels(np.array([0, 1, 10, 1000], np.uint16), "dn") == pytest.approx([LOWEST_DB, 0, 20, 60], abs=1e-4)
+
+
+@given(st.floats(-79, 49), st.sampled_from(["linear", "amplitude"]))
+def test_decibels_survive_the_way_to_power_and_back(level: float, units: str) -> None:
+    numbers = np.array([10 ** (level / (10 if units == "linear" else 20))])
+    assert decibels(numbers, units)[0] == pytest.approx(level, abs=1e-3)
+
+
+def test_white_is_the_99_per_cent_quantile_or_255() -> None:
+    numbers = np.append(np.arange(1, 101, dtype=np.float32), np.nan)
+    assert white_of(numbers, "dn") == pytest.approx(20 * np.log10(99), abs=0.01)
+    assert white_of(np.array([3, 4], np.uint8), "dn") == pytest.approx(20 * np.log10(255))
+
+
+# --- what a network sees
+
+
+def test_unit_clips_each_band_to_its_range() -> None:
+    values = np.array([[-100, -25, -12.5, 0, 9]], np.float32)
+    seen = SENTINEL1_DB.unit({"VH": values, "VV": values})
+    assert seen.dtype == np.float32 and seen.shape == (2, 1, 5)
+    assert seen[0, 0] == pytest.approx([-1, -1, 0, 1, 1])
+    assert seen[1, 0] == pytest.approx([-1, 7.5 / 16.25 - 1, 20 / 16.25 - 1, 1, 1], abs=1e-6)
+
+
+def test_a_band_that_is_missing_and_what_has_no_data_are_zero() -> None:
+    values = np.array([[-20, np.nan]], np.float32)
+    seen = SENTINEL1_DB.unit({"VH": values})
+    assert (seen[0] == 0).all() and seen[1, 0, 1] == 0 and seen[1, 0, 0] == pytest.approx(12.5 / 16.25 - 1)
+    assert AMPLITUDE.unit({"HH": values})[0, 0] == pytest.approx([2 * 10**-1 - 1, 0])
+
+
+def test_amplitude_takes_one_band_of_any_name_for_all_channels() -> None:
+    three = Radiometry(channels=3)
+    seen = three.unit({"HV": np.array([[0.0, 5, -20]])})
+    assert seen.shape == (3, 1, 3) and (seen == seen[:1]).all()
+    assert seen[0, 0] == pytest.approx([1, 1, -0.8])
+    with pytest.raises(ValueError, match="unpack"):
+        AMPLITUDE.unit({"VV": np.zeros((1, 1)), "VH": np.zeros((1, 1))})
+
+
+NUMBER = st.floats(-500, 500, width=32) | st.just(float("nan"))
+
+
+@given(st.lists(NUMBER, min_size=1, max_size=20), st.sampled_from(["VV", "VH"]), st.sampled_from([1, 2]))
+def test_a_network_sees_numbers_from_minus_one_to_one(numbers: list[float], band: str, forms: int) -> None:
+    seen = (AMPLITUDE if forms == 1 else SENTINEL1_DB).unit({band: np.array([numbers], np.float32)})
+    assert np.isfinite(seen).all() and np.abs(seen).max() <= 1
+
+
+def test_levels_hang_on_the_white_of_the_scene_where_they_have_none() -> None:
+    assert SENTINEL1_DB.anchored("dn") and AMPLITUDE.anchored("db") and not SENTINEL1_DB.anchored("linear")
+    assert (SENTINEL1_DB.level("VV"), SENTINEL1_DB.level("VH"), AMPLITUDE.level("VV")) == (-5.3, -13.0, 0.0)
+
+
+# --- the manifest's words
+
+
+@pytest.mark.parametrize("radiometry", [SENTINEL1_DB, AMPLITUDE, Radiometry(channels=2)])
+def test_a_radiometry_is_what_its_words_say(radiometry: Radiometry) -> None:
+    assert Radiometry.of(radiometry.to_dict()) == radiometry
+
+
+def test_without_words_it_is_amplitude() -> None:
+    assert Radiometry.of(None) == Radiometry.of({}) == Radiometry()
+
+
+WORDS = SENTINEL1_DB.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ({"form": "phase"}, "sar.form"),
+        ({"channels": "two"}, "sar.channels"),
+        ({"channels": 0}, "sar"),
+        (WORDS | {"channels": 3}, "sar"),
+        (WORDS | {"bands": ["VV", "HH"]}, "sar"),
+        (WORDS | {"white_db": {"VV": -5.3}}, "sar"),
+        (WORDS | {"clip_db": {"VV": [-25, 0], "VH": [0, -32]}}, "sar"),
+        (WORDS | {"clip_db": {"VV": [-25, 0], "VH": [-32]}}, "sar.clip_db.VH"),
+        ({"form": "db"}, "sar"),
+    ],
+)
+def test_words_that_cannot_be_followed_are_named(words: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadInput) as error:
+        Radiometry.of(words)
+    assert error.value.field == field or error.value.field.startswith(f"{field}.")
+
+
+# --- bands
+
+
+@pytest.mark.parametrize(
+    ("wanted", "descriptions", "file", "bands", "how"),
+    [
+        (None, ("VH", "VV"), "", {"VV": 2, "VH": 1}, "descriptions"),
+        (None, ("Gamma0_VH_db", "Gamma0_VV_db", "angle"), "", {"VV": 2, "VH": 1}, "descriptions"),
+        (None, ("vh",), "s1_vv.tif", {"VH": 1}, "descriptions"),
+        (None, (None,), "S1A_iw_vh_rtc", {"VH": 1}, "file's name"),
+        (None, (None,), "pyrosar-VV", {"VV": 1}, "file's name"),
+        (None, (None,), "vv_vh_stack", {"VV": 1}, "assumed"),
+        (None, ("bands", "bands"), "", {"VV": 1, "VH": 2}, "assumed"),
+        ("VV,VH", (None, None), "", {"VV": 1, "VH": 2}, "asked"),
+        ("vh, vv", (None, None), "", {"VH": 1, "VV": 2}, "asked"),
+        ("VH", ("VV", "VH"), "", {"VH": 2}, "asked"),
+        ("VH", (None,), "", {"VH": 1}, "asked"),
+        ("2,1", (None, None), "", {"VV": 2, "VH": 1}, "asked"),
+        ("2", ("VV", "VH"), "", {"VH": 2}, "asked"),
+        ("VV=3", (None, None, None), "", {"VV": 3}, "asked"),
+        ("VH=1,VV=4", (None,) * 4, "", {"VH": 1, "VV": 4}, "asked"),
+    ],
+)
+def test_bands_are_named(
+    wanted: str | None, descriptions: tuple[str | None, ...], file: str, bands: dict[str, int], how: str
+) -> None:
+    found, told = name_bands(wanted, descriptions, file)
+    assert found == bands and how in told
+
+
+@pytest.mark.parametrize(
+    ("wanted", "descriptions"),
+    [
+        (None, (None, None, None)),
+        ("HH", (None,)),
+        ("VV,VV", (None, None)),
+        ("VV=x", (None,)),
+        ("VV=", ("VH",)),
+        ("VV=0", (None,)),
+        ("VV=2", (None,)),
+        ("3", (None, None)),
+        ("1,1", (None, None)),
+        ("VV=1,VH=1", (None, None)),
+        ("VH", ("VV", "angle")),
+        ("VV", (None, None)),  # which of the two?
+        ("", (None,)),
+        ("VV,", (None, None)),
+    ],
+)
+def test_bands_that_are_not_there_are_refused(wanted: str | None, descriptions: tuple[str | None, ...]) -> None:
+    with pytest.raises(BadInput, match="VV") as error:
+        name_bands(wanted, descriptions)
+    assert error.value.field == "bands"
