@@ -3,7 +3,8 @@
     {"error": {"message": "n: got 99; allowed: 1..16", "type": "invalid_request_error", "param": "n", "code": "..."}}
 
 Wrong input is 400 (OpenAI's clients expect it where FastAPI says 422), an unknown model or path 404, a body or image
-over the limit 413, an unreadable kind of body 415, a full queue or a model still opening 503 with Retry-After.
+over the limit 413, an unreadable kind of body 415, a full queue or a model still opening 503 with Retry-After, a
+GeoTIFF where rasterio is not installed 501, a full disk 507.
 """
 
 import http
@@ -74,6 +75,11 @@ def from_bad_input(error: BadInput) -> ApiError:
     return ApiError(400, message, param=field, code="invalid_value")
 
 
+def internal_error() -> ApiError:
+    """500; what it was stands in the log only."""
+    return ApiError(500, "an error on our side; it has been logged", code="internal_error")
+
+
 def short(given: object) -> str:
     """What was given, as far as it helps to see it."""
     text = repr(given)
@@ -121,7 +127,7 @@ def install(app: FastAPI) -> None:
 
     def unhandled(_: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again after the answer, so that the server logs it; the caller sees no traceback
-        return ApiError(500, "an error on our side; it has been logged", code="internal_error").response()
+        return internal_error().response()
 
     stock = app.openapi
 

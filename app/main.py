@@ -12,8 +12,10 @@ from starlette.staticfiles import StaticFiles
 
 from app import errors
 from app.engine.engine import Engine
+from app.engine.jobs import Jobs
+from app.engine.scenes import Scenes
 from app.limits import BodyLimit
-from app.routes import benchmarks, health, images, models, translations
+from app.routes import benchmarks, demonstration, health, images, jobs, models, translations
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.process import prepare_process
@@ -35,11 +37,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = Engine(settings)
-        app.state.benchmarking = asyncio.Lock()
-        app.state.engine.start()
-        yield
-        app.state.engine.stop()
+        engine = Engine(settings)
+        with Scenes(engine, settings) as app.state.scenes, Jobs(app.state.scenes, settings) as app.state.jobs:
+            app.state.engine = engine
+            app.state.benchmarking = asyncio.Lock()
+            engine.start()
+            yield
+            app.state.jobs.cancel_all()
+            engine.stop()
 
     app = FastAPI(
         title="Fewstep",
@@ -49,9 +54,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # the stock page loads its scripts from elsewhere; ours is in static/
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, others={jobs.PATH: settings.max_scene_bytes})
     errors.install(app)
-    for room in (images, translations, models, benchmarks, health):
+    for room in (images, translations, jobs, demonstration, models, benchmarks, health):
         app.include_router(room.router)
 
     @app.get("/", include_in_schema=False)

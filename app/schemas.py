@@ -4,9 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from app.errors import ErrorBody
 from distillers.errors import BadInput
 
 Format = Literal["png", "jpeg", "webp"]
+SceneFormat = Literal["png", "jpeg", "webp", "geotiff"]
 SEEDS = 2**63  # a seed is below it
 
 
@@ -34,15 +36,20 @@ class Body(BaseModel):
         return body
 
 
-class Sampling(Body):
-    """What generations and translations have in common."""
+class Drawing(Body):
+    """What every request that draws has in common."""
 
     model: str | None = Field(None, description="A name of /v1/models. May be left out where the choice is clear.")
-    n: int | None = Field(None, ge=1, description="Pictures: 1 (the default) to the server's limit.")
     seed: int | None = Field(
         None, ge=0, lt=SEEDS, description="Picture i is drawn from seed + i alone. Random, and told, when left out."
     )
     steps: int | None = Field(None, ge=1, description="One of the model's steps; its default when left out.")
+
+
+class Sampling(Drawing):
+    """What generations and translations have in common."""
+
+    n: int | None = Field(None, ge=1, description="Pictures: 1 (the default) to the server's limit.")
     response_format: ResponseFormat | None = Field(None, description="For raw bytes: Accept: image/png and n = 1.")
     output_format: Format = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp; 90 by default.")
@@ -72,8 +79,35 @@ class ImageRequest(Sampling):
     partial_images: Unused = None
 
 
-class TranslationRequest(Sampling):
-    """Parameters of a translation: form fields beside the file `image`, or the query of a raw body."""
+class SceneFields(Body):
+    """How the numbers of a scene are read. To say one of them is to say that a TIFF is a scene."""
+
+    units: Literal["auto", "db", "linear", "amplitude", "dn"] | None = Field(
+        None, description="What the numbers are; auto, the default, decides by their values and refuses when unsure."
+    )
+    bands: str | None = Field(
+        None, max_length=80, description='Which bands: "VV,VH", numbers in that order "2,1", or "VV=2".'
+    )
+    nodata: float | None = Field(None, description="A number that means no data, beside NaN and what the file says.")
+    samples: int | None = Field(
+        None, ge=1, le=64, description="Over 1: mean, deviation and quantiles over seeds seed, seed + 1, ... as well."
+    )
+
+
+class TranslationRequest(Sampling, SceneFields):
+    """Parameters of a translation: form fields beside the file `image`, or the query of a raw body.
+
+    A TIFF is a scene if it is georeferenced or BigTIFF, if it is not one band of 8 bit, 16 bit or float32 (or three of
+    8 bit), or if units, bands, nodata, samples or output_format=geotiff are said. All else is a plain picture.
+    """
+
+    output_format: SceneFormat = Field(  # type: ignore[assignment]
+        "png", description="geotiff: the scene's own grid, Cloud-Optimised; also by Accept: image/tiff, as raw bytes."
+    )
+
+
+class JobRequest(Drawing, SceneFields):
+    """Parameters of a whole scene's translation: the query of a raw body, or form fields beside the file `image`."""
 
 
 class BenchmarkRequest(Body):
@@ -88,7 +122,10 @@ class BenchmarkRequest(Body):
 
 
 class Timings(BaseModel):
-    """Milliseconds: waiting, on the device, encoding; and the largest batch a picture of this request was drawn in."""
+    """Milliseconds: waiting, on the device, encoding; and the largest batch a picture of this request was drawn in.
+
+    Of a scene: summed over its tiles; encoding is all else, reading and blending included.
+    """
 
     queue_ms: float
     forward_ms: float
@@ -104,6 +141,40 @@ class ImageData(BaseModel):
     label: str | None = Field(None, description="Its class, where the model has classes.")
 
 
+class SceneFacts(BaseModel):
+    """What was done to a scene, and why."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    model_sha256: str
+    steps: int
+    seed: int
+    samples: int
+    units: str
+    units_why: str
+    bands: dict[str, int]
+    bands_how: str
+    width: int
+    height: int
+    tiles: int = Field(description="Tiles drawn, over all samples.")
+    skipped: int = Field(description="Tiles without data.")
+    valid_share: float
+    mean_deviation: float | None = Field(description="Of the samples, in levels of 255; null for one sample.")
+    seconds: float
+    megapixels_per_second: float
+    warnings: list[str]
+
+
+class SceneData(BaseModel):
+    """A scene's facts, two small PNG pictures of one size to lay over each other, and the statistics over samples."""
+
+    facts: SceneFacts
+    sar_png: str = Field(description="base64; 2 to 98 % of the decibels, grey")
+    optical_png: str = Field(description="base64")
+    uncertainty_geotiff: str | None = Field(None, description="base64, with samples > 1")
+
+
 class ImagesAnswer(BaseModel):
     """OpenAI's ImagesResponse, and what is needed to draw the same again."""
 
@@ -113,6 +184,22 @@ class ImagesAnswer(BaseModel):
     steps: int
     nfe: int = Field(description="Network evaluations per picture.")
     seed: int
-    output_format: Format
+    output_format: SceneFormat
     size: str = Field(description="WIDTHxHEIGHT")
     timings: Timings
+    scene: SceneData | None = None
+
+
+class JobAnswer(BaseModel):
+    """A whole scene at work, or done."""
+
+    id: str
+    object: Literal["job"] = "job"
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    progress: float = Field(ge=0, le=1)
+    megapixels_per_second: float | None = Field(None, description="Until now, or of the whole scene.")
+    created: int
+    expires: int | None = Field(None, description="Unix time at which an ended job is forgotten, and its files.")
+    facts: SceneFacts | None = None
+    error: ErrorBody | None = None
+    files: dict[str, str] = Field({}, description="What can be fetched, by name: its path.")

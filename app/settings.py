@@ -23,6 +23,18 @@ class Settings(BaseSettings):
     max_steps: int = Field(default=250, ge=1, le=1000, description="steps of a teacher per image")
     max_pixels: int = Field(default=1 << 20, ge=64, description="pixels per uploaded image, and of one batch together")
     max_body_bytes: int = Field(default=16 << 20, ge=1024, description="bytes per request body")
+    max_scene_pixels: int = Field(
+        default=4 << 20, ge=64, description="pixels of a scene translated at once, not as a job"
+    )
+    max_scenes: int = Field(default=4, ge=1, description="scenes translated at once; beyond it 503")
+    max_scene_bytes: int = Field(default=4 << 30, ge=1024, description="bytes of a whole scene, sent as a job")
+    max_jobs: int = Field(
+        default=16, ge=1, description="jobs kept: an ended one makes room for a new one; 503 if none has ended"
+    )
+    job_ttl: float = Field(default=3600, gt=0, description="seconds that an ended job and its files are kept")
+    scratch: Path | None = Field(
+        default=None, description="folder for scenes and results; the system's temporary one when left out"
+    )
     max_batch: int = Field(default=16, ge=1, description="images per forward pass")
     queue_limit: int = Field(default=256, ge=1, description="images waiting; beyond it 503")
     codec_threads: int = Field(default=2, ge=1, description="threads that decode and encode images")

@@ -194,6 +194,7 @@ def write_card(folder: Path) -> None:
         if report and "markdown" in report
         else "Not measured yet: `fewstep evaluate` writes this part.",
         "",
+        *_calibration(folder),
         "## Data and limits",
         "",
         f"Trained on {info.data}. {ATTRIBUTION.get(info.data, 'See the data set for its licence.')}",
@@ -209,6 +210,14 @@ def write_card(folder: Path) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))
+
+
+def _calibration(folder: Path) -> list[str]:
+    """Whether the deviation of samples is worth anything, where that was measured."""
+    if not (folder / "calibration.json").is_file():
+        return []
+    lines = [json.loads((folder / "calibration.json").read_text())["markdown"], "![calibration](calibration.png)", ""]
+    return [*lines, "![tiles](report-tiles.png)", ""] if (folder / "report-tiles.png").is_file() else lines
 
 
 def _what(info: weights.Info) -> str:

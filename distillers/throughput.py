@@ -189,7 +189,7 @@ def table(found: Throughput) -> str:
         f"{found.model}, {found.steps} step{plural}, tiles of {TILE} px, {found.batch} at a time, medians of "
         f"{found.rounds} rounds in which scene and bare passes took turns; {s['device']}, torch {s['torch']}, "
         f"{s['date']}.",
-        "Bare: the network on the same tiles lying ready, in the same threads. Overlap: pixels that the network sees for",
-        "each pixel of the scene.",
+        "Bare: the network on the same tiles lying ready, in the same threads. Overlap: pixels that the network sees",
+        "for each pixel of the scene.",
     ]
     return "\n".join(lines) + "\n"

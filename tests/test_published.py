@@ -17,6 +17,7 @@ from safetensors import safe_open
 from distillers import weights
 from distillers.data import read_sar
 from distillers.generator import Generator
+from distillers.radiometry import Radiometry
 from distillers.recipe import Recipe
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info
@@ -156,5 +157,5 @@ def test_a_translator_ships_sar_to_try(folder: Path) -> None:
         assert not examples
         return
     assert len(examples) >= 4
-    sar = read_sar(examples[0])
+    sar = read_sar(examples[0], Radiometry.of(Info.read(folder).sar))
     assert Generator.from_pretrained(folder).translate(sar).shape == (1, 3, *sar.shape[-2:])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from app.images import Pixels
 from app.settings import Settings
 from distillers.errors import BadInput
 
+T = TypeVar("T")
 log = logging.getLogger("fewstep.engine")
 
 
@@ -51,7 +52,7 @@ class Order:
 
     seed: int
     label: int | None = None
-    sar: NDArray[np.float32] | None = None  # (H, W) in [-1, 1]
+    sar: NDArray[np.float32] | None = None  # (channels, H, W) in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,21 @@ class Engine:
         """Runs a function on the engine's thread, in its turn."""
         return (await self._ask([(Call(function), None)]))[0]
 
+    def run(self, function: Callable[[], T]) -> T:
+        """The same for another thread, which waits for the result, and before it for as long as the queue is full."""
+        while True:
+            try:
+                (future,) = self._batcher.put([(Call(function), None)])
+            except Full:  # a caller would be sent away; work of our own gives way
+                time.sleep(0.02)
+                continue
+            except Closed:
+                raise overloaded("the server is shutting down", 5, "shutting_down") from None
+            try:
+                return cast(T, future.result())
+            except Closed:
+                raise overloaded("the server is shutting down", 5, "shutting_down") from None
+
     async def _ask(self, orders: Sequence[tuple[Shape | Call, Order | None]]) -> list[Any]:
         try:
             futures = self._batcher.put(orders)
@@ -188,7 +204,7 @@ class Engine:
     def _warm(self, model: Model) -> None:
         """One picture by each network, so that the first caller does not pay for what is only done once."""
         height, width = model.info.size
-        sar = np.zeros((height, width), np.float32) if model.translates else None
+        sar = model.sees(np.zeros((height, width), np.float32)) if model.translates else None
         first = [share[0] for share in model.info.shares] or model.info.classes[:1]
         for label in first or (None,):
             self._forward(model, min(model.steps or [1]), [Order(0, label, sar)])
@@ -231,7 +247,7 @@ class Engine:
 
         labels = [order.label for order in orders if order.label is not None] or None
         bands = [order.sar for order in orders if order.sar is not None]
-        sar = torch.from_numpy(np.stack(bands)[:, None]).to(self.device) if bands else None
+        sar = torch.from_numpy(np.stack(bands)).to(self.device) if bands else None
         with torch.inference_mode():
             images = model.generator.sample([order.seed for order in orders], labels=labels, sar=sar, steps=steps)
             levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
@@ -63,6 +66,16 @@ class Model:
             names = ", ".join(map(str, self.steps)) if self.steps else f"1..{self.max_steps}"
             raise BadInput("steps", steps, f"{names} ({self.name})")
         return steps or self.default_steps
+
+    def sees(self, sar: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(channels, H, W) of one band (H, W) in [-1, 1], whose white is the display's: digital numbers of VV."""
+        from distillers.radiometry import Radiometry, decibels
+
+        own = Radiometry.of(self.info.sar)
+        if own.form == "amplitude":
+            return np.repeat(sar[None], own.channels, 0)
+        band = own.bands[0]
+        return own.unit({band: decibels((sar + 1) / 2, "dn") + np.float32(own.level(band))})
 
     def nfe(self, steps: int) -> int:
         """Network evaluations per picture: guidance asks twice in every step."""

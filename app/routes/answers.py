@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -15,11 +15,11 @@ from app.engine.engine import Drawn, Engine, Order
 from app.engine.model import Model
 from app.errors import ApiError, ErrorAnswer
 from app.images import encode
-from app.schemas import SEEDS, Format, ImageData, ImagesAnswer, Sampling, Timings
+from app.schemas import SEEDS, ImageData, ImagesAnswer, Sampling, SceneFormat, Timings
 from distillers.errors import BadInput
 
 T = TypeVar("T")
-RAW: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+RAW: dict[str, SceneFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "Wrong input; the message names field, given and allowed."},
@@ -47,7 +47,7 @@ class Reading:
     seed: int
     n: int
     raw: bool  # bytes instead of JSON
-    output_format: Format
+    output_format: SceneFormat
     quality: int
 
     @property
@@ -56,31 +56,45 @@ class Reading:
         return range(self.seed, self.seed + self.n)
 
 
-def read(request: Request, engine: Engine, body: Sampling, *, translates: bool, random_seed: int) -> Reading:
-    """The common fields against the model and the limits."""
-    model = engine.choose(body.model, lambda model: model.translates == translates)
+def choose(engine: Engine, name: str | None, *, translates: bool) -> Model:
+    """The model of a request. BadInput for one that answers at another route."""
+    model = engine.choose(name, lambda model: model.translates == translates)
     if model.translates != translates:
         other = "/v1/images/translations" if model.translates else "/v1/images/generations"
         raise BadInput("model", model.name, f"another kind of model here; this one answers at {other}")
+    return model
+
+
+def read(
+    request: Request,
+    engine: Engine,
+    body: Sampling,
+    *,
+    translates: bool,
+    random_seed: int,
+    kinds: Mapping[str, SceneFormat] = RAW,
+) -> Reading:
+    """The common fields against the model and the limits; `kinds`: what may be answered as raw bytes."""
+    model = choose(engine, body.model, translates=translates)
     n, limit = body.n or 1, engine.settings.max_n
     if n > limit:
         raise BadInput("n", n, f"1..{limit}")
     seed = random_seed if body.seed is None else body.seed
     if seed + n > SEEDS:
         raise BadInput("seed", seed, f"0..{SEEDS - n}")
-    raw = accepted(request)
+    raw = accepted(request, kinds)
     if raw and n > 1:
         raise BadInput("n", n, f"1 with Accept: {request.headers['accept']}; several pictures are answered as JSON")
     quality = 90 if body.output_compression is None else body.output_compression
     return Reading(model, model.check_steps(body.steps), seed, n, raw is not None, raw or body.output_format, quality)
 
 
-def accepted(request: Request) -> Format | None:
+def accepted(request: Request, kinds: Mapping[str, SceneFormat]) -> SceneFormat | None:
     """The raw format that the caller prefers to JSON; None for JSON."""
     for kind in request.headers.get("accept", "*/*").split(","):
         name = kind.split(";")[0].strip().lower()
-        if name in RAW:
-            return RAW[name]
+        if name in kinds:
+            return kinds[name]
         if name in ("application/json", "*/*"):
             return None
     return None

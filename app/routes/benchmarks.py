@@ -73,13 +73,13 @@ def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int,
 
 
 def _examples(engine: Engine, model: Model) -> "Tensor":
-    """The SAR tiles published with a translator, (B, 1, H, W) in [-1, 1]: `examples/*.png`, all of one size."""
+    """The SAR tiles published with a translator, (B, channels, H, W) in [-1, 1]: `examples/*.png`, all of one size."""
     import numpy as np
     import torch
 
     files = sorted((model.folder / "examples").glob("*.png"))
     multiple = model.generator.size_multiple
-    tiles = [pad(decode_sar(file.read_bytes(), engine.settings.max_pixels), multiple) for file in files]
+    tiles = [model.sees(pad(decode_sar(file.read_bytes(), engine.settings.max_pixels), multiple)) for file in files]
     if len({tile.shape for tile in tiles}) != 1:
         raise BadInput("model", model.name, "a translator with SAR tiles of one size in its examples/*.png")
-    return torch.from_numpy(np.stack(tiles)[:, None]).to(engine.device)
+    return torch.from_numpy(np.stack(tiles)).to(engine.device)

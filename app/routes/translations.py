@@ -1,77 +1,212 @@
-"""POST /v1/images/translations: SAR to optical, from a form with a file or from the raw bytes of a PNG or TIFF."""
+"""POST /v1/images/translations: SAR to optical, from a form with a file or from the raw bytes of a PNG or TIFF.
+
+A plain picture goes the way of all pictures, in a batch. A scene, which is a raster with a place and numbers that mean
+something, comes back as a GeoTIFF on its own grid.
+"""
 
 import asyncio
+import base64
 import secrets
-from typing import Any
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
 from app.engine.engine import Order
-from app.errors import ApiError
+from app.engine.scenes import Scenes
+from app.errors import ApiError, ErrorAnswer
 from app.images import KINDS, decode_sar, pad
-from app.routes.answers import RESPONSES, answer, draw, engine_of, read
-from app.schemas import TranslationRequest
+from app.rasters import BIG, CLASSIC, is_scene
+from app.routes.answers import RAW, RESPONSES, Reading, answer, draw, engine_of, read, unless_gone
+from app.schemas import (
+    ImageData,
+    ImagesAnswer,
+    SceneData,
+    SceneFacts,
+    SceneFields,
+    SceneFormat,
+    Timings,
+    TranslationRequest,
+)
 from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from distillers.scene import Facts, Options
 
 router = APIRouter(tags=["images"])
 RAW_KINDS = ("image/png", "image/tiff")
-_FIELDS = TranslationRequest.model_json_schema()["properties"]
-_BINARY = {"type": "string", "format": "binary"}
-_BODY: dict[str, Any] = {
-    "parameters": [
-        {"name": name, "in": "query", "schema": schema, "description": "With a raw body; in a form, a field."}
-        for name, schema in _FIELDS.items()
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"image": _BINARY, **_FIELDS}, "required": ["image"]}
-            },
-            **{kind: {"schema": _BINARY} for kind in RAW_KINDS},
-        },
-    },
+RAW_ANSWERS: dict[str, SceneFormat] = {**RAW, "image/tiff": "geotiff"}
+BINARY = {"type": "string", "format": "binary"}
+SCENE_ERRORS: dict[int | str, dict[str, Any]] = {
+    415: {"model": ErrorAnswer, "description": "Neither a form nor such a body."},
+    501: {"model": ErrorAnswer, "description": "A GeoTIFF, and rasterio is not installed here."},
+    507: {"model": ErrorAnswer, "description": "No room on the server's disk."},
 }
+
+
+def body_of(fields: type[SceneFields], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """What OpenAPI is told of a body that is a form with a file, or the file's raw bytes."""
+    properties = fields.model_json_schema()["properties"]
+    form = {"type": "object", "properties": {"image": BINARY, **properties}, "required": ["image"]}
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "schema": schema, "description": "With a raw body; in a form, a field."}
+            for name, schema in properties.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": form}, **{kind: {"schema": BINARY} for kind in kinds}},
+        },
+    }
+
+
+def _responses() -> dict[int | str, dict[str, Any]]:
+    both: dict[str, Any] = dict(RESPONSES[200])
+    both["content"] = {**both["content"], "image/tiff": {"schema": BINARY}}
+    both["description"] += " Of a scene also Accept: image/tiff: the GeoTIFF's bytes."
+    return {**RESPONSES, 200: both, **SCENE_ERRORS}
 
 
 @router.post(
     "/v1/images/translations",
-    responses=RESPONSES | {415: {"description": "Neither a form nor a PNG or TIFF body."}},
+    responses=_responses(),
     response_class=Response,
-    openapi_extra=_BODY,
+    openapi_extra=body_of(TranslationRequest, RAW_KINDS),
     summary="Translate SAR to optical",
 )
 async def translate(request: Request) -> Response:
-    """One band of 8 or 16 bit or float32 in 0..1, at the model's own stretch (sar in /v1/models/{id}).
+    """A plain picture, or a GeoTIFF scene of backscatter in any units up to a pixel limit; beyond it, see the jobs.
 
-    Any size up to the pixel limit: the picture is grown by reflection to what the network needs and cropped back.
+    A plain picture is a PNG, or a TIFF without georeference: one band of 8 or 16 bit or float32 in 0..1, at the model's
+    own stretch (sar in /v1/models/{id}). Every other TIFF is a scene (BigTIFF always), and so is one that comes with
+    units, bands, nodata, samples or output_format=geotiff. A scene keeps its CRS, transform and holes; the answer's
+    `scene` says how its numbers were read. Colours are inferred, not measured.
     """
     engine = engine_of(request)
-    data, parameters = await _read_body(request)
+    data, name, parameters = await _read_body(request)
     body = TranslationRequest.model_validate(parameters)
-    reading = read(request, engine, body, translates=True, random_seed=secrets.randbelow(2**32))
-    loop = asyncio.get_running_loop()
-    sar = await loop.run_in_executor(engine.codec, decode_sar, data, engine.settings.max_pixels)
-    padded = pad(sar, reading.model.generator.size_multiple)
+    random_seed = secrets.randbelow(2**32)
+    reading = read(request, engine, body, translates=True, random_seed=random_seed, kinds=RAW_ANSWERS)
+    said = [field for field in SceneFields.model_fields if getattr(body, field) is not None]
+    said += ["output_format"] if reading.output_format == "geotiff" else []
+    if data[:4] in CLASSIC + BIG:
+        if said or is_scene(data):
+            return await _translate_scene(
+                request, reading, data, name, scene_options(body, reading.steps, reading.seed)
+            )
+    elif said:
+        given = getattr(body, said[0]) if said[0] != "output_format" else "geotiff"
+        raise BadInput(said[0], given, "nothing with this file: it is for GeoTIFF scenes, and this is no TIFF")
+    sar = await asyncio.get_running_loop().run_in_executor(engine.codec, decode_sar, data, engine.settings.max_pixels)
+    padded = reading.model.sees(pad(sar, reading.model.generator.size_multiple))
     orders = [Order(seed, sar=padded) for seed in reading.seeds]
-    drawn = await draw(request, engine, reading, orders, *padded.shape)
+    drawn = await draw(request, engine, reading, orders, *padded.shape[1:])
     return await answer(engine, reading, drawn, sar.shape, [None for _ in orders])
 
 
-async def _read_body(request: Request) -> tuple[bytes, dict[str, Any]]:
-    """The picture's bytes, and the parameters: the form's other fields, or the query."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind in RAW_KINDS:
-        return await request.body(), dict(request.query_params)
-    if kind != "multipart/form-data":
-        message = f"Content-Type: got {kind!r}; allowed: multipart/form-data, {', '.join(RAW_KINDS)}"
-        raise ApiError(415, message, code="unsupported_media_type")
-    if request.query_params:
-        raise BadInput(next(iter(request.query_params)), "a query parameter", "form fields, beside the file")
+def scene_options(body: SceneFields, steps: int, seed: int) -> "Options":
+    """The fields in the library's words. BadInput for what it refuses."""
+    from distillers.scene import Options
+
+    return Options(
+        steps=steps,
+        seed=seed,
+        samples=body.samples or 1,
+        units=body.units or "auto",
+        bands=body.bands,
+        nodata=body.nodata,
+    )
+
+
+async def _translate_scene(request: Request, reading: Reading, data: bytes, name: str, options: "Options") -> Response:
+    if reading.n > 1:
+        raise BadInput("n", reading.n, "1 for a scene; samples=N gives statistics over N seeds")
+    started = time.perf_counter()
+    scenes: Scenes = request.app.state.scenes
+    work = scenes.at_once(data, name, reading.model, options, reading.output_format, reading.quality)
+    done = await unless_gone(request, work)
+    facts, forward_ms = done.facts, 1e3 * done.forward_s
+    timings = Timings(
+        queue_ms=0,
+        forward_ms=round(forward_ms, 3),
+        encode_ms=round(1e3 * (time.perf_counter() - started) - forward_ms, 3),
+        batch=1,
+    )
+    headers = {
+        "Server-Timing": f"forward;dur={timings.forward_ms}, encode;dur={timings.encode_ms}",
+        "X-Fewstep-Nfe": str(reading.model.nfe(reading.steps)),
+        **_headers(facts),
+    }
+    if reading.raw:
+        kind = "tiff" if reading.output_format == "geotiff" else reading.output_format
+        return Response(done.optical, media_type=f"image/{kind}", headers=headers)
+
+    def text(file: bytes) -> str:
+        return base64.b64encode(file).decode()
+
+    content = ImagesAnswer(
+        created=int(time.time()),
+        data=[ImageData(b64_json=text(done.optical), seed=reading.seed, label=None)],
+        model=reading.model.name,
+        steps=reading.steps,
+        nfe=reading.model.nfe(reading.steps),
+        seed=reading.seed,
+        output_format=reading.output_format,
+        size=f"{facts.width}x{facts.height}",
+        timings=timings,
+        scene=SceneData(
+            facts=SceneFacts.model_validate(asdict(facts)),
+            sar_png=text(done.sar_png),
+            optical_png=text(done.optical_png),
+            uncertainty_geotiff=text(done.uncertainty) if done.uncertainty else None,
+        ),
+    )
+    return JSONResponse(content.model_dump(), headers=headers)
+
+
+def _headers(facts: "Facts") -> dict[str, str]:
+    """The facts of a scene, for who takes the bytes alone; percent-encoded where a header must be."""
+    told = {
+        "Model": facts.model,
+        "Model-Sha256": facts.model_sha256,
+        "Steps": facts.steps,
+        "Seed": facts.seed,
+        "Samples": facts.samples,
+        "Units": facts.units,
+        "Units-Why": facts.units_why,
+        "Bands": ",".join(f"{band}={index}" for band, index in facts.bands.items()),
+        "Bands-How": facts.bands_how,
+        "Tiles": facts.tiles,
+        "Tiles-Skipped": facts.skipped,
+        "Megapixels-Per-Second": f"{facts.megapixels_per_second:.4g}",
+        "Warnings": " | ".join(facts.warnings),
+    }
+    return {f"X-Fewstep-{name}": quote(str(value), safe=" ,;:=()/|") for name, value in told.items()}
+
+
+async def _read_body(request: Request) -> tuple[bytes, str, dict[str, Any]]:
+    """The picture's bytes, its file's name, and the parameters: the form's other fields, or the query."""
+    if kind_of(request, RAW_KINDS) != "multipart/form-data":
+        name = request.headers.get("content-disposition", "")
+        return await request.body(), name, dict(request.query_params)
     async with request.form(max_files=1, max_fields=20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise BadInput("image", image, f"a file: {KINDS}")
-        data = await image.read()
-        return data, {name: value for name, value in form.multi_items() if name != "image"}
+        fields = {name: value for name, value in form.multi_items() if name != "image"}
+        return await image.read(), image.filename or "", fields
+
+
+def kind_of(request: Request, raw: tuple[str, ...]) -> str:
+    """The body's kind: a form or one of the raw ones. 415 for another, BadInput for a form with a query."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in (*raw, "multipart/form-data"):
+        message = f"Content-Type: got {kind!r}; allowed: multipart/form-data, {', '.join(raw)}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    if kind not in raw and request.query_params:
+        raise BadInput(next(iter(request.query_params)), "a query parameter", "form fields, beside the file")
+    return kind

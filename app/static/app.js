@@ -1,23 +1,11 @@
 // The page: lists the models, asks for pictures, shows them and how long each stage took. No build step, nothing from elsewhere.
 
-const at = (id) => document.getElementById(id);
+import { ask, at, make, terms } from "./page.js";
+import { isScene, showScene, translateScene } from "./scenes.js";
+
 const models = new Map();
 const chosen = () => models.get(at("model").value);
 const translates = (model) => model.task === "sar-to-optical";
-
-function make(tag, text, attributes = {}) {
-  const element = Object.assign(document.createElement(tag), attributes);
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-/** The answer's JSON; an error object becomes an Error with its message. */
-async function ask(path, options) {
-  const response = await fetch(path, options);
-  const body = await response.json();
-  if (!response.ok) throw new Error(body.error?.message ?? body.status ?? response.statusText);
-  return body;
-}
 
 async function connect() {
   const response = await fetch("/readyz");
@@ -30,6 +18,7 @@ async function connect() {
     at("model").append(make("option", model.id, { value: model.id }));
   }
   at("model").value = ([...models.values()].find((model) => model.role === "student") ?? [...models.values()][0]).id;
+  at("demonstration").hidden = ![...models.values()].some(translates);
   show();
 }
 
@@ -41,6 +30,9 @@ function show() {
   at("about").textContent = `${model.task}, ${made}, ${model.size.width}x${model.size.height}`;
   at("class-row").hidden = !model.labels.length;
   at("image-row").hidden = !translating;
+  const scene = translating && isScene(at("image").files[0]);
+  at("scene-fields").hidden = at("samples-row").hidden = !scene;
+  at("n-row").hidden = scene;
   at("measure").hidden = model.role !== "student";
   at("go").textContent = translating ? "Translate" : "Generate";
   const any = make("option", "drawn from the seed", { value: "" });
@@ -51,12 +43,17 @@ function show() {
   at("steps").value = model.default_steps;
 }
 
+/** What the form says in any case. */
+function common() {
+  const fields = { model: chosen().id, steps: Number(at("steps").value) };
+  if (at("seed").value) fields.seed = at("seed").valueAsNumber;
+  return fields;
+}
+
 /** What the form says, and the request that says it. */
 function order() {
-  const model = chosen();
-  const fields = { model: model.id, n: at("n").valueAsNumber, steps: Number(at("steps").value) };
-  if (at("seed").value) fields.seed = at("seed").valueAsNumber;
-  if (translates(model)) {
+  const fields = { ...common(), n: at("n").valueAsNumber };
+  if (translates(chosen())) {
     const file = at("image").files[0];
     if (!file) throw new Error("choose a SAR image first");
     const body = new FormData();
@@ -85,11 +82,7 @@ function showTiming(answer, roundTrip) {
     queue: ms(queue_ms), forward: ms(forward_ms), encode: ms(encode_ms), "round trip": ms(roundTrip),
     "network calls": answer.nfe, batch,
   };
-  at("timing").replaceChildren(...Object.entries(facts).map(([name, value]) => {
-    const entry = make("div");
-    entry.append(make("dt", name), make("dd", value));
-    return entry;
-  }));
+  terms(at("timing"), facts);
 }
 
 function figure(source, caption) {
@@ -131,33 +124,66 @@ function showMeasured(result) {
 
 /** One thing at a time; what goes wrong is said in the form. */
 async function busy(work) {
-  at("go").disabled = at("measure").disabled = true;
+  const buttons = ["go", "measure", "demonstration"].map(at);
+  buttons.forEach((button) => { button.disabled = true; });
   at("error").textContent = "";
   try {
     await work();
   } catch (error) {
     at("error").textContent = error.message;
   } finally {
-    at("go").disabled = at("measure").disabled = false;
+    buttons.forEach((button) => { button.disabled = false; });
   }
 }
 
+/** A GeoTIFF, at once or as a job: whichever the server takes it as. */
+async function translateFile(file) {
+  const fields = common();
+  if (at("units").value !== "auto") fields.units = at("units").value;
+  if (at("bands").value.trim()) fields.bands = at("bands").value.trim();
+  if (at("samples").valueAsNumber > 1) fields.samples = at("samples").valueAsNumber;
+  for (const id of ["timing", "pictures"]) at(id).replaceChildren();
+  at("measured").hidden = at("as-curl").hidden = true;
+  const started = performance.now();
+  const result = await translateScene(file, fields);
+  if (result.answer) showTiming(result.answer, performance.now() - started);
+  showScene(result);
+  at("as-curl").hidden = false;
+  const said = Object.entries({ ...fields, seed: result.facts.seed }).map(([name, value]) => `-F '${name}=${value}'`);
+  const [path, then] = result.answer ? ["images", " -H 'Accept: image/tiff' -o optical.tif"] : ["jobs", ""];
+  at("curl").textContent = `curl ${location.origin}/v1/${path}/translations -F image=@${file.name} ${said.join(" ")}${then}`;
+}
+
 at("model").addEventListener("change", show);
+at("image").addEventListener("change", show);
+at("demonstration").addEventListener("click", () => busy(async () => {
+  const response = await fetch("/v1/demonstration.tif");
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  if (!translates(chosen())) {
+    const translators = [...models.values()].filter(translates);
+    at("model").value = (translators.find((model) => model.role === "student") ?? translators[0]).id;
+    show();
+  }
+  await translateFile(new File([await response.blob()], "demonstration.tif", { type: "image/tiff" }));
+}));
 at("order").addEventListener("submit", (event) => {
   event.preventDefault();
   busy(async () => {
+    const file = at("image").files[0];
+    if (translates(chosen()) && isScene(file)) return translateFile(file);
     const wanted = order();
     const started = performance.now();
     const answer = await ask(wanted.path, wanted.options);
     showTiming(answer, performance.now() - started);
     showPictures(answer, wanted.file);
+    at("scene").replaceChildren();
     at("measured").hidden = true;
     at("as-curl").hidden = false;
     at("curl").textContent = curl({ ...wanted, fields: { ...wanted.fields, seed: answer.seed } });
   });
 });
 at("measure").addEventListener("click", () => busy(async () => {
-  for (const id of ["timing", "pictures"]) at(id).replaceChildren();
+  for (const id of ["timing", "pictures", "scene"]) at(id).replaceChildren();
   at("as-curl").hidden = true;
   at("measured").hidden = false;
   at("measured").textContent = "measuring: the student and its teacher draw the same noises";

@@ -1,0 +1,182 @@
+"""Scenes: georeferenced rasters through a model, file to file, in threads of their own.
+
+Only the network's calls go to the engine's thread, a few tiles at a time and in turn with all other traffic, so that
+nobody waits for a whole scene. Every scene has a private folder, and nothing is left of it however it ends.
+"""
+
+import asyncio
+import logging
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from app.engine.engine import Engine
+from app.engine.model import Model
+from app.errors import ApiError, overloaded
+from app.images import encode
+from app.rasters import ENV, check, grey, import_rasterio
+from app.settings import Settings
+from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distillers.scene import Facts, Options
+
+log = logging.getLogger("fewstep.scenes")
+PREVIEW = 1024  # pixels a side, at most
+
+
+class Cancelled(Exception):
+    """Nobody wants the result any more."""
+
+
+@dataclass(frozen=True)
+class SceneOrder:
+    """A scene to translate."""
+
+    model: Model
+    options: "Options"
+    scene: Path
+    gone: threading.Event  # set when nobody wants it any more
+
+    @property
+    def optical(self) -> Path:
+        """Where the result goes."""
+        return self.scene.with_name("optical.tif")
+
+    @property
+    def uncertainty(self) -> Path:
+        """Where the statistics over samples go."""
+        return self.scene.with_name("optical.uncertainty.tif")
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A translated scene, as bytes; its file has been removed."""
+
+    facts: "Facts"
+    forward_s: float  # on the engine's thread, all tiles
+    optical: bytes  # a GeoTIFF, or a picture in the format asked for
+    uncertainty: bytes | None
+    optical_png: bytes
+    sar_png: bytes
+
+
+def scene_name(given: str) -> str:
+    """A file's name of ours that keeps the one thing a name may tell: the polarisation."""
+    told = re.findall(r"(?<![A-Z0-9])(?:VV|VH)(?![A-Z0-9])", given.upper())
+    return "_".join(["scene", *sorted(set(told))]) + ".tif"
+
+
+class Scenes:
+    """A context: while it is entered there is a private folder, `scratch`, and afterwards there is none."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self._pool = ThreadPoolExecutor(settings.max_scenes, "fewstep-scene")
+        self._at_work: list[Future[Translated]] = []
+
+    def __enter__(self) -> Self:
+        self.scratch = Path(tempfile.mkdtemp(prefix="fewstep-", dir=self.settings.scratch))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    async def at_once(
+        self, data: bytes, name: str, model: Model, options: "Options", output_format: str, quality: int
+    ) -> Translated:
+        """A scene from bytes to bytes; a cancelled caller's ends at its next tile."""
+        import_rasterio()
+        self._at_work = [future for future in self._at_work if not future.done()]
+        if len(self._at_work) >= self.settings.max_scenes:
+            raise overloaded(f"{len(self._at_work)} scenes are being translated already", 5)
+        gone = threading.Event()
+
+        def work() -> Translated:
+            with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+                order = SceneOrder(model, options, Path(folder) / scene_name(name), gone)
+                order.scene.write_bytes(data)
+                check(order.scene, self.settings.max_scene_pixels)
+                facts, forward_s = self.translate(order)
+                optical = order.optical.read_bytes() if output_format == "geotiff" else b""
+                if not optical:
+                    from distillers.raster import preview
+
+                    whole = preview(order.optical, max(facts.height, facts.width))
+                    optical = encode(whole, output_format, quality)
+                spread = order.uncertainty.read_bytes() if options.samples > 1 else None
+                return Translated(facts, forward_s, optical, spread, *self.previews(order, facts))
+
+        self._at_work.append(future := self._pool.submit(work))
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            gone.set()
+
+    def translate(self, order: SceneOrder, progress: Callable[[int, int], None] | None = None) -> tuple["Facts", float]:
+        """In the caller's thread; and the seconds on the engine's. Raises Cancelled when the order's nobody's."""
+        from distillers import scene
+
+        forward_s = 0.0
+
+        def forward(function: "Callable[[], Tensor]") -> "Tensor":
+            def turn() -> "Tensor":
+                nonlocal forward_s
+                started = time.perf_counter()
+                try:
+                    return function()
+                finally:
+                    forward_s += time.perf_counter() - started
+
+            if order.gone.is_set():
+                raise Cancelled
+            return self.engine.run(turn)
+
+        # On a CPU one tile at a time, and one that waits: whoever else asks waits for two tiles at most.
+        limit = min(self.settings.max_batch, self.settings.max_pixels // scene.TILE**2)
+        batch = 2 if self.engine.device == "cpu" else max(1, limit)
+        try:
+            with import_rasterio().Env(**ENV):
+                facts = scene.translate(
+                    order.model.generator,
+                    order.scene,
+                    order.optical,
+                    replace(order.options, batch=batch),
+                    progress=progress,
+                    forward=forward,
+                )
+        except BadInput as error:
+            raise _told(error, order.scene.parent) from None
+        facts.warnings = [_fields(warning) for warning in facts.warnings]
+        return facts, forward_s
+
+    def previews(self, order: SceneOrder, facts: "Facts") -> tuple[bytes, bytes]:
+        """The result and the SAR as small PNG pictures of one size."""
+        from distillers.raster import preview
+
+        sar = grey(order.scene, facts, order.options.nodata, PREVIEW)
+        return encode(preview(order.optical, PREVIEW), "png"), encode(sar, "png")
+
+
+def _told(error: BadInput, folder: Path) -> Exception:
+    """The error in the caller's words: the field of the form, and no paths of this machine."""
+    if error.field == "out":
+        log.error("%s", error)
+        return ApiError(507, "the server has no room for the result", code="no_room")
+    field = "image" if error.field == "scene" else error.field
+    return BadInput(field, error.given, _fields(error.allowed).replace(f"{folder}/", ""))
+
+
+def _fields(text: str) -> str:
+    """The command's options are the form's fields."""
+    return re.sub(r"--(?=bands|units|nodata)", "", text)

@@ -1,0 +1,42 @@
+"""GET /v1/demonstration.tif: a small synthetic scene to try a translator with, where no scene is at hand."""
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse
+
+from app.errors import ErrorAnswer
+from app.rasters import import_rasterio
+from app.routes.translations import BINARY
+
+router = APIRouter(tags=["images"])
+
+
+@router.get(
+    "/v1/demonstration.tif",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"image/tiff": {"schema": BINARY}}},
+        501: {"model": ErrorAnswer, "description": "rasterio is not installed here."},
+    },
+    summary="A scene to try",
+)
+async def get(request: Request) -> FileResponse:
+    """A georeferenced GeoTIFF of made-up backscatter, always the same."""
+    import_rasterio()
+    path: Path = request.app.state.scenes.scratch / "demonstration.tif"
+    if not path.exists():
+        await asyncio.to_thread(_make, path)
+    return FileResponse(path, media_type="image/tiff", filename=path.name)
+
+
+def _make(path: Path) -> None:
+    """Made beside and renamed: two that ask at once make it twice, and neither sees half of it."""
+    import tempfile
+
+    from distillers.demonstration import demonstration
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        demonstration(Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)

@@ -1,0 +1,147 @@
+"""Whole scenes, up to gigabytes: POST /v1/jobs/translations, GET /v1/jobs/{id} until it is done, then its files."""
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+
+from app.engine.jobs import Job, Jobs
+from app.engine.scenes import SceneOrder, scene_name
+from app.errors import ApiError, ErrorAnswer
+from app.rasters import KINDS, check, import_rasterio
+from app.routes.answers import ERRORS, choose, engine_of
+from app.routes.translations import BINARY, SCENE_ERRORS, body_of, kind_of, scene_options
+from app.schemas import JobAnswer, JobRequest, SceneFacts
+from distillers.errors import BadInput
+
+PATH = "/v1/jobs/translations"
+RAW_KINDS = ("image/tiff",)
+ABSENT: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such job, or forgotten."}}
+router = APIRouter(tags=["jobs"])
+
+
+@router.post(
+    PATH,
+    status_code=202,
+    response_model=JobAnswer,
+    responses=ERRORS | SCENE_ERRORS,
+    openapi_extra=body_of(JobRequest, RAW_KINDS),
+    summary="Translate a whole scene",
+)
+async def post(request: Request) -> JSONResponse:
+    """A GeoTIFF of any size up to the server's limit in bytes; the answer's id says where to look for the result.
+
+    The body goes to disk as it arrives (with a raw one, Content-Disposition may give the file's name, which may tell a
+    lone band's polarisation). One scene is translated at a time; other requests go on meanwhile.
+    """
+    kind = kind_of(request, RAW_KINDS)
+    import_rasterio()
+    order = None if kind == "multipart/form-data" else _order(request, request.query_params)
+    jobs = jobs_of(request)
+    job = jobs.open()
+    try:
+        if order is None:
+            scene, order = await _receive_form(request, job.folder)
+        else:
+            scene = job.folder / scene_name(request.headers.get("content-disposition", ""))
+            await _receive(request, scene)
+        await asyncio.to_thread(check, scene)
+        jobs.submit(job, SceneOrder(*order, scene, job.gone))
+    except BaseException as error:
+        jobs.forget(job)
+        if isinstance(error, ClientDisconnect):
+            raise ApiError(499, "the caller has left", code="client_closed_request") from None
+        if isinstance(error, OSError):
+            raise ApiError(507, "the server has no room for the scene", code="no_room") from error
+        raise
+    return JSONResponse(_answer(job).model_dump(), 202, {"Location": f"/v1/jobs/{job.id}"})
+
+
+@router.get("/v1/jobs/{id}", responses=ABSENT, summary="How far a job is")
+async def get(id: str, request: Request) -> JobAnswer:
+    """Status, progress and speed; facts and files when it is done, the error object when it failed."""
+    return _answer(jobs_of(request).find(id))
+
+
+@router.delete("/v1/jobs/{id}", responses=ABSENT, summary="Cancel or forget a job")
+async def delete(id: str, request: Request) -> JobAnswer:
+    """A job at work ends at its next tile. Its files are removed; a job that had ended is forgotten."""
+    jobs = jobs_of(request)
+    job = jobs.find(id)
+    jobs.cancel(job)
+    return _answer(job)
+
+
+@router.get(
+    "/v1/jobs/{id}/{name}",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {kind: {"schema": BINARY} for kind in ("image/tiff", "image/png")}},
+        409: {"model": ErrorAnswer, "description": "Not done, or done without such a file."},
+        **ABSENT,
+    },
+    summary="A file of a finished job",
+)
+async def file(
+    id: str, name: Literal["optical.tif", "uncertainty.tif", "preview.png", "sar.png"], request: Request
+) -> FileResponse:
+    """The Cloud-Optimised GeoTIFF, its statistics over samples, small pictures of it and of the SAR; by ranges, too."""
+    job = jobs_of(request).find(id)
+    if name not in job.files:
+        there = ", ".join(job.files) or f"none, the job is {job.status}"
+        raise ApiError(409, f"name: got {name!r}; allowed: {there}", param="name", code="file_not_ready")
+    return FileResponse(job.files[name], media_type=f"image/{'tiff' if name.endswith('.tif') else 'png'}")
+
+
+def _order(request: Request, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(model, options), checked before a byte of the scene is taken where they are known by then."""
+    body = JobRequest.model_validate(dict(parameters))
+    model = choose(engine_of(request), body.model, translates=True)
+    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+    return model, scene_options(body, model.check_steps(body.steps), seed)
+
+
+async def _receive(request: Request, scene: Path) -> None:
+    with scene.open("wb") as target:
+        async for chunk in request.stream():
+            await asyncio.to_thread(target.write, chunk)
+
+
+async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any, Any]]:
+    """The parser spools the file to disk; it may come before the fields, so it is moved when all are there."""
+    async with request.form(max_files=1, max_fields=20) as form:
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise BadInput("image", image, f"a file: {KINDS}")
+        order = _order(request, {name: value for name, value in form.multi_items() if name != "image"})
+        scene = folder / scene_name(image.filename or "")
+        with scene.open("wb") as target:
+            await asyncio.to_thread(shutil.copyfileobj, image.file, target, 1 << 20)
+        return scene, order
+
+
+def _answer(job: Job) -> JobAnswer:
+    return JobAnswer(
+        id=job.id,
+        status=job.status,
+        progress=round(job.progress, 4),
+        megapixels_per_second=job.megapixels_per_second,
+        created=int(job.created),
+        expires=int(job.expires) if job.expires else None,
+        facts=SceneFacts.model_validate(asdict(job.facts)) if job.facts else None,
+        error=job.error,
+        files={name: f"/v1/jobs/{job.id}/{name}" for name in job.files},
+    )
+
+
+def jobs_of(request: Request) -> Jobs:
+    """The application's jobs."""
+    return cast(Jobs, request.app.state.jobs)
