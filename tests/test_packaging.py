@@ -22,6 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from distillers.demonstration import demonstration
 from distillers.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,7 +226,8 @@ def test_readme_tree_has_a_line_for_every_module() -> None:
 @pytest.mark.parametrize("line", readme_commands("fewstep"))
 def test_readme_commands_and_their_options_exist(line: str) -> None:
     words = shlex.split(line, comments=True)
-    done = run([*FEWSTEP, words[1], "--help"], env={**ENVIRONMENT, "COLUMNS": "200"})
+    command = words[1:3] if words[1] == "benchmark" else words[1:2]
+    done = run([*FEWSTEP, *command, "--help"], env={**ENVIRONMENT, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", done.stdout))
 
@@ -278,10 +280,14 @@ def readiness(url: str) -> str:
 @pytest.mark.parametrize("command", readme_commands("curl"))
 def test_readme_requests(served: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
+    if "@scene.tif" in command:
+        demonstration(tmp_path / "scene.tif", side=128)
     done = run([*shlex.split(command.replace(ADDRESS, served)), "--fail-with-body"], cwd=tmp_path)
-    answer = done.stdout.encode() + b"".join(file.read_bytes() for file in tmp_path.glob("*.png"))
+    answer = done.stdout.encode() + b"".join(file.read_bytes() for file in tmp_path.glob("optical.*"))
+    answer += b"".join(file.read_bytes() for file in tmp_path.glob("*.png") if file.stem != "optical")
     assert done.returncode == 0, answer[:1000].decode(errors="replace")
-    assert answer.startswith(b"\x89PNG" if "Accept: image/png" in command else b"{")
+    starts = {"Accept: image/png": b"\x89PNG", "Accept: image/tiff": b"II"}
+    assert answer.startswith(next((start for kind, start in starts.items() if kind in command), b"{"))
 
 
 @pytest.mark.parametrize("block", blocks("python"))
