@@ -127,7 +127,7 @@ def translate(
     out: Annotated[Path, typer.Argument(help="The GeoTIFF to write; for a picture a PNG.", show_default=False)],
     model: Annotated[
         Path, typer.Option(help="A weights folder of sar-to-optical.", envvar="FEWSTEP_TRANSLATOR")
-    ] = Path("weights/sar-optical-db-adversarial"),
+    ] = Path("weights/sar-optical-db-consistency"),
     steps: Steps = None,
     samples: Annotated[
         int, typer.Option(help="Above 1: also OUT.uncertainty.tif: mean, deviation, quantiles over so many seeds.")
@@ -279,7 +279,7 @@ def evaluate(
     """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
 
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
-    pairs: `fewstep evaluate weights/sar-optical-db-adversarial --pairs mine --samples 16 --out mine.json`.
+    pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
     import json
 
@@ -395,7 +395,7 @@ def benchmark_scene(
 ) -> None:
     """Hold the throughput of whole scenes against the bare forward pass on the same tiles; show memory by size.
 
-    Example: `fewstep benchmark scene weights/sar-optical-db-adversarial --sides 1024,4096,16384 --out scene.json`.
+    Example: `fewstep benchmark scene weights/sar-optical-db-consistency --sides 1024,4096,16384 --out scene.json`.
     """
     import json
     from dataclasses import asdict

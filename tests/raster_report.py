@@ -1,6 +1,6 @@
 """Translates real rasters with a published model and checks every result: docs/results/rasters.md and .png.
 
-    python tests/raster_report.py weights/sar-optical-db-adversarial ../shared/data/geotiff docs/results/rasters.md
+    python tests/raster_report.py weights/sar-optical-db-consistency ../shared/data/geotiff docs/results/rasters.md
 
 A raster NAME_s1rtc.tif or NAME_sar.tif is shown beside NAME_s2rgb.tif or NAME_opt.tif, the true optical picture.
 """

@@ -208,7 +208,7 @@ def test_noise_of_a_tile_instead_of_the_ground_would_fail_that(
     assert apart.mean() > 5
 
 
-@pytest.mark.parametrize("name", ["sar-optical-db-adversarial", "sar-optical-adversarial"])
+@pytest.mark.parametrize("name", ["sar-optical-db-consistency", "sar-optical-adversarial"])
 def test_a_constant_scene_shows_no_grid(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contrast where tiles overlap is what it is elsewhere: tiles that disagree blur each other there."""
     if not (WEIGHTS / name).is_dir():
