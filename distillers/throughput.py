@@ -8,6 +8,7 @@ network see more pixels than a scene has; that is stated apart, for it buys the 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -166,7 +167,15 @@ def one() -> None:
         translate(generator, scene, out, Options(steps=steps))
     else:
         _bare(generator, steps, 0.1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mb())
+
+
+def peak_mb() -> float:
+    """Of this process since it was started; getrusage would also count what its parent held when it was forked."""
+    status = Path("/proc/self/status")
+    if not status.is_file():  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return float(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 1024
 
 
 def table(found: Throughput) -> str:

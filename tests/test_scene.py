@@ -545,9 +545,10 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
     for side in (1024, 4096):
         write(tmp_path / "s.tif", np.tile(backscatter(1024, 1024), (1, side // 1024, side // 1024)))
         code = (
-            "import sys, resource; from distillers.scene import translate; from distillers.generator import Generator;"
+            "import sys; from distillers.throughput import peak_mb; from distillers.scene import translate;"
+            "from distillers.generator import Generator;"
             "translate(Generator.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3]);"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+            "print(peak_mb())"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "tiny"), str(tmp_path / "s.tif"), str(tmp_path / "o.tif")],
