@@ -272,7 +272,7 @@ def evaluate(
     ] = 0,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where report.json goes; into the weights folder if left out.")
+        Path | None, typer.Option(help="A .json to write, a page .md beside it; into the weights folder if left out.")
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -290,6 +290,8 @@ def evaluate(
     from distillers.progress import drawing_bar
     from distillers.publish import held_out, write_card
 
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
     generator = Generator.from_pretrained(weights, _device(device))
     if pairs is None:
         data, train = held_out(weights, path)
@@ -319,11 +321,15 @@ def evaluate(
     target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
     if calibration is not None:
         calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
+    page = report.markdown()
+    if calibration is not None:
+        page += "\n" + calibration.markdown()
     if out is None:
         write_card(weights)
-    typer.echo(report.markdown())
-    if calibration is not None:
-        typer.echo(calibration.markdown())
+    else:
+        curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
+    typer.echo(page)
 
 
 @app.command()

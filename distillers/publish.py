@@ -260,13 +260,23 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
         f"# parts open with stock classes: {parts} and the scheduler{patch}",
         "from distillers import Generator",
     ]
+    if (info.sar or {}).get("form") == "db":
+        return [
+            *lines,
+            "from distillers.demonstration import demonstration",
+            "from distillers.scene import translate",
+            "",
+            'demonstration("scene.tif")  # or a Sentinel-1 scene of your own',
+            f'generator = Generator.from_pretrained("{info.name}")',
+            'translate(generator, "scene.tif", "optical.tif")  # or `fewstep translate scene.tif optical.tif`',
+        ]
     if info.task == "sar-to-optical":
         return [
             *lines,
-            "from distillers.scene import translate",
+            "from distillers.data import read_sar",
             "",
-            f'generator = Generator.from_pretrained("{info.name}")',
-            'translate(generator, "scene.tif", "optical.tif")  # or `fewstep translate scene.tif optical.tif`',
+            f'sar = read_sar("{info.name}/examples/0.png")',
+            f'pixels = Generator.from_pretrained("{info.name}").translate(sar, seed=0)',
         ]
     labels = f", labels=[{label}]" if info.task == "class-to-image" else ""
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']

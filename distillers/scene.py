@@ -100,7 +100,7 @@ class NoiseField:
 
     BLOCK = 64  # positions a side
 
-    def __init__(self, channels: int, kept: int = 256) -> None:
+    def __init__(self, channels: int, kept: int = 128) -> None:
         self.channels, self._kept = channels, kept
         self._blocks: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
 

@@ -21,7 +21,7 @@ from distillers.radiometry import Radiometry
 from distillers.raster import Source, preview
 from distillers.scene import Facts, Options, translate, uncertainty_path
 
-SHOWN = 224  # px a side, from the upper left
+SHOWN = 160  # px a side, from the upper left
 SAMPLES = 8
 TRUTH = {"_s1rtc": "_s2rgb", "_sar": "_opt"}
 

@@ -125,7 +125,11 @@ def test_any_pairs_are_measured(tmp_path: Path, models: dict[str, Path]) -> None
     assert rows["student, 1 step"]["shifted_psnr"] >= rows["student, 1 step"]["psnr"] - 0.5
     assert rows["student, 1 step"]["regions"]["town"]["n"] == 140 and "By region" in report["markdown"]
     assert json.loads((tmp_path / "r-calibration.json").read_text())["samples"] == 4
-    assert (tmp_path / "r-calibration.png").is_file() and (tmp_path / "r-tiles.png").is_file()
+    assert (
+        "AUSE" in (tmp_path / "r.md").read_text()
+        and (tmp_path / "r-calibration.png").is_file()
+        and (tmp_path / "r-tiles.png").is_file()
+    )
     assert sorted(models["db"].iterdir()) == before
 
 

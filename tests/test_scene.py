@@ -555,7 +555,7 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(float(done.stdout))
-    assert peaks[1] - peaks[0] < 120, peaks
+    assert peaks[1] - peaks[0] < 180, peaks  # rows as wide as the scene, and the noise beside them
 
 
 def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, generator: Generator) -> None:
@@ -564,7 +564,10 @@ def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, g
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "distillers.cli", "translate", "s.tif", "out/o.tif", "--model", "tiny"]
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     end = time.monotonic() + 60
     while not list(out.iterdir()) and time.monotonic() < end:
         time.sleep(0.05)

@@ -24,9 +24,7 @@ class Diffusion(Distiller):
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
-    last_time_share: float = (
-        0.0  # of samples at t_max, where only the condition tells; for a condition that tells little
-    )
+    last_time_share: float = 0.0  # of samples at t_max, where the condition alone tells; for one that tells little
     sampling_steps: int = 50  # network calls when the teacher is served
 
     def networks(self, teacher: Teacher) -> Networks:
