@@ -153,7 +153,7 @@ def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
     The rule, for all bands alike; where one band could be two things, another may tell:
     - 8 bits: digital numbers, stretched for display.
     - a median below -1 dB, all values between -80 and 50: decibels.
-    - nothing negative and a median or maximum above 50: digital numbers.
+    - a median above 50, or whole numbers: digital numbers.
     - nothing negative (but for 5 % of noise, subtracted below zero): linear power where that puts the median where land
       has it and amplitude does not, amplitude where it is the other way round.
 

@@ -181,15 +181,15 @@ class Source:
                 "scene", f"{self.path.name}: rows {top} to {top + int(window.height)} cannot be read",
                 f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})",
             ) from None  # fmt: skip
-        for k, index in enumerate(indexes):
-            scale, offset = self.raster.scales[index - 1], self.raster.offsets[index - 1]
-            if (scale, offset) != (1, 0):
-                values = values.astype(np.float64) if k == 0 else values
-                values[k] = values[k] * scale + offset
+        if self.nodata is not None:  # as the file's own: before scaling
+            valid &= (values != self.nodata).all(0)
+        scales, offsets = (
+            np.array([told[i - 1] for i in indexes]) for told in (self.raster.scales, self.raster.offsets)
+        )
+        if (scales != 1).any() or (offsets != 0).any():
+            values = values * scales[:, None, None] + offsets[:, None, None]
         if values.dtype.kind == "f":
             valid &= np.isfinite(values).all(0)
-        if self.nodata is not None:
-            valid &= (values != self.nodata).all(0)
         return values, valid
 
     def rows(self, top: int, height: int, below: int, right: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

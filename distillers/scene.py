@@ -272,7 +272,8 @@ def translate(
     if info.task != "sar-to-optical":
         raise BadInput("model", info.name, "a model of sar-to-optical")
     steps = len(generator.times(options.steps))
-    check_output(scene, out)
+    for target in (out, uncertainty_path(out))[: 1 + (options.samples > 1)]:
+        check_output(scene, target)
     started, seen = time.perf_counter(), Radiometry.of(info.sar)
     with ExitStack() as stack:
         stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False))

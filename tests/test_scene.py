@@ -367,6 +367,21 @@ def test_scaled_integers_are_read_by_the_scale_the_file_names(tmp_path: Path, ge
     assert np.abs(pixels(tmp_path / "a.tif").astype(int) - pixels(tmp_path / "b.tif")).max() <= 1
 
 
+def test_one_scaled_band_beside_one_that_is_not(tmp_path: Path, generator: Generator) -> None:
+    """Whole decibels in VV, hundredths in VH; the number that means no data is the file's, not the scaled one."""
+    values = np.stack([np.full((64, 64), -12), np.rint(backscatter(64, 64)[1] * 100)]).astype(np.int16)
+    values[:, :10] = -9999
+    scene = write(tmp_path / "i.tif", values)
+    with rasterio.open(scene, "r+") as raster:
+        raster.scales = (1.0, 0.01)
+    assert translate(generator, scene, tmp_path / "a.tif", Options(nodata=-9999)).units == "db"
+    floats = values * np.array([1.0, 0.01])[:, None, None]
+    floats[:, :10] = np.nan
+    translate(generator, write(tmp_path / "f.tif", floats.astype(np.float32)), tmp_path / "b.tif")
+    made, wanted = pixels(tmp_path / "a.tif").astype(int), pixels(tmp_path / "b.tif")
+    assert np.abs(made - wanted).max() <= 1 and (made[:, :10] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
 def test_every_type_is_taken(tmp_path: Path, generator: Generator, dtype: str) -> None:
     numbers = backscatter(64, 64) if dtype.startswith("f") else 10 ** (backscatter(64, 64) / 20) * 600
@@ -495,6 +510,10 @@ def test_outputs_that_cannot_be_are_refused(tmp_path: Path, generator: Generator
     for out in (scene, tmp_path / "link.tif", tmp_path / "none" / "o.tif", tmp_path / "o.jpg"):
         with pytest.raises(BadInput, match="out"):
             translate(generator, scene, out)
+    assert scene.read_bytes() == before
+    scene = scene.rename(uncertainty_path(tmp_path / "o.tif"))
+    with pytest.raises(BadInput, match="another file than the scene"):
+        translate(generator, scene, tmp_path / "o.tif", Options(samples=2))
     assert scene.read_bytes() == before
 
 
