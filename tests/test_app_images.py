@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.errors import ApiError
-from app.images import decode_sar, encode, pad
+from app.images import decode_rgb, decode_sar, encode, pad
 from distillers.errors import BadInput
 
 LIMIT = 1 << 16
@@ -123,6 +124,137 @@ def test_padding_reaches_the_multiple_and_cropping_undoes_it(height: int, width:
     np.testing.assert_array_equal(grown[:height, :width], sar)
 
 
+COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+ALPHA = np.linspace(0, 255, 240).round().astype(np.uint8).reshape(12, 20)
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    target = io.BytesIO()
+    picture.save(target, kind, **options)
+    return target.getvalue()
+
+
+def over_white(colour: NDArray, alpha: NDArray) -> NDArray:
+    share = alpha[..., None] / 255
+    return np.rint(colour * share + 255 * (1 - share))
+
+
+def turned() -> bytes:
+    """A camera held on its side: stored 20 wide, to be shown 12 wide."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(Image.fromarray(COLOUR), exif=exif)
+
+
+THREE = np.stack([GREY] * 3, -1)
+ACCEPTED = {
+    "RGB": (file_of(COLOUR), COLOUR),
+    "lossless WebP": (file_of(COLOUR, "WEBP", lossless=True), COLOUR),
+    "grey": (file_of(GREY), THREE),
+    "grey JPEG": (file_of(np.full_like(GREY, 77), "JPEG"), np.full_like(THREE, 77)),
+    "1 bit": (saved(Image.fromarray(GREY > 99)), (THREE > 99) * 255),
+    "palette": (saved(Image.fromarray(THREE).convert("P", palette=Image.Palette.ADAPTIVE)), THREE),
+    "RGBA": (file_of(np.dstack([COLOUR, ALPHA])), over_white(COLOUR, ALPHA)),
+    "RGBA WebP": (
+        file_of(np.dstack([COLOUR, ALPHA]), "WEBP", lossless=True, exact=True), over_white(COLOUR, ALPHA),
+    ),
+    "grey and alpha": (file_of(np.dstack([GREY, ALPHA])), over_white(THREE, ALPHA)),
+    "a transparent grey": (saved(Image.fromarray(GREY), transparency=7), np.where(THREE == 7, 255, THREE)),
+    "a transparent colour": (
+        saved(Image.fromarray(COLOUR), transparency=tuple(COLOUR[3, 4].tolist())),
+        np.where((COLOUR[3, 4] == COLOUR).all(-1, keepdims=True), 255, COLOUR),
+    ),
+    "on its side": (turned(), np.rot90(COLOUR, -1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_every_accepted_picture_becomes_colour_as_a_viewer_shows_it(name: str) -> None:
+    data, expected = ACCEPTED[name]
+    colour = decode_rgb(data, LIMIT)
+    assert colour.dtype == np.float32 and colour.flags.c_contiguous
+    levels = 127.5 * (colour + 1)
+    np.testing.assert_allclose(levels, np.moveaxis(expected, -1, 0), atol=1e-3)
+
+
+def test_a_jpeg_is_near_and_white_and_black_are_exact() -> None:
+    smooth = np.stack([np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))] * 3, -1)
+    np.testing.assert_allclose(
+        decode_rgb(file_of(smooth, "JPEG", quality=95), LIMIT)[0], smooth[..., 0] / 127.5 - 1, atol=0.05
+    )
+    for value, unit in ((0, -1.0), (255, 1.0)):
+        assert (decode_rgb(file_of(np.full((8, 8, 3), value, np.uint8)), LIMIT) == unit).all()
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+MOVING = {"save_all": True, "append_images": [Image.fromarray(255 - NOISE)]}
+NO_COLOUR = {
+    "empty": (b"", "no bytes"),
+    "no image": (b"GIF89a and so on", "no such image"),
+    "GIF": (file_of(GREY, "GIF"), "no such image"),
+    "TIFF": (file_of(COLOUR, "TIFF"), "no such image"),
+    "BMP": (file_of(COLOUR, "BMP"), "no such image"),
+    "truncated PNG": (file_of(NOISE)[:-900], "breaks off"),
+    "truncated JPEG": (file_of(NOISE, "JPEG")[:-900], "breaks off"),
+    "truncated WebP": (file_of(NOISE, "WEBP")[:-900], "breaks off|no such image"),
+    "1 pixel": (file_of(COLOUR[:1, :1]), "1x1 pixels"),
+    "CMYK": (saved(Image.fromarray(NOISE).convert("CMYK"), "JPEG"), "mode CMYK"),
+    "16 bit": (file_of(GREY.astype(np.uint16)), "mode I;16"),
+    "animated WebP": (saved(Image.fromarray(NOISE), "WEBP", **MOVING), "several pages"),
+    "animated PNG": (saved(Image.fromarray(NOISE), "PNG", **MOVING), "several pages"),
+    "two photographs": (saved(Image.fromarray(NOISE), "MPO", **MOVING), "several pages"),
+}
+
+
+@pytest.mark.parametrize("name", NO_COLOUR)
+def test_broken_colour_pictures_are_named_as_what_they_are(name: str) -> None:
+    data, message = NO_COLOUR[name]
+    with pytest.raises(BadInput, match=message) as caught:
+        decode_rgb(data, LIMIT)
+    assert caught.value.field == "image"
+
+
+def huge_webp(width: int, height: int) -> bytes:
+    """An 8x8 picture on a canvas that promises a size."""
+    frame = file_of(COLOUR[:8, :8], "WEBP", lossless=True)[12:]
+    canvas = bytes([2, 0, 0, 0]) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    part = bytes(6) + b"\7\0\0" * 2 + bytes(4) + frame
+    data = b"WEBPVP8X" + struct.pack("<I", 10) + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    data += b"ANMF" + struct.pack("<I", len(part)) + part
+    return b"RIFF" + struct.pack("<I", len(data)) + data
+
+
+def huge_jpeg(width: int, height: int) -> bytes:
+    """A true JPEG, its frame header rewritten."""
+    data = file_of(COLOUR, "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("make", [png_header, huge_webp, huge_jpeg])
+@pytest.mark.parametrize("side", [300, 12_000, 16_383])
+def test_a_colour_bomb_is_refused_by_its_header(make: Callable[[int, int], bytes], side: int) -> None:
+    with pytest.raises(ApiError, match="image: got") as caught:
+        decode_rgb(make(side, side), LIMIT)
+    assert caught.value.status == 413
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=300, deadline=None)
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([turned(), *(file_of(COLOUR, kind) for kind in ("PNG", "JPEG", "WEBP"))]),
+    st.integers(0, 900),
+)
+def test_damage_anywhere_in_colour_is_bad_input_or_a_picture(noise: bytes, file: bytes, at: int) -> None:
+    try:
+        colour = decode_rgb(file[:at] + noise + file[at + len(noise) :], LIMIT)
+    except (BadInput, ApiError):
+        return
+    assert colour.shape[0] == 3 and abs(colour).max() <= 1
+
+
 @pytest.mark.parametrize(("output_format", "error"), [("png", 0), ("jpeg", 12), ("webp", 12)])
 def test_encoded_pictures_open_again(output_format: str, error: int) -> None:
     y, x = np.mgrid[0:40, 0:56]
@@ -130,3 +262,12 @@ def test_encoded_pictures_open_again(output_format: str, error: int) -> None:
     picture = Image.open(io.BytesIO(encode(pixels, output_format, 95)))
     assert picture.format == output_format.upper()
     assert abs(np.asarray(picture.convert("RGB")).astype(int) - pixels).max() <= error
+
+
+def test_raw_is_the_array_itself_line_by_line_also_of_a_crop() -> None:
+    crop = COLOUR[2:9, 3:14]
+    np.testing.assert_array_equal(np.frombuffer(encode(crop, "raw"), np.uint8).reshape(7, 11, 3), crop)
+
+
+def test_png_carries_text() -> None:
+    assert Image.open(io.BytesIO(encode(COLOUR, "png", text={"seed": "7"}))).info == {"seed": "7"}
