@@ -3,8 +3,9 @@
     {"error": {"message": "n: got 99; allowed: 1..16", "type": "invalid_request_error", "param": "n", "code": "..."}}
 
 Wrong input is 400 (OpenAI's clients expect it where FastAPI says 422), an unknown model or path 404, a body or image
-over the limit 413, an unreadable kind of body 415, a full queue or a model still opening 503 with Retry-After, a
-GeoTIFF where rasterio is not installed 501, a full disk 507.
+over the limit 413, an unreadable kind of body 415, a body that takes too long to arrive 408. Without a valid key 401,
+without its scope 403, over the key's own limits 429; a full queue, a model still opening or a closing server 503. 429
+and 503 say in Retry-After when another try makes sense. A GeoTIFF where rasterio is not installed 501, a full disk 507.
 """
 
 import http
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from distillers.errors import BadInput
+
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ErrorBody(BaseModel):
@@ -48,7 +51,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
         self.status, self.headers = status, headers
         self.body = ErrorBody(message=message, type=kind, param=param, code=code)
 
@@ -103,10 +106,12 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the application the one object."""
+    """Makes every error of the application the one object; what nobody expected, `Visits` answers and logs."""
 
-    def api(_: Request, error: Exception) -> JSONResponse:
+    def api(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
+        if error.status in (503, 504):
+            request.app.state.metrics.rejected(error.body.code)
         return error.response()
 
     def bad_input(_: Request, error: Exception) -> JSONResponse:
@@ -125,10 +130,6 @@ def install(app: FastAPI) -> None:
         code = phrase.lower().replace(" ", "_")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
-    def unhandled(_: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again after the answer, so that the server logs it; the caller sees no traceback
-        return internal_error().response()
-
     stock = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -143,4 +144,3 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(ValidationError, validation)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unhandled)

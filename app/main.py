@@ -1,7 +1,6 @@
 """The service: `uvicorn --factory app.main:create_app`. Nothing happens at import, and torch is not imported by it."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,13 +9,18 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from app import errors
+from app import errors, logs
+from app.access import Access, Keys
+from app.drain import Drain
 from app.engine.engine import Engine
 from app.engine.jobs import Jobs
 from app.engine.scenes import Scenes
 from app.limits import BodyLimit
-from app.routes import benchmarks, demonstration, health, images, jobs, models, translations
+from app.metrics import Metrics
+from app.routes import benchmarks, demonstration, edits, health, images, jobs, metrics, models, realtime, translations
 from app.settings import Settings
+from app.tracing import Tracing
+from app.visits import Visits
 from distillers.errors import BadInput
 from distillers.process import prepare_process
 
@@ -26,25 +30,37 @@ PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cac
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application; settings come from FEWSTEP_* variables unless given. BadInput without a weights folder."""
+    """The application; settings come from FEWSTEP_* variables unless given.
+
+    Raises:
+        BadInput: without a weights folder, or for a file of keys that cannot be used.
+    """
     prepare_process()  # before the engine's thread imports torch
     settings = settings or Settings()
     if not settings.weights.is_dir():
         raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
-    if not logging.getLogger("fewstep").hasHandlers():
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fewstep").setLevel(settings.log_level.upper())
+    logs.configure(settings.log_level, settings.log_format)
+    keys = Keys(settings.keys) if settings.keys else None
+    told, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = Engine(settings)
-        with Scenes(engine, settings) as app.state.scenes, Jobs(app.state.scenes, settings) as app.state.jobs:
+        engine = Engine(settings, told)
+        with (
+            drain.on_signals(),
+            Scenes(engine, settings) as app.state.scenes,
+            Jobs(app.state.scenes, settings) as app.state.jobs,
+        ):
             app.state.engine = engine
             app.state.benchmarking = asyncio.Lock()
+            app.state.realtime = set()  # open connections
+            told.watch(engine, drain)
             engine.start()
             yield
             app.state.jobs.cancel_all()
             engine.stop()
+            if tracing is not None:
+                tracing.close()
 
     app = FastAPI(
         title="Fewstep",
@@ -54,9 +70,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # the stock page loads its scripts from elsewhere; ours is in static/
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, others={jobs.PATH: settings.max_scene_bytes})
+    app.state.metrics, app.state.drain = told, drain
+    others = {jobs.PATH: settings.max_scene_bytes}
+    app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, told, others)
+    app.add_middleware(Access, keys, told)
+    app.add_middleware(Visits, told, drain, tracing)  # the last one added is the first one entered
     errors.install(app)
-    for room in (images, translations, jobs, demonstration, models, benchmarks, health):
+    for room in (images, edits, translations, realtime, jobs, demonstration, models, benchmarks, health, metrics):
         app.include_router(room.router)
 
     @app.get("/", include_in_schema=False)

@@ -10,13 +10,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """FEWSTEP_WEIGHTS=weights FEWSTEP_DEVICE=cpu ... ; every field has a default that serves a small machine."""
 
-    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", env_ignore_empty=True, extra="ignore")
 
     weights: Path = Field(
         default=Path("weights"), description="folder of weights folders; each with a fewstep.json is served"
     )
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: cuda where there is one"
+        default="auto",
+        pattern=r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda:\d+))*)$",
+        description="auto: cuda where there is one; several, as in cuda:0,cuda:1, share the work",
     )
     default_model: str | None = Field(default=None, description="served when a request names no model")
     max_n: int = Field(default=16, ge=1, description="images per request")
@@ -36,6 +38,24 @@ class Settings(BaseSettings):
         default=None, description="folder for scenes and results; the system's temporary one when left out"
     )
     max_batch: int = Field(default=16, ge=1, description="images per forward pass")
+    tune_seconds: float = Field(
+        default=20, ge=0, description="for measuring backends, per model, once; 0: none; 60 or more: torch.compile too"
+    )
+    tolerance: int = Field(
+        default=2, ge=0, le=255, description="levels of 255 that a backend in bfloat16 may move a pixel by"
+    )
+    memory_mb: float | None = Field(
+        default=None, gt=0, description="of all open models; beyond it the one not asked for the longest is put away"
+    )
+    rescan_seconds: float = Field(default=5, gt=0, description="between looks for new and changed folders")
+    max_wait_seconds: float = Field(default=30, gt=0, description="predicted, of all that waits; beyond it 503")
     queue_limit: int = Field(default=256, ge=1, description="images waiting; beyond it 503")
     codec_threads: int = Field(default=2, ge=1, description="threads that decode and encode images")
+    keys: Path | None = Field(
+        default=None, description="TOML file of API keys (`fewstep key`); without one everybody may infer"
+    )
+    body_seconds: float = Field(default=30, gt=0, description="for a small body to arrive; beyond it 408")
+    hang_seconds: float = Field(default=300, gt=0, description="of one forward pass; beyond it /livez says 503")
+    drain_seconds: float = Field(default=25, ge=0, description="after SIGTERM, for what was accepted to be answered")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"

@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 
 from app.errors import ErrorAnswer
 from app.rasters import import_rasterio
-from app.routes.translations import BINARY
+from app.routes.answers import BINARY
 
 router = APIRouter(tags=["images"])
 

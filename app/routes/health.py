@@ -1,24 +1,59 @@
-"""/livez: is the process able to work at all? /readyz: is every model open and warm?"""
+"""Is the process able to work at all (live), and should it be given work now (ready)? Asked without a key."""
+
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from app.engine.engine import Engine
 from app.routes.answers import engine_of
 
 router = APIRouter(tags=["health"])
+DEAD: dict[int | str, dict[str, Any]] = {503: {"description": "Start the process anew."}}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Opening, nothing to serve, hung, or closing."}}
 
 
-@router.get("/livez", responses={503: {"description": "The engine is dead."}}, summary="Alive")
+@router.get("/livez", responses=DEAD, summary="Alive")
 async def livez(request: Request) -> JSONResponse:
-    """503 when the engine's thread has died; a supervisor should start the process anew."""
-    alive = engine_of(request).alive
-    return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+    """503 when the engine's thread has died or the device hangs: neither mends itself, so start the process anew."""
+    status = _life(engine_of(request))
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
-@router.get("/readyz", responses={503: {"description": "Still opening, or nothing to serve."}}, summary="Ready")
+@router.get("/readyz", responses=NOT_READY, summary="Ready")
+@router.get("/health", responses=NOT_READY, summary="The same as /readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """503 until every model was opened and drew its first picture. Folders that could not be opened are named."""
-    engine = engine_of(request)
-    status = "ready" if engine.ready else "empty" if engine.opened else "opening"
+    """503 until every model was opened and drew its first picture, and again from the moment the server is to end.
+
+    Folders that could not be opened are named.
+    """
+    engine, status = engine_of(request), _readiness(request)
     content = {"status": status, "device": engine.device, "models": list(engine.models), "failed": engine.failed}
-    return JSONResponse(content, 200 if engine.ready else 503, None if engine.ready else {"Retry-After": "2"})
+    return JSONResponse(content, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "2"})
+
+
+@router.get("/v2/health/live", responses=DEAD, summary="Alive, as KServe asks")
+async def live(request: Request) -> JSONResponse:
+    """/livez in the words of the Open Inference Protocol."""
+    alive = _life(engine_of(request)) == "ok"
+    return JSONResponse({"live": alive}, 200 if alive else 503)
+
+
+@router.get("/v2/health/ready", responses=NOT_READY, summary="Ready, as KServe asks")
+async def ready(request: Request) -> JSONResponse:
+    """/readyz in the words of the Open Inference Protocol."""
+    is_ready = _readiness(request) == "ready"
+    return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+
+def _life(engine: Engine) -> str:
+    return "stuck" if engine.stuck else "ok" if engine.alive else "dead"
+
+
+def _readiness(request: Request) -> str:
+    engine = engine_of(request)
+    if request.app.state.drain.draining:
+        return "draining"
+    if (life := _life(engine)) != "ok":
+        return life
+    return "ready" if engine.ready else "empty" if engine.opened else "opening"

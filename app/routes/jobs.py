@@ -17,8 +17,8 @@ from app.engine.jobs import Job, Jobs
 from app.engine.scenes import SceneOrder, scene_name
 from app.errors import ApiError, ErrorAnswer
 from app.rasters import KINDS, check, import_rasterio
-from app.routes.answers import ERRORS, choose, engine_of
-from app.routes.translations import BINARY, SCENE_ERRORS, body_of, kind_of, scene_options
+from app.routes.answers import BINARY, ERRORS, choose, engine_of
+from app.routes.translations import SCENE_ERRORS, body_of, kind_of, scene_options
 from app.schemas import JobAnswer, JobRequest, SceneFacts
 from distillers.errors import BadInput
 
@@ -44,7 +44,7 @@ async def post(request: Request) -> JSONResponse:
     """
     kind = kind_of(request, RAW_KINDS)
     import_rasterio()
-    order = None if kind == "multipart/form-data" else _order(request, request.query_params)
+    order = None if kind == "multipart/form-data" else await _order(request, request.query_params)
     jobs = jobs_of(request)
     job = jobs.open()
     try:
@@ -85,6 +85,7 @@ async def delete(id: str, request: Request) -> JobAnswer:
     response_class=FileResponse,
     responses={
         200: {"content": {kind: {"schema": BINARY} for kind in ("image/tiff", "image/png")}},
+        400: {"model": ErrorAnswer, "description": "No job has a file of such a name."},
         409: {"model": ErrorAnswer, "description": "Not done, or done without such a file."},
         **ABSENT,
     },
@@ -101,10 +102,10 @@ async def file(
     return FileResponse(job.files[name], media_type=f"image/{'tiff' if name.endswith('.tif') else 'png'}")
 
 
-def _order(request: Request, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
+async def _order(request: Request, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
     """(model, options), checked before a byte of the scene is taken where they are known by then."""
     body = JobRequest.model_validate(dict(parameters))
-    model = choose(engine_of(request), body.model, translates=True)
+    model = await choose(engine_of(request), body.model, translates=True)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     return model, scene_options(body, model.check_steps(body.steps), seed)
 
@@ -121,7 +122,7 @@ async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise BadInput("image", image, f"a file: {KINDS}")
-        order = _order(request, {name: value for name, value in form.multi_items() if name != "image"})
+        order = await _order(request, {name: value for name, value in form.multi_items() if name != "image"})
         scene = folder / scene_name(image.filename or "")
         with scene.open("wb") as target:
             await asyncio.to_thread(shutil.copyfileobj, image.file, target, 1 << 20)

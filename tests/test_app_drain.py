@@ -1,0 +1,186 @@
+"""The life of the process: alive, ready, hung, asked to end under load, told so twice; and callers that dawdle."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+from test_app import GENERATE, engine_held, engine_of, publish, until_ready
+
+from app.main import create_app
+from app.settings import Settings
+
+SLOW = {"model": "teacher", "steps": 100}
+SERVERS = {
+    "uvicorn": ["-m", "uvicorn", "--factory", "app.main:create_app"],
+    "fewstep serve": ["-m", "distillers.cli", "serve"],
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("weights")
+    publish(root, "teacher", "image", default_steps=4)
+    return root
+
+
+@dataclass
+class Server:
+    """A real process."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(self.url("/metrics")).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+    def end(self, signals: int = 1) -> str:
+        """Its output, after it has ended."""
+        for _ in range(signals):
+            self.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        return self.process.communicate(timeout=60)[0]
+
+
+@contextmanager
+def running(weights: Path, server: str = "uvicorn", **more: str) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = (
+        os.environ | {"FEWSTEP_WEIGHTS": str(weights), "FEWSTEP_DEVICE": "cpu", "FEWSTEP_TUNE_SECONDS": "0"} | more
+    )
+    command = [sys.executable, *SERVERS[server], "--port", str(port)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            until_ready(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz"))
+            yield Server(process, port)
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_sigterm_under_load_loses_nobody_who_was_let_in(weights: Path, server: str) -> None:
+    """Thirty wait. The signal comes. All thirty are answered, nobody else is let in, and the process ends with 0."""
+    with (
+        running(weights, server, FEWSTEP_MAX_BATCH="4", FEWSTEP_DRAIN_SECONDS="55") as one,
+        ThreadPoolExecutor(30) as pool,
+    ):
+        asked = [
+            pool.submit(httpx.post, one.url(GENERATE), json=SLOW | {"seed": seed}, timeout=60) for seed in range(30)
+        ]
+        until(lambda: one.metric("fewstep_inflight_requests") == 30)
+        one.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(one.url("/readyz")).status_code == 503)
+        assert not all(answer.done() for answer in asked)
+        ready, live = httpx.get(one.url("/readyz")), httpx.get(one.url("/livez"))
+        late = httpx.post(one.url(GENERATE), json=SLOW)
+        assert ready.json()["status"] == "draining" and live.status_code == 200
+        assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
+        assert late.headers["connection"] == "close" and 1 <= int(late.headers["retry-after"]) <= 55
+        assert late.headers["x-request-id"]
+        answers = [answer.result() for answer in asked]
+        assert [answer.status_code for answer in answers] == [200] * 30
+        assert {answer.json()["seed"] for answer in answers} == set(range(30))
+        output = one.process.communicate(timeout=60)[0]
+    assert one.process.returncode == 0 and "Traceback" not in output, output
+
+
+def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with running(weights) as one, httpx.Client() as client:
+            client.get(one.url("/livez"))  # a connection that is kept alive holds nobody up
+            started = time.monotonic()
+            one.process.send_signal(number)
+            output = one.process.communicate(timeout=60)[0]
+        assert one.process.returncode == 0 and time.monotonic() - started < 10
+        assert "Application shutdown complete" in output and "Traceback" not in output
+
+
+def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
+    with running(weights, FEWSTEP_MAX_BATCH="1") as one, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60) for _ in range(8)]
+        until(lambda: one.metric("fewstep_inflight_requests") == 8)
+        started = time.monotonic()
+        one.end(signals=2)
+        assert one.process.returncode == 128 + signal.SIGTERM and time.monotonic() - started < 5
+        assert any(isinstance(answer.exception(), httpx.TransportError) for answer in asked)
+
+
+def test_who_takes_longer_than_the_drain_is_given_up(weights: Path) -> None:
+    with running(weights, FEWSTEP_MAX_BATCH="1", FEWSTEP_DRAIN_SECONDS="1") as one, ThreadPoolExecutor(30) as pool:
+        for _ in range(30):
+            pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60)
+        until(lambda: one.metric("fewstep_inflight_requests") == 30)
+        started = time.monotonic()
+        output = one.end()
+        assert one.process.returncode == 0 and time.monotonic() - started < 10
+    assert "requests are given up after 1 s" in output
+
+
+def test_a_body_that_does_not_arrive_is_given_up(weights: Path) -> None:
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    with running(weights, FEWSTEP_BODY_SECONDS="0.5") as one:
+        with socket.create_connection(("127.0.0.1", one.port), timeout=30) as slow:
+            slow.sendall(head.encode() + b'{"model": ')
+            started, heard = time.monotonic(), b""
+            while part := slow.recv(4096):  # until the server hangs up
+                heard += part
+        assert heard.startswith(b"HTTP/1.1 408 ") and b'"request_timeout"' in heard
+        assert 0.4 < time.monotonic() - started < 10
+        assert one.metric("fewstep_rejected_total") == 1 and one.metric("fewstep_inflight_requests") == 0
+        assert "Traceback" not in one.end()
+
+
+def test_a_device_that_hangs_is_not_alive(weights: Path) -> None:
+    """A real pass that takes longer than is said to be sane: the supervisor is told while it lasts."""
+    app = create_app(Settings(weights=weights, device="cpu", tune_seconds=0, hang_seconds=0.05))
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        until_ready(lambda: client.get("/readyz"))
+        hanging = pool.submit(client.post, GENERATE, json=SLOW)
+        until(lambda: client.get("/livez").status_code == 503)
+        assert client.get("/livez").json() == {"status": "stuck"} and not hanging.done()
+        assert client.get("/v2/health/live").json() == {"live": False}
+        assert client.get("/readyz").status_code == client.get("/v2/health/ready").status_code == 503
+        assert hanging.result().status_code == 200
+        assert client.get("/livez").json() == {"status": "ok"}
+
+
+def test_a_device_that_waits_is_alive_and_one_that_died_is_not(weights: Path) -> None:
+    app = create_app(Settings(weights=weights, device="cpu", tune_seconds=0))
+    with TestClient(app) as client:
+        until_ready(lambda: client.get("/readyz"))
+        with engine_held(client):
+            assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
+        assert client.get("/health").json() == client.get("/readyz").json()
+        assert client.get("/v2/health/live").json() == {"live": True}
+        assert client.get("/v2/health/ready").json() == {"ready": True}
+        for worker in engine_of(client).workers:
+            worker.batcher.close()
+            worker.thread.join(60)
+        assert client.get("/livez").json() == {"status": "dead"} and client.get("/livez").status_code == 503
+        assert client.get("/readyz").status_code == 503
