@@ -17,7 +17,7 @@ WORKDIR /fewstep
 COPY pyproject.toml constraints.txt README.md LICENSE /source/
 COPY distillers /source/distillers
 COPY app /source/app
-RUN --mount=type=cache,target=/root/.cache/pip cd /source && pip install -c constraints.txt ${PIP_EXTRA_ARGS} '.[raster]'
+RUN --mount=type=cache,target=/root/.cache/pip cd /source && pip install -c constraints.txt ${PIP_EXTRA_ARGS} '.[raster,openvino]'
 # The published weights go along; a new named volume mounted here starts as a copy of them.
 COPY --chown=fewstep:fewstep weights weights
 USER fewstep

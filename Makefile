@@ -30,7 +30,7 @@ clean:                  ## everything that make made; weights/ and runs/ stay
 	find app distillers tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[raster]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[raster,openvino]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python

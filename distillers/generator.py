@@ -6,7 +6,7 @@ its steps. It does not know how it was trained, nor HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,15 @@ class Generator(nn.Module):
         return self.schedule.grid(steps + 1)[1:].flip(0).tolist()
 
     def forward(
-        self, noise: Tensor, cond: Cond | None = None, steps: int | None = None, fresh: Iterator[Tensor] | None = None
+        self,
+        noise: Tensor,
+        cond: Cond | None = None,
+        steps: int | None = None,
+        fresh: Iterator[Tensor] | None = None,
+        *,
+        start: Tensor | None = None,
+        first: int = 0,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """x0 (B, C, H, W) in the network's space, from unit Gaussian noise of that shape.
 
@@ -98,15 +106,25 @@ class Generator(nn.Module):
             cond: as `encode_condition` gives.
             steps: network calls; None for the folder's default.
             fresh: where a consistency sampler takes its noise between steps; None draws from torch's global generator.
+            start: x0 to begin from instead of from nothing: noised to the time of step `first` (SDEdit, Meng et al.
+                2022; for consistency models Song et al. 2023, Algorithm 4).
+            first: steps left out at the beginning, below `steps`.
+            watch: told the index of every step but the last, and its estimate of x0.
         """
         times = torch.tensor(self.times(steps), dtype=torch.float64, device=noise.device)
+        if not 0 <= first < len(times):
+            raise BadInput("first", first, f"0 to {len(times) - 1}")
         network = weights.guided(self.denoiser, self.info, self.info.guidance_scale)
-        # The scale of p_T: 1 for variance-preserving schedules, sigma_max for exploding ones.
-        x_t = noise * torch.hypot(self.schedule.alpha(times[0]), self.schedule.sigma(times[0])).to(noise)
-        for i, t in enumerate(times):
+        if start is not None:
+            x_t = self.schedule.add_noise(start, noise, times[first])
+        else:  # the scale of p_T: 1 for variance-preserving schedules, sigma_max for exploding ones
+            x_t = noise * torch.hypot(self.schedule.alpha(times[first]), self.schedule.sigma(times[first])).to(noise)
+        for i, t in enumerate(times[first:], first):
             x0: Tensor = network(x_t, t, cond)
             if i + 1 == len(times):
                 return x0
+            if watch is not None:
+                watch(i, x0)
             if self.info.sampler == "ddim":
                 x_t = self.schedule.step(x_t, x0, t, times[i + 1])
             else:  # multi-step consistency sampling (Song et al. 2023, Algorithm 1)

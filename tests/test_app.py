@@ -85,7 +85,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(weights: Path) -> Iterator[TestClient]:
     app = create_app(
-        Settings(weights=weights, device="cpu", queue_limit=QUEUE, max_body_bytes=200_000, max_pixels=10_000)
+        Settings(
+            weights=weights,
+            device="cpu",
+            queue_limit=QUEUE,
+            max_body_bytes=200_000,
+            max_pixels=10_000,
+            tune_seconds=0,
+        )
     )
 
     @app.get("/boom")
@@ -133,12 +140,12 @@ def engine_held(client: TestClient) -> Iterator[None]:
 
 
 def wait_until_waiting(client: TestClient, orders: int) -> None:
-    batcher = engine_of(client)._batcher
+    engine = engine_of(client)
     for _ in range(6000):
-        if len(batcher) == orders:
+        if sum(engine.waiting().values()) == orders:
             return
         time.sleep(0.01)
-    raise AssertionError(f"{len(batcher)} orders wait, not {orders}")
+    raise AssertionError(f"{engine.waiting()} wait, not {orders}")
 
 
 def grey(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -270,7 +277,12 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "url": ({"response_format": "url"}, "response_format", "b64_json"),
     "gif": ({"output_format": "gif"}, "output_format", "png"),
     "compression": ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "100"),
-    "streaming": ({"stream": True}, "stream", "False"),
+    "views without a stream": ({"partial_images": 2}, "partial_images", "0 without stream"),
+    "many views": ({"partial_images": 4, "stream": True}, "partial_images", "3"),
+    "steps and a budget": ({"steps": 1, "latency_budget_ms": 5}, "steps", "latency_budget_ms"),
+    "no budget": ({"latency_budget_ms": 0}, "latency_budget_ms", "0"),
+    "no time": ({"timeout_ms": 0}, "timeout_ms", "1"),
+    "determinism": ({"determinism": "very"}, "determinism", "strict"),
     "unknown field": ({"sede": 1}, "sede", "seed"),
     "a long prompt": ({"prompt": "x" * 100_000}, "prompt", "Forest"),
 }
@@ -411,7 +423,15 @@ def test_models_are_listed_in_openais_form_and_a_corrupt_folder_is_not(client: T
     student, teacher = models["classes"], models["classes-teacher"]
     assert (student["steps"], student["teacher"], student["labels"]) == ([1, 2], "classes-teacher", LABELS)
     assert (teacher["steps"], teacher["max_steps"], teacher["default_steps"]) == (None, 250, 4)
-    assert client.get("/v1/models/classes").json() == student | {"report": {"frechet": 12.5}}
+    told = client.get("/v1/models/classes").json()
+    backend = told.pop("backend")
+    assert told == student | {"report": {"frechet": 12.5}}
+    assert (backend["name"], backend["device"], backend["measured"], backend["tuning"]) == (
+        "eager",
+        "cpu",
+        False,
+        False,
+    )
     assert client.get("/v1/models/plain").json()["report"] is None
     for absent in ("corrupt", "..%2fsecret", "%00"):
         assert error_of(client.get(f"/v1/models/{absent}"), 404)["code"] in ("model_not_found", "not_found")
@@ -448,11 +468,12 @@ def test_the_pages_ask_nothing_of_other_servers(client: TestClient) -> None:
             and "default-src 'self'" in page.headers["content-security-policy"]
         )
         assert "://" not in page.text
-        for name in ("app.js", "docs.js", "style.css"):
+        for name in ("app.js", "docs.js", "live.js", "style.css"):
             assert client.get(f"/static/{name}").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
     assert {GENERATE, TRANSLATE, "/v1/models", "/v1/benchmarks", "/livez", "/readyz"} <= set(paths)
-    assert set(paths[GENERATE]["post"]["responses"]) == {"200", "400", "404", "413", "503"}
+    statuses = {"200", "400", "401", "403", "404", "408", "413", "429", "503", "504"}
+    assert set(paths[GENERATE]["post"]["responses"]) == statuses
 
 
 # --- benchmarks
@@ -531,14 +552,14 @@ def test_who_leaves_while_waiting_costs_no_forward_pass(client: TestClient) -> N
         await client.app(scope, receive, send)
         return sent
 
-    turns = engine._turns
+    turns = engine.workers[0].turns
     with engine_held(client):
         leaving = portal.start_task_soon(one_who_leaves)
         wait_until_waiting(client, 8)
         leave.set()
         assert leaving.result(60)[0]["status"] == 499
     assert client.post(GENERATE, json={"model": "plain"}).json()["timings"]["batch"] == 1
-    assert engine._turns == turns + 1
+    assert engine.workers[0].turns == turns + 1
 
 
 def test_before_it_is_open_and_after_it_is_closed_the_engine_says_so(weights: Path) -> None:

@@ -1,84 +1,199 @@
-"""The batcher by simulation and under threads: every order gets exactly one answer, the oldest head goes first."""
+"""The batcher by simulation and under threads: every order gets exactly one answer, and everybody his turn."""
 
 import random
 import threading
+from collections import Counter
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from app.engine.batcher import Batcher, Closed, Full
+from app.engine.batcher import Batcher, Closed, Expired, Full, Ticket
 
 LIMIT = 6
 LARGEST = {"a": 1, "b": 2, "c": 4}
-MOVES = st.one_of(
-    st.tuples(st.just("put"), st.sampled_from(sorted(LARGEST)), st.integers(1, 5)),
-    st.tuples(st.just("take"), st.booleans()),
-    st.tuples(st.just("cancel"), st.integers(0, 100)),
-)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(MOVES, max_size=60))
-def test_every_order_gets_exactly_one_answer(moves: list[Any]) -> None:
-    batcher: Batcher[str, int, int] = Batcher(LIMIT, LARGEST.__getitem__)
-    futures: list[Future[int]] = []
-    waiting: list[tuple[str, int]] = []  # the model: (key, order) in the sequence of arrival, cancelled ones removed
-    taken: set[int] = set()
-    for move, *rest in moves:
-        if move == "put":
-            key, count = rest
-            orders = list(range(len(futures), len(futures) + count))
-            if len(waiting) + count > LIMIT:
-                with pytest.raises(Full):
-                    batcher.put([(key, order) for order in orders])
+class Even:
+    """Every order costs the same, and keys have the largest batches of LARGEST."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.each = seconds
+
+    def take(self, key: str, waiting: int) -> int:
+        return min(waiting, LARGEST[key])
+
+    def seconds(self, key: str, count: int) -> float:
+        return self.each * count
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Simulation(RuleBasedStateMachine):
+    """Arrivals, cancellations, deadlines, turns that succeed and fail, in any sequence, against a plain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.batcher: Batcher[str, int, int] = Batcher(LIMIT, Even(), clock=self.clock)
+        self.futures: list[Future[int]] = []
+        self.key: list[str] = []
+        self.deadline: list[float | None] = []
+        self.waiting: set[int] = set()  # neither taken nor cancelled
+        self.met: set[int] = set()  # taken
+        self.seen: Counter[int] = Counter()  # answers
+
+    @rule(key=st.sampled_from(sorted(LARGEST)), count=st.integers(1, 5), patience=st.none() | st.integers(0, 5))
+    def arrive(self, key: str, count: int, patience: int | None) -> None:
+        orders = list(range(len(self.futures), len(self.futures) + count))
+        deadline = None if patience is None else self.clock.now + patience
+        if len(self.waiting) + count > LIMIT:
+            with pytest.raises(Full):
+                self.batcher.put([(key, order) for order in orders], deadline)
+            return
+        for order, future in zip(orders, self.batcher.put([(key, order) for order in orders], deadline), strict=True):
+            future.add_done_callback(lambda _, order=order: self.seen.update([order]))
+            self.futures.append(future)
+            self.key.append(key)
+            self.deadline.append(deadline)
+            self.waiting.add(order)
+
+    @rule(which=st.integers(0, 1000))
+    @precondition(lambda self: self.futures)
+    def cancel(self, which: int) -> None:
+        order = which % len(self.futures)
+        assert self.futures[order].cancel() == (order in self.waiting or self.futures[order].cancelled())
+        self.waiting.discard(order)
+
+    @rule(seconds=st.integers(1, 4))
+    def pass_time(self, seconds: int) -> None:
+        self.clock.now += seconds
+
+    @rule(works=st.booleans())
+    @precondition(lambda self: any(not self._late(order) for order in self.waiting))
+    def turn(self, works: bool) -> None:
+        turn = self.batcher.take()
+        assert turn is not None
+        key, tickets = turn
+        orders = [ticket.order for ticket in tickets]
+        assert orders == sorted(orders) and 1 <= len(orders) <= LARGEST[key]
+        assert {self.key[order] for order in orders} == {key} and set(orders) <= self.waiting
+        assert not any(self._late(order) for order in orders)
+        older = [o for o in self.waiting if self.key[o] == key and o < orders[-1] and o not in orders]
+        assert all(self._late(order) for order in older)  # within a key, the sequence of arrival
+        self.met |= set(orders)
+        self.waiting -= set(orders)
+        for ticket in tickets:
+            if works:
+                ticket.answer.set_result(ticket.order)
             else:
-                futures += batcher.put([(key, order) for order in orders])
-                waiting += [(key, order) for order in orders]
-        elif move == "cancel" and futures:
-            order = rest[0] % len(futures)
-            assert futures[order].cancel() == (order not in taken)
-            waiting = [(key, other) for key, other in waiting if other != order]
-        elif move == "take" and waiting:
-            turn = batcher.take()
-            assert turn is not None
-            key, tickets = turn
-            expected = [order for other, order in waiting if other == waiting[0][0]][: LARGEST[waiting[0][0]]]
-            assert (key, [ticket.order for ticket in tickets]) == (waiting[0][0], expected)
-            waiting = [(other, order) for other, order in waiting if order not in expected]
-            taken |= set(expected)
-            for ticket in tickets:
-                if rest[0]:
-                    ticket.answer.set_result(ticket.order)
-                else:
-                    ticket.answer.set_exception(ArithmeticError(ticket.order))
-    batcher.close()
-    for order, future in enumerate(futures):
-        assert future.done()
-        if future.cancelled():
-            assert order not in taken
-        elif order in taken:
-            error = future.exception()
-            assert future.result() == order if error is None else error.args == (order,)
-        else:
-            assert isinstance(future.exception(), Closed)
-    with pytest.raises(Closed):
-        batcher.put([("a", 0)])
-    assert batcher.take() is None
+                ticket.answer.set_exception(ArithmeticError(ticket.order))
+
+    def _late(self, order: int) -> bool:
+        deadline = self.deadline[order]
+        return deadline is not None and self.clock.now > deadline
+
+    @invariant()
+    def expired_are_told_and_counted_out(self) -> None:
+        for order in list(self.waiting):
+            if self.futures[order].done():
+                assert self._late(order) and isinstance(self.futures[order].exception(), Expired)
+                self.waiting.discard(order)
+        assert sum(self.batcher.waiting().values()) == len(self.waiting) <= len(self.batcher) <= LIMIT
+
+    def teardown(self) -> None:
+        self.batcher.close()
+        for order, future in enumerate(self.futures):
+            assert future.done() and self.seen[order] == 1  # exactly one answer
+            if order in self.met:
+                error = future.exception()
+                assert future.result() == order if error is None else error.args == (order,)
+            elif not future.cancelled():
+                assert isinstance(future.exception(), Closed | Expired)
+        with pytest.raises(Closed):
+            self.batcher.put([("a", 0)])
+        assert self.batcher.take() is None
+
+
+TestEveryOrderGetsExactlyOneAnswer = Simulation.TestCase
+TestEveryOrderGetsExactlyOneAnswer.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def orders(turn: tuple[str, list[Ticket[int, int]]] | None) -> list[int]:
+    assert turn is not None
+    return [ticket.order for ticket in turn[1]]
+
+
+def test_those_who_ask_little_are_served_in_the_sequence_of_arrival() -> None:
+    batcher: Batcher[str, int, int] = Batcher(LIMIT, Even())
+    for key, order in [("b", 0), ("c", 1), ("a", 2)]:
+        batcher.put([(key, order)])
+    assert [orders(batcher.take()) for _ in range(3)] == [[0], [1], [2]]
+
+
+def test_who_floods_the_queue_waits_behind_his_own_flood() -> None:
+    batcher: Batcher[str, int, int] = Batcher(100, Even())
+    batcher.put([("b", order) for order in range(50)])
+    assert orders(batcher.take()) == [0, 1]
+    batcher.put([("a", 100)])
+    assert orders(batcher.take()) == [100]
+    assert orders(batcher.take()) == [2, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32))
+def test_nobody_starves_and_shares_are_even(seed: int) -> None:
+    """Two keys that always have work get half of the time each, whatever the sizes of their batches."""
+    draw, batcher = random.Random(seed), Batcher[str, int, int](10_000, Even())
+    batcher.put([("a", 0) for _ in range(300)])
+    served: Counter[str] = Counter()
+    for turn in range(120):
+        if turn < 60:
+            batcher.put([("c", 0) for _ in range(draw.randint(4, 9))])
+        key, tickets = batcher.take() or ("", [])
+        if turn >= 10:
+            served[key] += len(tickets)
+        if turn == 70:
+            break
+    assert abs(served["a"] - served["c"]) <= 8
+
+
+def test_predicted_seconds_bound_the_queue_too_but_never_an_empty_one() -> None:
+    batcher: Batcher[str, int, int] = Batcher(1000, Even(seconds=10), limit_s=25)
+    batcher.put([("a", order) for order in range(3)])  # 30 seconds at once
+    with pytest.raises(Full) as full:
+        batcher.put([("a", 3)])
+    assert full.value.seconds == batcher.backlog_s() == 30
+    for _ in range(2):
+        batcher.take()
+    batcher.put([("a", 3)])
 
 
 def test_a_cancelled_head_gives_its_place_away() -> None:
-    batcher: Batcher[str, int, int] = Batcher(LIMIT, LARGEST.__getitem__)
+    batcher: Batcher[str, int, int] = Batcher(LIMIT, Even())
     (left,), _, _ = batcher.put([("b", 0)]), batcher.put([("a", 1)]), batcher.put([("b", 2)])
     assert left.cancel()
-    turn = batcher.take()
-    assert turn is not None and (turn[0], [ticket.order for ticket in turn[1]]) == ("a", [1])
+    assert orders(batcher.take()) == [1]
+
+
+def test_calls_that_come_one_after_the_other_leave_nothing_behind() -> None:
+    batcher: Batcher[str, int, int] = Batcher(LIMIT, Even())
+    for order in range(1000):
+        batcher.put([(random.choice("abc"), order)])
+        assert orders(batcher.take()) == [order]
+    assert not batcher._queues and not batcher._last_tag
 
 
 def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
-    batcher: Batcher[int, tuple[int, int], tuple[int, int]] = Batcher(10_000, lambda key: 8)
+    batcher: Batcher[str, tuple[int, int], tuple[int, int]] = Batcher(10_000, Even())
     ran: list[tuple[int, int]] = []
 
     def work() -> None:
@@ -94,11 +209,14 @@ def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
         chance = random.Random(caller)
         for number in range(300):
             order = (caller, number)
-            (futures[order],) = batcher.put([(chance.randrange(3), order)])
+            (futures[order],) = batcher.put([(chance.choice("abc"), order)])
             if chance.random() < 0.3 and futures[order].cancel():
                 cancelled.add(order)
 
-    worker, callers = threading.Thread(target=work), [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    worker, callers = (
+        threading.Thread(target=work, daemon=True),
+        [threading.Thread(target=ask, args=(i,)) for i in range(4)],
+    )
     for thread in (worker, *callers):
         thread.start()
     for thread in callers:
@@ -116,9 +234,9 @@ def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
 
 
 def test_take_waits_without_a_timer_until_there_is_work() -> None:
-    batcher: Batcher[str, int, int] = Batcher(4, lambda key: 4)
+    batcher: Batcher[str, int, int] = Batcher(4, Even())
     seen: list[Any] = []
-    taker = threading.Thread(target=lambda: seen.append(batcher.take()))
+    taker = threading.Thread(target=lambda: seen.append(batcher.take()), daemon=True)
     taker.start()
     (first,) = batcher.put([("a", 1)])
     taker.join(timeout=10)
@@ -126,7 +244,7 @@ def test_take_waits_without_a_timer_until_there_is_work() -> None:
 
 
 def test_those_who_left_do_not_keep_others_out() -> None:
-    batcher: Batcher[str, int, int] = Batcher(2, lambda key: 4)
+    batcher: Batcher[str, int, int] = Batcher(2, Even())
     for future in batcher.put([("a", 1), ("a", 2)]):
         future.cancel()
     (kept,) = batcher.put([("b", 3)])

@@ -1,38 +1,220 @@
-"""One served weights folder: its generator, opened on the device, and what the outside may know of it."""
+"""One served weights folder on one device: its generator, how it is run, and what the outside may know of it."""
 
 import json
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.engine.cost import Cost
+from app.images import Pixels
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from app.engine.backends import Backend, Inputs, Prepare, Way
+    from app.engine.tuning import Profile
     from distillers.generator import Generator
     from distillers.weights import Info
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A generator under its name. Everything here is read-only after it is opened."""
+OFTEN = 8  # passes after which a shape is worth preparing
+WAYS = 24  # shapes prepared for one network at most
 
-    name: str
-    folder: Path
-    generator: "Generator"
-    max_steps: int  # for a teacher, which can take any number
-    created: int  # unix time of its fewstep.json
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to draw.
+
+    Args:
+        sar: (channels, H, W) in [-1, 1], for translators.
+        start: (3, H, W) in [-1, 1], a picture to begin from, noised to the time of the first step taken.
+        partial: told, on the engine's thread, the index of every step but the last, and its picture (H, W, 3) uint8.
+    """
+
+    seed: int
+    label: int | None = None
+    sar: NDArray[np.float32] | None = None
+    start: NDArray[np.float32] | None = None
+    partial: Callable[[int, Pixels], None] | None = None
+
+
+class Model:
+    """A generator under its name. What can change after it is opened is how it is run, by `install`."""
+
+    def __init__(self, name: str, folder: Path, generator: "Generator", device: str, max_steps: int) -> None:
+        from app.engine.backends import Executed
+
+        self.name, self.folder, self.generator, self.device, self.max_steps = name, folder, generator, device, max_steps
+        self.created = int((folder / "fewstep.json").stat().st_mtime)
+        self.used = time.monotonic()  # by a request
+        self.profile: Profile | None = None  # None: not measured
+        self.tuning = False
+        self.siblings: Sequence[Model] = (self,)  # itself among the same weights on every device
+        self.threads: int | None = None  # of torch; None: its own choice
+        self._opened: list[Prepare] = []
+        denoiser: Any = generator.denoiser
+        self.executed: list[Executed] = []
+        for student in getattr(denoiser, "students", [denoiser]):
+            student.network = Executed(student.network)
+            self.executed.append(student.network)
 
     @classmethod
     def open(cls, name: str, folder: Path, device: str, max_steps: int) -> "Model":
-        """Reads the folder onto the device. Slow, and imports torch: for the engine's thread."""
+        """Reads the folder onto the device. Slow, and imports torch. BadInput for a folder that cannot be opened."""
         from distillers.generator import Generator
 
-        generator = Generator.from_pretrained(folder, device)
-        generator.eval()
-        return cls(name, folder, generator, max_steps, int((folder / "fewstep.json").stat().st_mtime))
+        return cls(name, folder, Generator.from_pretrained(folder, device).eval(), device, max_steps)
+
+    # -- drawing: on the engine's thread ---------------------------------------------------------------------------
+
+    def draw(self, steps: int, orders: Sequence[Order], first: int = 0, strict: bool = False) -> Pixels:
+        """Pictures (B, H, W, 3) uint8 of B orders of one shape.
+
+        Args:
+            first: steps left out at the beginning.
+            strict: by the reference backend with one thread, so that the bytes depend on nothing but the order, the
+                processor's kind and torch's version.
+        """
+        import torch
+
+        from distillers.generator import seeded_noise
+
+        generator, watching = self.generator, [order for order in orders if order.partial]
+        self._set_threads(1 if strict and self.device == "cpu" else self.threads)
+        for executed in self.executed:
+            executed.strict = strict
+        with torch.inference_mode():
+            labels = [order.label for order in orders if order.label is not None] or None
+            cond = generator.encode_condition(labels, self._stacked([order.sar for order in orders]), len(orders))
+            start = self._stacked([order.start for order in orders])
+            factor, channels = generator.codec.factor, generator.codec.channels(3)
+            height, width = orders[0].sar.shape[-2:] if orders[0].sar is not None else self.info.size
+            noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
+
+            def watch(step: int, x0: "Tensor") -> None:
+                for order, picture in zip(orders, self._pixels(x0), strict=True):
+                    if order.partial:
+                        order.partial(step, picture)
+
+            x0 = generator.forward(
+                next(noises).to(self.device),
+                cond,
+                steps,
+                noises,
+                start=None if start is None else generator.codec.encode(start),
+                first=first,
+                watch=watch if watching else None,
+            )
+            return self._pixels(x0)
+
+    def _stacked(self, parts: "Sequence[NDArray[np.float32] | None]") -> "Tensor | None":
+        import torch
+
+        given = [part for part in parts if part is not None]
+        return torch.from_numpy(np.stack(given)).to(self.device) if given else None
+
+    def _pixels(self, x0: "Tensor") -> Pixels:
+        import torch
+
+        images = self.generator.codec.decode(x0).float().clamp(-1, 1)
+        levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        if levels.device.type == "cpu":
+            return levels.numpy()
+        host = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)  # from torch's cache of pinned memory
+        host.copy_(levels, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()  # this copy, not the device
+        return host.numpy()
+
+    def _set_threads(self, threads: int | None) -> None:
+        import torch
+
+        if threads and self.device == "cpu" and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+    # -- how it is run: for `tuning` -------------------------------------------------------------------------------
+
+    @property
+    def networks(self) -> "list[nn.Module]":
+        """One, or each student's."""
+        return [executed.network for executed in self.executed]
+
+    @property
+    def fewest_steps(self) -> int:
+        """What it is measured at."""
+        return min(self.steps or [1])
+
+    def probes(self, count: int, student: int = 0) -> list[Order]:
+        """Orders at the published size that a student answers, for measuring and comparing."""
+        labels = self.info.shares[student] if self.info.shares else self.info.classes
+        sar = None
+        if self.translates:
+            height, width = self.info.size
+            ramp = np.add.outer(np.linspace(-1, 1, height), np.linspace(-1, 1, width)) / 2
+            sar = self.sees(ramp.astype(np.float32))
+        return [Order(seed, labels[seed % len(labels)] if labels else None, sar) for seed in range(count)]
+
+    def inputs(self, size: int, student: int) -> "list[Inputs]":
+        """What a student's network is asked when so many pictures are drawn together."""
+        with self.executed[student].recording() as seen:
+            self.draw(self.fewest_steps, self.probes(size, student))
+        return seen
+
+    @contextmanager
+    def using(self, ways: "list[dict[Any, Way]] | None", threads: int | None) -> Iterator[None]:
+        """Other ways for a while."""
+        kept = [executed.ways for executed in self.executed], self.threads
+        for executed, some in zip(self.executed, ways or kept[0], strict=True):
+            executed.ways = some
+        self.threads = threads or self.threads
+        try:
+            yield
+        finally:
+            for executed, some in zip(self.executed, kept[0], strict=True):
+                executed.ways = some
+            self.threads = kept[1]
+
+    def install(
+        self, backend: "Backend", opened: "list[Prepare]", ways: "list[dict[Any, Way]]", profile: "Profile"
+    ) -> None:
+        """From the next pass on. `opened` is what prepares further shapes, exactly."""
+        for executed, some in zip(self.executed, ways, strict=True):
+            executed.ways = some
+        self._opened, self.threads, self.profile = opened, backend.threads, profile
+        for executed in self.executed:
+            executed.missed = {}  # eager passes while it was measured
+
+    def catch_up(self) -> None:
+        """Prepares what was asked for again and again and is not prepared: a scene's tiles, uploads of other sizes.
+
+        In the exact variant of the backend, for nothing was compared at these shapes. In the caller's thread.
+        """
+        for executed, prepare in zip(self.executed, self._opened, strict=False):
+            for shape, (count, inputs) in list(executed.missed.items()):
+                if count >= OFTEN and len(executed.ways) < WAYS:
+                    executed.ways = {**executed.ways, shape: prepare(inputs)}
+                    del executed.missed[shape]
+
+    def cost(self, steps: int, height: int, width: int, largest: int) -> Cost:
+        """What passes of a shape cost, as far as it was measured: in proportion to steps and pixels."""
+        if self.profile is None or not self.profile.buckets:
+            return Cost(largest=largest)
+        share = steps / self.profile.steps
+        one = self.profile.buckets[1]
+        if (height, width) == self.info.size:
+            return Cost({n: s * share for n, s in self.profile.buckets.items() if n <= largest}, largest)
+        return Cost(largest=largest, guess=one * share * height * width / (self.info.size[0] * self.info.size[1]))
+
+    # -- what the outside may know ---------------------------------------------------------------------------------
 
     @property
     def info(self) -> "Info":
@@ -55,9 +237,9 @@ class Model:
         return self.info.default_steps if self.steps else min(self.info.default_steps, self.max_steps)
 
     @property
-    def parameters_mb(self) -> float:
-        """Memory of the parameters in MB: all students are resident."""
-        return sum(p.numel() * p.element_size() for p in self.generator.parameters()) / 2**20
+    def bytes(self) -> int:
+        """Memory of the parameters, all students'; a backend's own copies are about as much again."""
+        return sum(p.numel() * p.element_size() for p in self.generator.parameters())
 
     def check_steps(self, steps: int | None) -> int:
         """The steps to take. BadInput for a number the model was not published with."""
@@ -81,6 +263,13 @@ class Model:
         """Network evaluations per picture: guidance asks twice in every step."""
         return steps * (1 if self.info.guidance_scale == 1 else 2)
 
+    @property
+    def revision(self) -> str:
+        """Of the weights: the same for the same bytes."""
+        from app.engine.tuning import hash_of
+
+        return hash_of("".join(sorted(self.info.sha256.values())))
+
     def describe(self) -> dict[str, Any]:
         """The model in OpenAI's form, with what a caller needs to use it."""
         info = self.info
@@ -97,12 +286,26 @@ class Model:
             "labels": list(info.labels),
             "students": max(1, len(info.shares)),
             "shares": info.shares or ([info.classes] if info.labels else []),  # positions in labels, by student
-            "parameters_mb": round(self.parameters_mb, 3),
+            "parameters_mb": round(self.bytes / 2**20, 3),
             "size": {"height": info.size[0], "width": info.size[1]},
             "steps": self.steps,
             "max_steps": max(self.steps or [self.max_steps]),
             "default_steps": self.default_steps,
             "sar": info.sar,
+            "revision": self.revision,
+        }
+
+    def how(self) -> dict[str, Any]:
+        """How it is run here, and what was measured: milliseconds of a pass by batch size."""
+        told: dict[str, Any] = {"device": self.device, "device_name": device_name(self.device), "tuning": self.tuning}
+        if self.profile is None:
+            return told | {"name": "eager", "measured": False}
+        profile = asdict(self.profile)
+        return told | {
+            "name": profile.pop("backend"),
+            "measured": True,
+            "batch_ms": {n: round(1e3 * s, 3) for n, s in profile.pop("buckets").items()},
+            **profile,
         }
 
     def report(self) -> Any:
@@ -111,3 +314,16 @@ class Model:
             return json.loads((self.folder / "report.json").read_text())
         except (OSError, ValueError):
             return None
+
+
+def device_name(device: str) -> str:
+    """The hardware behind a device."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: OpenAI's list, with what a caller needs to know to ask well."""
+"""/v1/models: OpenAI's list, with what a caller needs to know to ask well; and what is loaded, for who may say so."""
 
 from typing import Any
 
@@ -8,6 +8,12 @@ from app.errors import ErrorAnswer
 from app.routes.answers import engine_of
 
 router = APIRouter(tags=["models"])
+ADMIN: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The folder cannot be opened; what was served before still is."},
+    403: {"model": ErrorAnswer, "description": "Needs a key with the scope admin."},
+    404: {"model": ErrorAnswer, "description": "No such folder."},
+    503: {"model": ErrorAnswer, "description": "Still opening; see Retry-After."},
+}
 
 
 @router.get("/v1/models", summary="List the models")
@@ -18,6 +24,20 @@ async def models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name}", responses={404: {"model": ErrorAnswer}}, summary="One model")
 def model(name: str, request: Request) -> dict[str, Any]:
-    """The same for one model, with the report that was published with it: quality and latency as they were measured."""
+    """The same for one model; how it is run here and what was measured (`backend`); and the report that was published
+    with it: quality and latency as they were measured."""
     found = engine_of(request).named(name)
-    return {**found.describe(), "report": found.report()}
+    return {**found.describe(), "backend": found.how(), "report": found.report()}
+
+
+@router.post("/v1/models/{name}/load", responses=ADMIN, summary="Load, or read again")
+async def load(name: str, request: Request) -> dict[str, Any]:
+    """Opens a folder beside what is served under its name, looks at what it draws, and only then exchanges the two."""
+    return (await engine_of(request).load(name)).describe()
+
+
+@router.post("/v1/models/{name}/unload", responses=ADMIN, summary="Unload")
+async def unload(name: str, request: Request) -> dict[str, Any]:
+    """Frees its memory, until it is loaded again. Who waits for a picture of it still gets it."""
+    await engine_of(request).unload(name)
+    return {"id": name, "object": "model", "loaded": False}

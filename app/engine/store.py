@@ -1,0 +1,306 @@
+"""The served folders: opened, tuned, exchanged when they change, and put away when memory is short.
+
+One thread beside the engine's does all of it, so that no caller waits for a folder that is not his. A folder that
+cannot be opened, or that does not draw what it should, takes nothing down: the others are served, and the version that
+was served before stays. What a request holds is a model, not a name: it is drawn by the model it was checked against.
+"""
+
+import heapq
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.engine.model import Model
+from app.engine.worker import Worker
+from app.errors import ApiError
+from app.metrics import Metrics
+from app.settings import Settings
+from distillers.errors import BadInput
+
+log = logging.getLogger("fewstep.store")
+OPEN, TUNE = 0, 1  # what comes first
+GOLDEN_LEVELS = 4.0  # of 255, in the mean: what another machine or backend may differ by
+
+
+@dataclass(eq=False)
+class Slot:
+    """A folder, and its model on every device while it is open."""
+
+    name: str
+    folder: Path
+    state: str = "opening"  # open | unloaded | failed
+    models: list[Model] = field(default_factory=list)
+    version: Any = None  # of the folder that was last tried
+    kept_out: bool = False  # unloaded by request: not opened again before it is asked for by /load
+    opening: Future[None] | None = None
+
+
+class Store:
+    """Slots by name, and the thread that tends them.
+
+    Args:
+        workers: one for each device; every open model is on each of them.
+    """
+
+    def __init__(self, settings: Settings, workers: Sequence[Worker], metrics: Metrics) -> None:
+        self.settings, self.workers, self.metrics = settings, workers, metrics
+        self.slots: dict[str, Slot] = {}
+        self.opened = False  # every folder that was there at the start has been tried
+        self.closed = False
+        self._tasks: list[tuple[int, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._changed = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="fewstep-store", daemon=True)
+
+    # -- for the event loop ----------------------------------------------------------------------------------------
+
+    @property
+    def failed(self) -> list[str]:
+        """Folders that could not be opened; the log says why, with paths and all."""
+        return [slot.name for slot in self.slots.values() if slot.state == "failed"]
+
+    def load(self, name: str) -> Future[None]:
+        """Opens a folder, or reads it again; done when it serves. Known names only."""
+        slot = self.slots[name]
+        slot.kept_out = False
+        if slot.opening is None or slot.opening.done():
+            slot.opening = done = Future[None]()
+            self._put(OPEN, lambda: self._answer(done, lambda: self._open(slot)))
+        return slot.opening
+
+    def unload(self, name: str) -> Future[None]:
+        """Puts a model away until it is loaded again; who waits for a picture of it still gets it."""
+        slot, done = self.slots[name], Future[None]()
+        slot.kept_out = True
+        self._put(OPEN, lambda: self._answer(done, lambda: self._close(slot)))
+        return done
+
+    def close(self) -> None:
+        """Ends the thread after what it is at."""
+        self.closed = True
+        with self._changed:
+            self._changed.notify()
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _put(self, priority: int, task: Callable[[], None]) -> None:
+        with self._changed:
+            heapq.heappush(self._tasks, (priority, next(self._count), task))
+            self._changed.notify()
+
+    def _answer(self, done: Future[None], work: Callable[[], None]) -> None:
+        try:
+            work()
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    def _run(self) -> None:
+        try:
+            for worker in self.workers:
+                worker.device = _device(worker.device)
+            self._scan()
+            while not self.closed and self._tasks and self._tasks[0][0] == OPEN:
+                heapq.heappop(self._tasks)[2]()
+        except Exception:
+            log.exception("the models could not be opened")
+        self.opened = True
+        while not self.closed:
+            with self._changed:
+                if not self._tasks:
+                    self._changed.wait(self.settings.rescan_seconds)
+                task = heapq.heappop(self._tasks)[2] if self._tasks else self._scan
+            if self.closed:
+                return
+            try:
+                task()
+            except Exception:
+                log.exception("tending the models failed")
+
+    def _scan(self) -> None:
+        """Folders that came, changed or went."""
+        from distillers.weights import find
+
+        found = find(self.settings.weights)
+        for name, folder in sorted(found.items()):
+            if name not in self.slots:
+                self.slots = {**self.slots, name: Slot(name, folder)}  # others may be iterating over the old one
+            slot = self.slots[name]
+            if slot.version != version(folder) and not slot.kept_out:
+                self._put(OPEN, partial(self._try, slot))
+        for name in [name for name in self.slots if name not in found]:
+            self._close(self.slots[name])
+            self.slots = {other: slot for other, slot in self.slots.items() if other != name}
+            log.info("%s has gone", name)
+        for model in [model for slot in self.slots.values() for model in slot.models]:
+            model.catch_up()
+
+    def _try(self, slot: Slot) -> None:
+        """Nobody waits for the answer. At the start, what exceeds the memory is left for its first caller."""
+        if not self.opened and not slot.models and not self._fits(slot):
+            slot.state, slot.version = "unloaded", version(slot.folder)
+            return
+        try:
+            self._open(slot)
+        except BadInput as error:
+            log.error("%s is not served: %s", slot.name, error)
+        except ApiError:  # shutting down
+            return
+        except Exception:
+            log.exception("%s is not served", slot.name)
+
+    def _open(self, slot: Slot) -> None:
+        """Opens the folder beside what is served under its name, looks at what it draws, and only then exchanges."""
+        started, slot.version, before = time.perf_counter(), version(slot.folder), slot.models
+        try:
+            fresh = []
+            for worker in self.workers:
+                if self.closed:
+                    return
+                model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps)
+                worker.run(partial(check, model))
+                fresh.append(model)
+            for model in fresh:
+                model.siblings = fresh
+            if before:  # those who are served now must not become slower for a while
+                self._tune(fresh)
+        except Exception:
+            if not before:
+                slot.state = "failed"
+            raise
+        self._exchange(slot, fresh)
+        self._make_room(slot)
+        log.info("%s is open on %s after %.1f s", slot.name, fresh[0].device, time.perf_counter() - started)
+        if not before and self.settings.tune_seconds:
+            for model in fresh:
+                model.tuning = True
+            self._put(TUNE, lambda: self._tune(fresh))
+
+    def _exchange(self, slot: Slot, models: list[Model]) -> None:
+        """At once, for whoever asks next."""
+        before, slot.models = slot.models, models
+        slot.state = "open" if models else "unloaded"
+        for i, worker in enumerate(self.workers):
+            others = {name: model for name, model in worker.models.items() if name != slot.name}
+            worker.models = dict(sorted({**others, **({slot.name: models[i]} if models else {})}.items()))
+            if before:
+                worker.forget(before[i])
+        for model in before[:1]:
+            self.metrics.loaded(slot.name, model.revision, False)
+        for model in models[:1]:
+            self.metrics.loaded(slot.name, model.revision, True)
+
+    def _close(self, slot: Slot) -> None:
+        self._exchange(slot, [])
+        if self.settings.device != "cpu":
+            import gc
+
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+        log.info("%s is unloaded", slot.name)
+
+    def _tune(self, models: Sequence[Model]) -> None:
+        from app.engine.tuning import tune
+
+        for worker, model in zip(self.workers, models, strict=True):
+            if self.closed or not self.settings.tune_seconds:
+                return
+            if worker.models.get(model.name) not in (model, None) and not model.tuning:
+                continue
+            model.tuning = True
+            try:
+                started, largest = time.perf_counter(), self._largest(model)
+                profile = tune(
+                    model,
+                    worker.run,
+                    seconds=self.settings.tune_seconds,
+                    tolerance=self.settings.tolerance,
+                    largest=largest,
+                )
+                worker.forget(model)
+                spent = time.perf_counter() - started
+                log.info("%s is run by %s, found after %.1f s", model.name, profile.id, spent)
+            except ApiError:  # shutting down
+                return
+            except Exception:
+                log.exception("%s could not be tuned: it is run as it was", model.name)
+            finally:
+                model.tuning = False
+
+    def _largest(self, model: Model) -> int:
+        height, width = model.info.size
+        return max(1, min(self.settings.max_batch, self.settings.max_pixels // (height * width)))
+
+    def _make_room(self, newest: Slot) -> None:
+        """Puts away what was not asked for the longest, until the rest fits into the budget."""
+        while self.settings.memory_mb is not None and self._held() > self.settings.memory_mb * 2**20:
+            others = [slot for slot in self.slots.values() if slot.models and slot is not newest]
+            if not others:
+                log.warning("%s alone is larger than the memory budget", newest.name)
+                return
+            self._close(min(others, key=lambda slot: max(model.used for model in slot.models)))
+
+    def _held(self) -> int:
+        """Bytes of parameters on each device."""
+        return sum(slot.models[0].bytes for slot in self.slots.values() if slot.models)
+
+    def _fits(self, slot: Slot) -> bool:
+        """By the size of the files, in half precision as they are: the parameters are opened in float32."""
+        if self.settings.memory_mb is None:
+            return True
+        size = 2 * sum(file.stat().st_size for file in slot.folder.rglob("*.safetensors"))
+        return self._held() + size <= self.settings.memory_mb * 2**20
+
+
+def _device(name: str) -> str:
+    """Imports torch, which is slow: here first, and not on the event loop."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def version(folder: Path) -> Any:
+    """Of a folder's weights: it differs when a file was written anew. None when it cannot be told."""
+    try:
+        files = [folder / "fewstep.json", *sorted(folder.rglob("*.safetensors"))]
+        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()))
+    except OSError:
+        return None
+
+
+def check(model: Model) -> None:
+    """Draws by every student, so that the first caller does not pay for what is only done once, and looks at it.
+
+    Raises:
+        BadInput: a picture of one colour, or not the one that was published with the folder (`golden.json`).
+    """
+    for student in range(len(model.executed)):
+        picture = model.draw(model.fewest_steps, model.probes(1, student))[0]
+        if np.ptp(picture) == 0:
+            raise BadInput("weights", f"{model.name} draws one colour", "weights that draw pictures")
+    path = model.folder / "golden.json"
+    if path.is_file():
+        golden = json.loads(path.read_text())
+        off = float(np.abs(thumbnail(model) - np.asarray(golden["levels"])).mean())
+        if off > GOLDEN_LEVELS:
+            raise BadInput("weights", f"{model.name} draws another picture than it was published with", "its own")
+
+
+def thumbnail(model: Model) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """The first probe's picture at the fewest steps as 8 x 8 means of its pixels, (8, 8, 3) in 0..255."""
+    picture = model.draw(model.fewest_steps, model.probes(1), strict=True)[0].astype(np.float64)
+    rows = [part.mean(0, keepdims=True) for part in np.array_split(picture, 8, 0)]
+    cells = [part.mean(1, keepdims=True) for part in np.array_split(np.concatenate(rows), 8, 1)]
+    return np.concatenate(cells, 1).round(1)

@@ -1,0 +1,72 @@
+"""What batches cost: the plan for a queue is the fastest there is, and what is learned at work is kept."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.engine.cost import Cost, worth_having
+
+BUCKETS = st.dictionaries(st.sampled_from([2, 4, 8]), st.floats(0.5, 20), max_size=3)
+
+
+def cheapest(seconds: dict[int, float], count: int) -> float:
+    """By trying every multiset of buckets that holds so many."""
+    best = float("inf")
+    for amounts in itertools.product(*(range(-(-count // bucket) + 1) for bucket in seconds)):
+        if sum(a * b for a, b in zip(amounts, seconds, strict=True)) >= count:
+            best = min(best, sum(a * s for a, s in zip(amounts, seconds.values(), strict=True)))
+    return best
+
+
+@given(BUCKETS, st.integers(1, 12))
+def test_the_plan_is_the_fastest(more: dict[int, float], count: int) -> None:
+    cost = Cost({1: 1.0, **more}, largest=8)
+    assert cost.predict(count) == pytest.approx(cheapest(cost.seconds, count), rel=0.01)
+    spent, left = 0.0, count
+    while left:  # what `take` dispatches one after the other takes as long as predicted
+        taken = cost.take(left)
+        assert 1 <= taken <= left
+        spent += cost.seconds[cost.bucket(taken)]
+        left -= taken
+    assert spent == pytest.approx(cheapest(cost.seconds, count), rel=0.01)
+
+
+def test_five_that_wait_are_a_padded_eight_or_four_and_one() -> None:
+    padded = Cost({1: 1.0, 4: 2.0, 8: 2.5})
+    assert (padded.take(5), padded.bucket(5), padded.predict(5)) == (5, 8, 2.5)
+    split = Cost({1: 1.0, 4: 2.0, 8: 3.9})
+    assert (split.take(5), split.bucket(4), split.predict(5)) == (4, 4, 3.0)
+
+
+def test_buckets_that_gain_nothing_are_not_kept() -> None:
+    assert worth_having({1: 1.0, 2: 1.9, 4: 4.0, 8: 6.0}) == {1: 1.0, 2: 1.9, 8: 6.0}
+    assert worth_having({1: 1.0, 2: 1.99, 4: 3.99}) == {1: 1.0}
+
+
+def test_what_was_not_measured_is_learned_at_work() -> None:
+    cost = Cost(largest=4, guess=0.5)
+    assert (cost.take(9), cost.bucket(3), cost.predict(4)) == (4, 3, 2.0)
+    cost.observe(4, 0.4)
+    assert cost.predict(4) == pytest.approx(0.4)
+    for _ in range(100):
+        cost.observe(2, 0.4)
+    assert cost.predict(1) == pytest.approx(0.2, rel=0.01)
+
+
+def test_a_device_that_became_slower_is_believed_step_by_step() -> None:
+    cost = Cost({1: 1.0, 2: 1.5})
+    cost.observe(1, 2.0)
+    assert cost.seconds == {1: pytest.approx(1.1), 2: 1.5}
+    for _ in range(100):
+        cost.observe(1, 2.0)
+    assert cost.seconds[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_what_did_not_fit_into_memory_is_never_tried_again() -> None:
+    cost = Cost({1: 1.0, 2: 1.1, 4: 1.2, 8: 1.3})
+    cost.halve(8)
+    assert cost.take(8) == 4 and 8 not in cost.seconds
+    cost.halve(1)
+    assert cost.take(8) == 1
