@@ -20,6 +20,7 @@ from distillers import weights
 from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.golden import write_golden
 from distillers.pictures import grey_sar, grid_png, side_by_side
 from distillers.radiometry import Radiometry
 from distillers.recipe import Recipe
@@ -48,6 +49,7 @@ def publish(generator: Generator, recipe: Recipe, data: ImageData | None, folder
         generator.save_pretrained(new)
         seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
         picture(generator, teacher, seen, new)
+        write_golden(generator, new)
         write_card(new)
 
 

@@ -254,7 +254,7 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield new
         folder.mkdir(exist_ok=True)
-        for name in (*PARTS, ADAPTER, "model_index.json", "report.json"):  # the report measured the old weights
+        for name in (*PARTS, ADAPTER, "model_index.json", "report.json", "golden.json"):  # they tell of the old weights
             _remove(folder / name)
         for item in sorted(new.iterdir(), key=lambda item: item.name == MANIFEST):
             if item.is_dir():

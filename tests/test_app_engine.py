@@ -24,6 +24,7 @@ from app.errors import ApiError
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.golden import write_golden
 
 TWICE = {1: [999.0], 2: [999.0, 499.0]}
 
@@ -265,7 +266,7 @@ def test_a_bad_folder_takes_nothing_down(weights: Path, fault: str) -> None:
         elif fault == "manifest":
             (folder / "fewstep.json").write_text("{")
         elif fault == "golden":
-            (folder / "golden.json").write_text(json.dumps({"levels": np.zeros((8, 8, 3)).tolist()}))
+            (folder / "golden.json").write_text(json.dumps({"steps": 1, "levels": np.zeros((8, 8, 3)).tolist()}))
             os.utime(tensors)
         else:
             generator = Generator.from_pretrained(folder)
@@ -295,10 +296,10 @@ def test_folders_come_and_go_while_the_server_runs(weights: Path) -> None:
 
 
 def test_a_golden_pair_that_fits_is_no_obstacle(weights: Path) -> None:
-    model = Model.open("student", weights / "student", "cpu", 250)
-    (weights / "student" / "golden.json").write_text(json.dumps({"levels": store.thumbnail(model).tolist()}))
+    for name in ("student", "teacher", "sar"):
+        write_golden(Generator.from_pretrained(weights / name), weights / name)
     with running(weights) as engine:
-        assert "student" in engine.models
+        assert sorted(engine.models) == ["sar", "student", "teacher"] and not engine.failed
 
 
 def test_load_and_unload_by_request(weights: Path) -> None:

@@ -7,7 +7,6 @@ was served before stays. What a request holds is a model, not a name: it is draw
 
 import heapq
 import itertools
-import json
 import logging
 import threading
 import time
@@ -18,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from app.engine.model import Model
 from app.engine.worker import Worker
 from app.errors import ApiError
@@ -29,7 +26,6 @@ from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.store")
 OPEN, TUNE = 0, 1  # what comes first
-GOLDEN_LEVELS = 4.0  # of 255, in the mean: what another machine or backend may differ by
 
 
 @dataclass(eq=False)
@@ -161,6 +157,8 @@ class Store:
 
     def _open(self, slot: Slot) -> None:
         """Opens the folder beside what is served under its name, looks at what it draws, and only then exchanges."""
+        from distillers.golden import check
+
         started, slot.version, before = time.perf_counter(), version(slot.folder), slot.models
         try:
             fresh = []
@@ -168,7 +166,7 @@ class Store:
                 if self.closed:
                     return
                 model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps)
-                worker.run(partial(check, model))
+                worker.run(partial(check, model.generator, slot.folder))
                 fresh.append(model)
             for model in fresh:
                 model.siblings = fresh
@@ -278,29 +276,3 @@ def version(folder: Path) -> Any:
         return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()))
     except OSError:
         return None
-
-
-def check(model: Model) -> None:
-    """Draws by every student, so that the first caller does not pay for what is only done once, and looks at it.
-
-    Raises:
-        BadInput: a picture of one colour, or not the one that was published with the folder (`golden.json`).
-    """
-    for student in range(len(model.executed)):
-        picture = model.draw(model.fewest_steps, model.probes(1, student))[0]
-        if np.ptp(picture) == 0:
-            raise BadInput("weights", f"{model.name} draws one colour", "weights that draw pictures")
-    path = model.folder / "golden.json"
-    if path.is_file():
-        golden = json.loads(path.read_text())
-        off = float(np.abs(thumbnail(model) - np.asarray(golden["levels"])).mean())
-        if off > GOLDEN_LEVELS:
-            raise BadInput("weights", f"{model.name} draws another picture than it was published with", "its own")
-
-
-def thumbnail(model: Model) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """The first probe's picture at the fewest steps as 8 x 8 means of its pixels, (8, 8, 3) in 0..255."""
-    picture = model.draw(model.fewest_steps, model.probes(1), strict=True)[0].astype(np.float64)
-    rows = [part.mean(0, keepdims=True) for part in np.array_split(picture, 8, 0)]
-    cells = [part.mean(1, keepdims=True) for part in np.array_split(np.concatenate(rows), 8, 1)]
-    return np.concatenate(cells, 1).round(1)

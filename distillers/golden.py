@@ -1,0 +1,72 @@
+"""A picture to know a folder by: what it drew when it was published, as 8 x 8 means, in `golden.json`.
+
+Other machines, backends and precisions draw it to within a level or two; other weights do not. A server looks at it
+before it lets a new folder take an old one's place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distillers.errors import BadInput
+from distillers.generator import Generator
+
+FILE = "golden.json"
+CELLS = 8
+LEVELS = 4.0  # of 255, in the mean: what another machine or precision may differ by, and other weights never do
+
+
+def write_golden(generator: Generator, folder: Path) -> None:
+    """Draws the picture and keeps it beside the weights."""
+    steps = min(generator.info.step_times or [1])
+    levels = [[[round(value, 1) for value in cell] for cell in row] for row in _cells(_draw(generator, steps)).tolist()]
+    (folder / FILE).write_text(json.dumps({"seed": 0, "steps": steps, "levels": levels}) + "\n")
+
+
+def check(generator: Generator, folder: Path) -> None:
+    """Draws by every student and compares with what was published, where something was.
+
+    Raises:
+        BadInput: a picture of one colour, or another one than was published.
+    """
+    name = generator.info.name
+    steps = min(generator.info.step_times or [1])
+    shares = generator.info.shares or [generator.info.classes]
+    for label in [share[0] if share else None for share in shares]:
+        picture = _draw(generator, steps, label)
+        if not bool(torch.isfinite(picture).all()) or float(picture.std()) == 0:
+            raise BadInput("weights", f"{name} draws one colour", "weights that draw pictures")
+    try:
+        golden: dict[str, Any] = json.loads((folder / FILE).read_text())
+        published = torch.tensor(golden["levels"])
+        off = float((_cells(_draw(generator, golden["steps"])) - published).abs().mean())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(FILE, f"{type(error).__name__}", "what `fewstep distill` writes, or no such file") from None
+    if off > LEVELS:
+        raise BadInput(
+            "weights", f"{name} draws another picture than it was published with", f"{FILE} of these weights"
+        )
+
+
+def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:
+    """(3, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
+    info, (height, width) = generator.info, generator.info.size
+    sar = None
+    if info.task == "sar-to-optical":
+        ramp = (torch.linspace(-1, 1, height)[:, None] + torch.linspace(-1, 1, width)) / 2
+        sar = ramp.expand(1, (info.sar or {}).get("channels", 1), height, width)
+    labels = [info.classes[0] if label is None else label] if info.labels else None
+    return generator.sample([0], labels=labels, sar=sar, steps=steps)[0]
+
+
+def _cells(picture: Tensor) -> Tensor:
+    """(8, 8, 3) means in 0..255."""
+    return F.adaptive_avg_pool2d((picture + 1) * 127.5, CELLS).permute(1, 2, 0)

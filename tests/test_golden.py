@@ -1,0 +1,52 @@
+"""The picture a folder is known by: it fits its own weights in any precision, and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_app import LABELS, publish
+
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.golden import FILE, check, write_golden
+
+
+@pytest.mark.parametrize("task", ["image", "class-to-image", "sar-to-optical"])
+def test_it_fits_its_own_weights_and_no_others(tmp_path: Path, task: str) -> None:
+    labels = {"labels": LABELS} if task == "class-to-image" else {}
+    publish(tmp_path, "a", task, teacher="t", step_times={1: [999.0]}, **labels)
+    folder = tmp_path / "a"
+    generator = Generator.from_pretrained(folder)
+    check(generator, folder)  # a folder without one is looked at all the same
+    write_golden(generator, folder)
+    check(generator, folder)
+    check(Generator.from_pretrained(folder, dtype=torch.bfloat16), folder)
+    torch.manual_seed(1)
+    for parameter in generator.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    with pytest.raises(BadInput, match="another picture"):
+        check(generator, folder)
+    generator.save_pretrained(folder)
+    assert not (folder / FILE).exists()  # it told of the old weights
+
+
+def test_broken_ones_and_weights_that_draw_nothing(tmp_path: Path) -> None:
+    publish(tmp_path, "a", "image", teacher="t", step_times={1: [999.0]})
+    folder = tmp_path / "a"
+    generator = Generator.from_pretrained(folder)
+    for text in ("{", "[]", json.dumps({"levels": [1]}), json.dumps({"steps": 1, "levels": [[1, 2]]})):
+        (folder / FILE).write_text(text)
+        with pytest.raises(BadInput, match=FILE):
+            check(generator, folder)
+    (folder / FILE).unlink()
+    for parameter in generator.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(BadInput, match="one colour"):
+        check(generator, folder)
+
+
+@pytest.mark.parametrize("folder", sorted(Path("weights").glob("*/fewstep.json")), ids=lambda file: file.parent.name)
+def test_published_folders_draw_what_they_drew(folder: Path) -> None:
+    assert (folder.parent / FILE).is_file()
+    check(Generator.from_pretrained(folder.parent), folder.parent)
