@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -547,9 +548,8 @@ def test_edits_begin_from_a_picture(weights: Path) -> None:
 
 def test_the_dial(weights: Path) -> None:
     report = {"rows": [{"role": "student", "steps": n, "frechet": f} for n, f in ((1, 20.0), (2, 15.0))]}
+    report["rows"] += [{"role": "teacher", "steps": n, "frechet": 90.0 / n} for n in (4, 10, 50)]
     (weights / "student" / "report.json").write_text(json.dumps(report))
-    rows = [{"role": "teacher", "steps": n, "frechet": 90.0 / n} for n in (4, 10, 50)]
-    (weights / "teacher" / "report.json").write_text(json.dumps({"rows": rows}))
     with running(weights) as engine:
         models = [engine.named("student"), engine.named("teacher")]
         for model, each in zip(models, (0.010, 0.020), strict=True):
@@ -566,7 +566,8 @@ def test_the_dial(weights: Path) -> None:
         assert choose(engine, models[:1], 45, n=4).steps == 1  # four pictures take four times as long
         with pytest.raises(BadInput, match="10 or more now"):
             choose(engine, models, 5)
-        for model in models:
-            (model.folder / "report.json").unlink()
+        with pytest.raises(BadInput, match="cannot be compared"):
+            choose(engine, [*models, SimpleNamespace(name="sar", info=SimpleNamespace(data="other"))], 100)  # type: ignore[list-item]
+        (weights / "student" / "report.json").unlink()
         most = choose(engine, models, 100)
         assert (most.model.name, most.steps) == ("teacher", 4) and most.quality is None

@@ -1,12 +1,17 @@
 """The dial between quality and latency: a budget in milliseconds in, a model and its steps out.
 
 What a choice costs is what this device measured and how much waits now; how good it is, what was measured and published
-with the model (`report.json`): the Frechet distance of its pictures to real ones by steps, lower is better. Distances
-are compared within one set of features and data only, teachers included.
+with the model (`report.json`): the Frechet distance of its pictures to real ones by steps, lower is better. A teacher's
+stands in its students' reports. Distances to different data say nothing about each other, so all candidates must have
+learnt from the same.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from app.engine.engine import Engine
 from app.engine.model import Model
@@ -35,8 +40,11 @@ def choose(engine: Engine, candidates: Sequence[Model], budget_ms: float, n: int
         n: pictures of the request.
 
     Raises:
-        BadInput: nothing fits; what the fastest would take is told.
+        BadInput: nothing fits, and what the fastest would take is told; or candidates of different data.
     """
+    if len({model.info.data for model in candidates}) > 1:
+        names = ", ".join(model.name for model in candidates)
+        raise BadInput("model", None, f"with latency_budget_ms, one of models that cannot be compared: {names}")
     wait_ms = 1e3 * engine.backlog_s()
     choices = [choice for model in candidates for choice in _choices(engine, model, wait_ms, n)]
     fitting = [choice for choice in choices if choice.expected_ms <= budget_ms]
@@ -56,7 +64,7 @@ def choose(engine: Engine, candidates: Sequence[Model], budget_ms: float, n: int
 
 
 def _choices(engine: Engine, model: Model, wait_ms: float, n: int) -> Iterator[Choice]:
-    measured = qualities(model)
+    measured = qualities(engine, model)
     steps = model.steps or sorted({s for s in (*TEACHER_STEPS, *measured, model.default_steps) if s <= model.max_steps})
     height, width = model.info.size
     for count in steps:
@@ -64,12 +72,34 @@ def _choices(engine: Engine, model: Model, wait_ms: float, n: int) -> Iterator[C
         yield Choice(model, count, wait_ms + 1e3 * cost.predict(n), measured.get(count), "")
 
 
-def qualities(model: Model) -> dict[int, float]:
-    """Published Frechet distances by steps: a student's from its own report, a teacher's from its."""
-    report = model.report()
-    rows = report.get("rows", []) if isinstance(report, dict) else []
+def qualities(engine: Engine, model: Model) -> dict[int, float]:
+    """Published Frechet distances by steps: of the model's own report, and of its students' for a teacher."""
     found = dict[int, float]()
-    for row in rows:
-        if isinstance(row, dict) and row.get("role") == model.info.role and "frechet" in row and "steps" in row:
-            found.setdefault(int(row["steps"]), float(row["frechet"]))
+    for other in engine.models.values():
+        if model is other or other.info.teacher == model.name:
+            for steps, distance in _published(other, model.info.role):
+                found.setdefault(steps, distance)
     return found
+
+
+def _published(model: Model, role: str) -> tuple[tuple[int, float], ...]:
+    path = model.folder / "report.json"
+    try:
+        return _rows(path, path.stat().st_mtime_ns, role)
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=1024)
+def _rows(path: Path, _written: int, role: str) -> tuple[tuple[int, float], ...]:
+    """(steps, Frechet distance) of a report's rows of a role; read once for every time that it is written."""
+    try:
+        rows: Any = json.loads(path.read_text())["rows"]
+        return tuple((int(row["steps"]), float(row["frechet"])) for row in rows if _counts(row, role))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _counts(row: Any, role: str) -> bool:
+    """A mean of several pictures is another thing than a picture."""
+    return row.get("role") == role and "steps" in row and "frechet" in row and row.get("nfe", 0) <= 2 * row["steps"]
