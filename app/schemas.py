@@ -1,15 +1,16 @@
 """Request and answer bodies. A field that is not here is refused by name; OpenAI's own without effect are accepted."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.errors import ErrorBody
 from distillers.errors import BadInput
 
-Format = Literal["png", "jpeg", "webp"]
-SceneFormat = Literal["png", "jpeg", "webp", "geotiff"]
+Format = Literal["png", "jpeg", "webp", "raw"]
+SceneFormat = Literal["png", "jpeg", "webp", "raw", "geotiff"]
 SEEDS = 2**63  # a seed is below it
+STRENGTH = 0.6  # of an edit: some of the picture stays
 
 
 def _no_url(value: object) -> object:
@@ -30,9 +31,10 @@ class Body(BaseModel):
     def known_fields(cls, body: object) -> object:
         """Before all else, so that a misspelt name is told as what it is."""
         if isinstance(body, dict):
+            known = cls.model_fields
             for name in body:
-                if name not in cls.model_fields:
-                    raise BadInput(str(name), body[name], f"no field of this name, but {', '.join(cls.model_fields)}")
+                if name not in known:
+                    raise BadInput(str(name), body[name], f"no field of this name, but {', '.join(known)}")
         return body
 
 
@@ -46,21 +48,41 @@ class Drawing(Body):
     steps: int | None = Field(None, ge=1, description="One of the model's steps; its default when left out.")
 
 
-class Sampling(Drawing):
-    """What generations and translations have in common."""
+class Turn(Drawing):
+    """What every request for a picture that is waited for has in common."""
+
+    output_format: Format = Field("png", description="raw: the pixels, 3 bytes each, row by row.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp; 90 by default.")
+    determinism: Literal["fast", "strict"] = Field(
+        "fast", description="strict: the same bytes whatever else is drawn at the time, for a little speed."
+    )
+    latency_budget_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Instead of steps: the best that fits, of the model, or of all models where none is named.",
+    )
+    timeout_ms: int | None = Field(
+        None, ge=1, le=3_600_000, description="504 when it has not been drawn by then. No limit when left out."
+    )
+
+    @model_validator(mode="after")
+    def steps_or_budget(self) -> Self:
+        """Two ways to say the same would contradict each other."""
+        if self.steps is not None and self.latency_budget_ms is not None:
+            raise BadInput("steps", self.steps, "nothing beside latency_budget_ms, which chooses the steps")
+        return self
+
+
+class Sampling(Turn):
+    """What generations, edits and translations have in common."""
 
     n: int | None = Field(None, ge=1, description="Pictures: 1 (the default) to the server's limit.")
     response_format: ResponseFormat | None = Field(None, description="For raw bytes: Accept: image/png and n = 1.")
-    output_format: Format = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp; 90 by default.")
 
 
-class ImageRequest(Sampling):
-    """OpenAI's images.generate, and a few fields more (`extra_body` in its Python client)."""
-
-    model_config = ConfigDict(
-        strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "prompt": "Forest", "seed": 7}}
-    )
+class Described(Body):
+    """What is in the picture."""
 
     prompt: str | None = Field(
         None,
@@ -68,15 +90,51 @@ class ImageRequest(Sampling):
         "from its seed. Must be empty for a model without classes.",
     )
     label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
+
+
+class OpenAIRequest(Sampling, Described):
+    """What OpenAI's two forms have in common."""
+
     size: str | None = Field(None, description='"WIDTHxHEIGHT" as the model draws it, or "auto".')
-    stream: Literal[False] | None = Field(None, description="Streaming is not offered.")
+    stream: bool | None = Field(None, description="Server-sent events, as OpenAI sends them.")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="With stream: views of the unfinished picture; fewer if there are fewer steps."
+    )
     user: Unused = None
     safety_identifier: Unused = None
     quality: Unused = None
-    style: Unused = None
     background: Unused = None
     moderation: Unused = None
-    partial_images: Unused = None
+
+
+class ImageRequest(OpenAIRequest):
+    """OpenAI's images.generate, and a few fields more (`extra_body` in its Python client)."""
+
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "prompt": "Forest", "seed": 7}}
+    )
+
+    style: Unused = None
+
+
+class EditRequest(OpenAIRequest):
+    """OpenAI's images.edit: the form's fields beside the file `image`."""
+
+    strength: float = Field(
+        STRENGTH, gt=0, le=1, description="Share of the steps that are taken; 1 keeps least of the picture."
+    )
+    input_fidelity: Unused = None
+
+
+class RealtimeRequest(Turn, Described):
+    """One text message at /v1/realtime."""
+
+    model_config = ConfigDict(strict=True)
+
+    seq: int = Field(ge=0, lt=SEEDS, description="Grows from message to message; the answer repeats it.")
+    image: bool = Field(False, description="The next message is binary: the picture to translate or to begin from.")
+    strength: float = Field(STRENGTH, gt=0, le=1, description="See edits.")
+    output_format: Format = "jpeg"
 
 
 class SceneFields(Body):
@@ -103,6 +161,9 @@ class TranslationRequest(Sampling, SceneFields):
 
     output_format: SceneFormat = Field(  # type: ignore[assignment]
         "png", description="geotiff: the scene's own grid, Cloud-Optimised; also by Accept: image/tiff, as raw bytes."
+    )
+    width: int | None = Field(
+        None, ge=1, description="Of a body of application/octet-stream: pixels in a line, one byte each."
     )
 
 
@@ -131,6 +192,17 @@ class Timings(BaseModel):
     forward_ms: float
     encode_ms: float
     batch: int
+    bucket: int = Field(description="The size that the batch was padded to; 0 for a scene.")
+
+
+class Chosen(BaseModel):
+    """What latency_budget_ms came to, and why."""
+
+    model: str
+    steps: int
+    expected_ms: float
+    quality: float | None = Field(description="As published with the model; null where it was not measured.")
+    why: str
 
 
 class ImageData(BaseModel):
@@ -187,6 +259,7 @@ class ImagesAnswer(BaseModel):
     output_format: SceneFormat
     size: str = Field(description="WIDTHxHEIGHT")
     timings: Timings
+    chosen: Chosen | None = Field(None, description="With latency_budget_ms.")
     scene: SceneData | None = None
 
 

@@ -25,7 +25,7 @@ async def benchmark(body: BenchmarkRequest, request: Request) -> dict[str, Any]:
     It has the device to itself while it runs: other requests wait. One at a time; a second one is answered with 503.
     """
     engine = engine_of(request)
-    student = engine.choose(body.model, lambda model: model.info.role == "student")
+    student = await engine.open_for(body.model, lambda model: model.info.role == "student")
     steps = student.check_steps(body.steps)
     if body.seed + body.n > SEEDS:
         raise BadInput("seed", body.seed, f"0..{SEEDS - body.n}")

@@ -1,6 +1,7 @@
 // The page: lists the models, asks for pictures, shows them and how long each stage took. No build step, nothing from elsewhere.
 
-import { ask, at, make, terms } from "./page.js";
+import { ask, at, keyGiven, make, send, terms } from "./page.js";
+import { live } from "./live.js";
 import { isScene, showScene, translateScene } from "./scenes.js";
 
 const models = new Map();
@@ -13,7 +14,15 @@ async function connect() {
   const broken = failed.length ? `; not served: ${failed.join(", ")}` : "";
   at("status").textContent = `${status} on ${device}${broken}`;
   if (!response.ok) return setTimeout(connect, 1000);
-  for (const model of (await ask("/v1/models")).data) {
+  let served;
+  try {
+    served = (await ask("/v1/models")).data;
+  } catch (error) {
+    if (error.status !== 401) throw error;
+    at("status").textContent = error.message;
+    return keyGiven().then(connect);
+  }
+  for (const model of served) {
     models.set(model.id, model);
     at("model").append(make("option", model.id, { value: model.id }));
   }
@@ -154,10 +163,32 @@ async function translateFile(file) {
   at("curl").textContent = `curl ${location.origin}/v1/${path}/translations -F image=@${file.name} ${said.join(" ")}${then}`;
 }
 
+/** What the form says, for one picture while it changes. */
+function orderNow() {
+  const fields = { seed: at("slide").valueAsNumber, ...common() };
+  const file = translates(chosen()) ? at("image").files[0] : undefined;
+  if (translates(chosen()) && !file) throw new Error("choose a SAR picture first");
+  if (isScene(file)) throw new Error("a GeoTIFF scene is not drawn live; a PNG picture is");
+  if (!file && at("label").value) fields.label = Number(at("label").value);
+  return { fields, file };
+}
+
+let running = null;
+at("live").addEventListener("change", () => {
+  at("slide-row").hidden = !at("live").checked;
+  running?.close();
+  running = !at("live").checked ? null : live(orderNow, showTiming, (message) => {
+    at("error").textContent = message;
+    at("live").checked = false;
+    at("slide-row").hidden = true;
+    running = null;
+  });
+});
+at("slide").addEventListener("input", () => { at("seed").value = at("slide").value; });
 at("model").addEventListener("change", show);
 at("image").addEventListener("change", show);
 at("demonstration").addEventListener("click", () => busy(async () => {
-  const response = await fetch("/v1/demonstration.tif");
+  const response = await send("/v1/demonstration.tif");
   if (!response.ok) throw new Error((await response.json()).error.message);
   if (!translates(chosen())) {
     const translators = [...models.values()].filter(translates);
@@ -166,6 +197,11 @@ at("demonstration").addEventListener("click", () => busy(async () => {
   }
   await translateFile(new File([await response.blob()], "demonstration.tif", { type: "image/tiff" }));
 }));
+for (const kind of ["input", "change"]) {  // while it slides; but of a list when it has been fitted to the model
+  at("order").addEventListener(kind, ({ target }) => {
+    if ((kind === "input") === target.matches("[type=range], [type=number]")) running?.ask();
+  });
+}
 at("order").addEventListener("submit", (event) => {
   event.preventDefault();
   busy(async () => {

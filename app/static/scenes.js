@@ -1,6 +1,6 @@
 // GeoTIFF scenes: asked for at once, or as a job where the server says that they are too large; shown before and after.
 
-import { ask, at, make, terms } from "./page.js";
+import { addressOf, ask, at, make, send, terms } from "./page.js";
 
 export const isScene = (file) => Boolean(file) && (file.type === "image/tiff" || /\.tiff?$/i.test(file.name));
 
@@ -53,7 +53,7 @@ async function fromJob(file, fields) {
     const [bar, said] = [make("progress", "", { max: 1 }), make("p", "")];
     const stop = make("button", "Cancel", { type: "button", className: "second" });
     bar.setAttribute("aria-label", "Share of the scene that is translated");
-    stop.addEventListener("click", () => { stop.disabled = true; fetch(path, { method: "DELETE" }); });
+    stop.addEventListener("click", () => { stop.disabled = true; send(path, { method: "DELETE" }); });
     at("scene").replaceChildren(said, bar, stop);
     while (job.status === "queued" || job.status === "running") {
       const speed = job.megapixels_per_second;
@@ -64,7 +64,9 @@ async function fromJob(file, fields) {
       job = await ask(path);
     }
     if (job.status !== "done") throw new Error(job.error?.message ?? `the job was ${job.status}`);
-    const { "preview.png": optical, "sar.png": sar, ...downloads } = job.files;
+    const files = Object.entries(job.files).map(async ([name, where]) => [name, await addressOf(where)]);
+    const { "preview.png": optical, "sar.png": sar, ...downloads } = Object.fromEntries(await Promise.all(files));
+    addresses.push(...Object.values(downloads));
     return { facts: job.facts, sar, optical, downloads };
   } catch (error) {
     at("scene").replaceChildren();

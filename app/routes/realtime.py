@@ -1,0 +1,179 @@
+"""WS /v1/realtime: pictures while somebody types or drags. The latest request wins.
+
+The caller sends JSON text messages with a growing `seq`; one with `"image": true` is followed by a binary message, the
+picture that it is about. Of each connection one request is at work and one waits: a newer one takes the place of the
+one that waits, which is counted and never drawn. An answer is one binary message,
+
+    4 bytes   length of the header, big-endian
+    header    JSON: seq, seed, model, steps, width, height, output_format, timings, dropped (until now), ...
+    the rest  the picture
+
+and an error is a JSON text message {"seq", "error"}, after which the connection goes on.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from app.engine.engine import Engine
+from app.errors import from_validation, overloaded
+from app.routes.answers import chosen, draw, engine_of, facts_of, read, timings_of
+from app.routes.edits import editing, from_picture
+from app.routes.images import drawing, from_noise
+from app.routes.streams import told
+from app.schemas import RealtimeRequest
+from distillers.errors import BadInput
+
+router = APIRouter()
+CONNECTIONS = 64  # at once; each holds two pictures at most
+IDLE = 300.0  # seconds without a message
+MESSAGE = 1 << 16  # characters of a text message
+PROTOCOL = "fewstep"  # how the name of a subprotocol begins that is ours
+
+
+@dataclass(frozen=True)
+class _Asked:
+    request: RealtimeRequest
+    picture: bytes | None
+
+
+@router.websocket("/v1/realtime")
+async def realtime(websocket: WebSocket) -> None:
+    """One connection, from its opening to its end."""
+    open_now: set[_Session] = websocket.app.state.realtime
+    if len(open_now) >= CONNECTIONS:
+        return await websocket.send_denial_response(overloaded(f"{CONNECTIONS} connections are open", 5).response())
+    offered = websocket.scope.get("subprotocols", [])
+    await websocket.accept(subprotocol=next((name for name in offered if name.startswith(PROTOCOL)), None))
+    session = _Session(websocket, engine_of(websocket))
+    open_now.add(session)
+    try:
+        await session.run()
+    finally:
+        open_now.remove(session)
+
+
+class _Session:
+    """Listens, and draws beside it."""
+
+    def __init__(self, websocket: WebSocket, engine: Engine) -> None:
+        self.websocket, self.engine = websocket, engine
+        self.waiting: _Asked | None = None
+        self.expected: RealtimeRequest | None = None  # whose picture comes next
+        self.last = -1  # seq
+        self.dropped = 0
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until the caller leaves; what waits then is never drawn."""
+        drawing = asyncio.create_task(self._draw_for_ever())
+        try:
+            await self._listen()
+        except WebSocketDisconnect:  # it was gone when it was to be told something
+            pass
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(IDLE):
+                    message = await self.websocket.receive()
+            except TimeoutError:
+                return await self.websocket.close(1000, f"no message for {IDLE:g} s")
+            if message["type"] == "websocket.disconnect":
+                return
+            text = message.get("text")
+            try:
+                self._take_text(text) if text is not None else self._take_picture(message["bytes"])
+            except (BadInput, ValidationError) as error:
+                await self._tell(_seq_of(text), error)
+
+    def _take_text(self, text: str) -> None:
+        if self.expected is not None:  # its picture will not come
+            self.expected = None
+            self.dropped += 1
+        if len(text) > MESSAGE:
+            raise BadInput("message", f"{len(text)} characters", f"{MESSAGE} at most")
+        request = RealtimeRequest.model_validate_json(text)
+        if request.seq <= self.last:
+            raise BadInput("seq", request.seq, f"above {self.last}: it grows from message to message")
+        self.last = request.seq
+        if request.image:
+            self.expected = request
+        else:
+            self._take(_Asked(request, None))
+
+    def _take_picture(self, picture: bytes) -> None:
+        request, self.expected = self.expected, None
+        if request is None:
+            raise BadInput(
+                "message", f"{len(picture)} bytes", 'a binary message after a text message with "image": true'
+            )
+        limit = self.engine.settings.max_body_bytes
+        if len(picture) > limit:
+            raise BadInput("message", f"{len(picture)} bytes", f"{limit} at most")
+        self._take(_Asked(request, picture))
+
+    def _take(self, asked: _Asked) -> None:
+        self.dropped += self.waiting is not None
+        self.waiting = asked
+        self.wake.set()
+
+    async def _draw_for_ever(self) -> None:
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            asked, self.waiting = self.waiting, None
+            assert asked is not None
+            try:
+                frame = await self._frame(asked)
+            except Exception as error:
+                await self._tell(asked.request.seq, error)
+            else:
+                await self.websocket.send_bytes(frame)
+
+    async def _frame(self, asked: _Asked) -> bytes:
+        """The answer's bytes."""
+        engine, body = self.engine, asked.request
+        fits = drawing(body) if asked.picture is None else editing(engine, body)
+        reading = await read(engine, body, fits=fits, raw=body.output_format)
+        if asked.picture is not None:
+            work = await from_picture(engine, reading, body, asked.picture)
+        elif reading.model.translates:
+            raise BadInput("image", False, f"true, and a binary message with the SAR picture: {reading.model.name}")
+        else:
+            work = from_noise(reading, body)
+        (drawn,) = await draw(engine, reading, work)
+        facts = {
+            "seq": body.seq,
+            **facts_of(reading, work),
+            "label": work.labels[0],
+            "width": work.crop[1],
+            "height": work.crop[0],
+            "timings": timings_of([drawn]),
+            "chosen": chosen(reading),
+            "dropped": self.dropped,
+        }
+        header = to_json(facts)
+        return b"%b%b%b" % (len(header).to_bytes(4), header, drawn.file)
+
+    async def _tell(self, seq: int | None, error: Exception) -> None:
+        known = from_validation(error.errors()) if isinstance(error, ValidationError) else told(error)
+        await self.websocket.send_text(to_json({"seq": seq, "error": known.body.model_dump()}).decode())
+
+
+def _seq_of(text: str | None) -> int | None:
+    """Of a message that may be anything, the seq if it has one, so that the error finds its request."""
+    if text is None or len(text) > MESSAGE:
+        return None
+    try:
+        seq = json.loads(text)["seq"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return seq if type(seq) is int else None
