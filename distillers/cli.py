@@ -418,6 +418,95 @@ def benchmark_scene(
         out.with_suffix(".md").write_text(table(found))
 
 
+@benchmarks.command("serving")
+def benchmark_serving(
+    models: Annotated[list[Path], typer.Argument(help="Weights folders, each a workload.", show_default=False)],
+    systems: Annotated[str | None, typer.Option(help="Which, with commas; all when left out.")] = None,
+    constant: Annotated[
+        bool, typer.Option("--constant/--no-constant", help="Also a constant picture without a forward pass.")
+    ] = True,
+    rounds: Annotated[int, typer.Option(help="All systems take turns so many times.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Of each closed loop; of each open one twice that.")] = 0.5,
+    concurrency: Annotated[str, typer.Option(help="Callers of the closed loops, with commas.")] = "1,2,4,8,16,32",
+    load: Annotated[str, typer.Option(help="Percent of the raw loop that open loops ask.")] = "50,80,95,120",
+    burst: Annotated[
+        bool, typer.Option("--burst/--no-burst", help="With the first model: recovery from 2 s at 400 %.")
+    ] = True,
+    pinned: Annotated[
+        bool, typer.Option("--pinned/--unpinned", help="Servers on one processor and the client on another.")
+    ] = True,
+    environments: Annotated[Path, typer.Option(help="Where the peers are installed, by pip.")] = Path("runs/peers"),
+    out: Annotated[
+        Path | None, typer.Option(help="A .json to write; tables in a .md, the plot in a .png.", show_default=False)
+    ] = None,
+) -> None:
+    """Hold our server and its peers against the bare forward pass: throughput, latency, CPU, every picture checked.
+
+    Example: `fewstep benchmark serving weights/eurosat-consistency --systems fewstep,litserve --out serving.json`.
+    """
+    import json
+
+    from distillers.servers import chosen
+    from distillers.serving import Plan, measure
+    from distillers.standings import plot, table
+
+    _json(out)
+    plan = Plan(
+        folders=models, systems=chosen(systems.split(",") if systems else None), constant=constant, rounds=rounds,
+        seconds=seconds, callers=_counts("concurrency", concurrency), loads=_counts("load", load), burst=burst,
+        pinned=pinned, environments=environments,
+    )  # fmt: skip
+    found = measure(plan, lambda line: typer.echo(line, err=True))
+    typer.echo(table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        plot(found, out.with_suffix(".png"))
+        page = f"# Servers side by side\n\n{table(found)}\n![images a second]({out.stem}.png)\n"
+        out.with_suffix(".md").write_text(page)
+
+
+@benchmarks.command("soak")
+def benchmark_soak(
+    model: Weights,
+    minutes: Annotated[float, typer.Option(help="How long.")] = 10,
+    load: Annotated[int, typer.Option(help="Percent of what the server can give.")] = 80,
+    system: Annotated[str, typer.Option(help="Ours, ours untuned (fewstep-eager), or a peer.")] = "fewstep",
+    pinned: Annotated[
+        bool, typer.Option("--pinned/--unpinned", help="The server on one processor and the client on another.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json to write, with the table in a .md beside it.", show_default=False)
+    ] = None,
+) -> None:
+    """Keep a server at work and watch its memory and latency; exit code 1 if memory grows or a picture is wrong.
+
+    Example: `fewstep benchmark soak weights/eurosat-consistency --minutes 60 --out soak.json`.
+    """
+    import json
+
+    from distillers.servers import Unavailable, chosen
+    from distillers.serving import soak
+    from distillers.standings import soak_table
+
+    _json(out)
+    try:
+        found = soak(
+            model, *chosen([system]), minutes=minutes, load=load, pinned=pinned,
+            say=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+    except Unavailable as error:
+        typer.echo(f"{system} {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(soak_table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.with_suffix(".md").write_text(f"# A long run\n\n{soak_table(found)}")
+    if not (found["memory"]["flat"] and found["alive"]) or any(minute["wrong"] for minute in found["minutes"]):
+        raise typer.Exit(1)
+
+
 @app.command()
 def pairs(
     model: Weights,
@@ -484,8 +573,37 @@ def serve(
 
     if not weights.is_dir():
         raise BadInput("weights", str(weights), "an existing folder of weights folders")
+    if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("FEWSTEP_KEYS"):
+        typer.echo("without FEWSTEP_KEYS whoever reaches this address may draw: see `fewstep key`", err=True)
     os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device
-    uvicorn.run("app.main:create_app", factory=True, host=host, port=port, log_level="info")
+    uvicorn.run("app.main:create_app", factory=True, host=host, port=port, log_level="info", server_header=False)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose it is; it stands in the service's log.", show_default=False)],
+    scopes: Annotated[str, typer.Option(help="With commas: infer, admin (load models), metrics.")] = "infer",
+) -> None:
+    """Make an API key for the service: the key for the caller, and the entry for the file that FEWSTEP_KEYS names.
+
+    The file holds the key's hash alone, so the key is shown this once, beside the entry, and on stderr:
+    `fewstep key web >> keys.toml`, then `FEWSTEP_KEYS=keys.toml fewstep serve`. A running service reads it by itself.
+    """
+    import hashlib
+    import re
+    import secrets
+
+    import tomli_w
+
+    asked, known = [scope.strip() for scope in scopes.split(",")], ("infer", "admin", "metrics")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise BadInput("name", name, "1 to 64 of letters, digits, dots, dashes and underscores")
+    if not set(asked) <= set(known):
+        raise BadInput("scopes", scopes, f"one or more of {', '.join(known)}, with commas")
+    made = f"fewstep-{secrets.token_urlsafe(32)}"
+    entry = {"name": name, "sha256": hashlib.sha256(made.encode()).hexdigest(), "scopes": asked}
+    typer.echo(tomli_w.dumps({"keys": [entry]}))
+    typer.echo(f"the key, not to be seen again: {made}", err=True)
 
 
 @app.command()
@@ -579,6 +697,11 @@ def _counts(field: str, text: str) -> list[int]:
 
 def _columns(n: int) -> int:
     return max(1, min(n, 8))
+
+
+def _json(out: Path | None) -> None:
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
 
 
 def _png(path: Path) -> Path:

@@ -1,0 +1,381 @@
+"""The load on a server, and the gate that every answer passes: HTTP/1.1 over bare sockets, in a process of its own.
+
+Closed loop: so many callers, each of whom asks again when answered. Open loop: callers come by themselves (Poisson),
+whether or not the server keeps up, and a latency counts from the moment the request was meant to be sent; what waited
+for a connection, or for this client, has waited. Every picture that came back is decoded and compared with the raw
+forward pass of its seed, after the clock has stopped.
+
+It knows neither torch nor what is being measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import itertools
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+PATIENCE_S = 3.0  # for answers that are still missing when the load has ended
+CONNECTIONS = 900  # of an open loop at most; beyond it requests wait here, and the wait counts
+SPIN_S = 1.2e-3  # timers are no finer than this
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
+
+
+class Broken(ConnectionError):
+    """The server hung up, or answered what is no HTTP with a length."""
+
+
+# --- one connection
+
+
+def parse(buffer: bytearray) -> tuple[int, bytes, bool] | None:
+    """(status, body, whether the connection stays) of one whole answer; None while it is incomplete."""
+    end = buffer.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    first, *lines = bytes(buffer[:end]).split(b"\r\n")
+    if not first.startswith(b"HTTP/1."):
+        raise Broken("no HTTP answer")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+    stays = headers.get(b"connection", b"").lower() != b"close"
+    if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
+        body = _join_chunks(buffer, end + 4)
+    elif b"content-length" in headers:
+        length = int(headers[b"content-length"])
+        body = bytes(buffer[end + 4 : end + 4 + length]) if len(buffer) >= end + 4 + length else None
+    else:
+        raise Broken("an answer without a length")
+    return None if body is None else (int(first.split(b" ", 2)[1]), body, stays)
+
+
+def _join_chunks(buffer: bytearray, at: int) -> bytes | None:
+    parts: list[bytes] = []
+    while (end := buffer.find(b"\r\n", at)) >= 0:
+        length = int(bytes(buffer[at:end]).split(b";")[0], 16)
+        if len(buffer) < end + 2 + length + 2:
+            return None
+        if length == 0:
+            return b"".join(parts)
+        parts.append(bytes(buffer[end + 2 : end + 2 + length]))
+        at = end + 2 + length + 2
+    return None
+
+
+class Connection(asyncio.Protocol):
+    """One request at a time; opened when there is something to ask, and again after the server has closed it."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+
+    async def open(self) -> None:
+        """Nothing if it is open."""
+        if self._transport is None or self._transport.is_closing():
+            loop = asyncio.get_running_loop()
+            self._transport, _ = await loop.create_connection(lambda: self, "127.0.0.1", self.port)
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """(status, body). Broken, or another OSError, without an answer."""
+        await self.open()
+        assert self._transport is not None
+        self._buffer.clear()
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            return await self._answer
+        finally:
+            self._answer = None
+
+    def close(self) -> None:
+        """A request in flight is abandoned."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """The event loop's call."""
+        self._buffer += data
+        try:
+            found = parse(self._buffer)
+        except (Broken, ValueError) as error:
+            self._fail(error)
+            return
+        if found is not None and self._answer is not None and not self._answer.done():
+            status, body, stays = found
+            if not stays:
+                self.close()
+            self._answer.set_result((status, body))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The event loop's call."""
+        self._transport = None
+        self._fail(error or Broken("the server closed the connection"))
+
+    def _fail(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(Broken(str(error)))
+
+
+# --- the two loops
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request; seconds by time.perf_counter."""
+
+    index: int  # in the pool
+    intended: float
+    sent: float = math.nan
+    done: float = math.nan
+    status: int = 0  # 0: no answer
+    body: bytes = b""
+
+
+async def closed(
+    port: int, pool: Sequence[bytes], callers: int, seconds: float, warm_s: float = 0.1
+) -> tuple[list[Asked], float]:
+    """All that was asked, and when the `seconds` began that are to be counted: after `warm_s` of the same."""
+    turn, asked = itertools.count(), list[Asked]()
+    connections = [Connection(port) for _ in range(callers)]
+    start = time.perf_counter() + warm_s
+    end = start + seconds
+
+    async def caller(connection: Connection) -> None:
+        while (now := time.perf_counter()) < end:
+            one = Asked(next(turn) % len(pool), now, now)
+            try:
+                one.status, one.body = await connection.ask(pool[one.index])
+            except OSError:
+                await asyncio.sleep(0.01)  # a server that refuses connections is not to be flooded with them
+            one.done = time.perf_counter()
+            asked.append(one)
+
+    tasks = [asyncio.ensure_future(caller(connection)) for connection in connections]
+    _, late = await asyncio.wait(tasks, timeout=warm_s + seconds + PATIENCE_S)
+    await _abandon(late)
+    for connection in connections:
+        connection.close()
+    return asked, start
+
+
+def arrivals(phases: Iterable[tuple[float, float]], seed: int) -> NDArray[np.float64]:
+    """Poisson arrival times in seconds of phases of (requests a second, seconds), one after the other."""
+    rng, at, times = np.random.default_rng(seed), 0.0, list[NDArray[np.float64]]()
+    for rate, seconds in phases:
+        gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * math.sqrt(rate * seconds) + 10))
+        come = np.cumsum(gaps)
+        times.append(at + come[come < seconds])
+        at += seconds
+    return np.concatenate(times)
+
+
+async def opened(
+    port: int, pool: Sequence[bytes], times: Sequence[float] | NDArray[np.float64], patience_s: float = PATIENCE_S
+) -> list[Asked]:
+    """One request for each arrival time. What has no answer `patience_s` after the last keeps done = nan."""
+    idle = [Connection(port) for _ in range(8)]
+    await asyncio.gather(*(connection.open() for connection in idle), return_exceptions=True)
+    every, waiting, free = list(idle), set[asyncio.Task[None]](), asyncio.Semaphore(CONNECTIONS)
+    start = time.perf_counter() + 0.01
+    asked = [Asked(i % len(pool), start + at) for i, at in enumerate(times)]
+
+    async def ask(one: Asked) -> None:
+        async with free:
+            if not idle:
+                idle.append(Connection(port))
+                every.append(idle[-1])
+            connection = idle.pop()
+            one.sent = time.perf_counter()
+            try:
+                one.status, one.body = await connection.ask(pool[one.index])
+            except OSError:
+                pass
+            finally:
+                one.done = time.perf_counter()
+                idle.append(connection)
+
+    for one in asked:
+        if (left := one.intended - time.perf_counter()) > SPIN_S:
+            await asyncio.sleep(left - SPIN_S)
+        while time.perf_counter() < one.intended:
+            await asyncio.sleep(0)
+        task = asyncio.ensure_future(ask(one))
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
+    if waiting:
+        _, late = await asyncio.wait(set(waiting), timeout=patience_s)
+        await _abandon(late)
+    for one in asked:
+        if not one.status and one.done > asked[-1].intended + patience_s:
+            one.done = math.nan
+    for connection in every:
+        connection.close()
+    return asked
+
+
+async def abandon(port: int, pool: Sequence[bytes], callers: int, after_s: float = 0.02) -> None:
+    """So many callers who ask at once and leave before they are answered."""
+    connections = [Connection(port) for _ in range(callers)]
+    await asyncio.gather(*(connection.open() for connection in connections))
+    asking = [asyncio.ensure_future(one.ask(pool[i % len(pool)])) for i, one in enumerate(connections)]
+    await asyncio.sleep(after_s)
+    for connection in connections:
+        connection.close()
+    await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def _abandon(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- what came back
+
+
+@dataclass
+class Gate:
+    """Answers held against the raw forward pass: expected (N, H, W, 3), and how many levels of 255 they may differ."""
+
+    expected: Pixels
+    tolerance: int
+    unwrap: Callable[[bytes], bytes] = bytes  # from an answer's body to a PNG
+    seen: dict[tuple[int, bytes], int] = field(default_factory=dict)  # what was decoded once
+
+    def difference(self, index: int, body: bytes) -> int:
+        """The largest, in levels; 256 for what is no picture, or not one of that size."""
+        if (index, body) not in self.seen:
+            try:
+                with Image.open(io.BytesIO(self.unwrap(body)), formats=("PNG",)) as picture:
+                    pixels = np.asarray(picture)
+                same = pixels.shape == self.expected[index].shape
+                levels = int(np.abs(pixels.astype(int) - self.expected[index]).max()) if same else 256
+            except Exception:  # whatever a broken file makes Pillow or json raise
+                levels = 256
+            self.seen[index, body] = levels
+        return self.seen[index, body]
+
+
+def first_of_list(body: bytes) -> bytes:
+    """The PNG in a JSON list of one base64 text."""
+    return base64.b64decode(json.loads(body)[0])
+
+
+UNWRAP: dict[str, Callable[[bytes], bytes]] = {"bytes": bytes, "list": first_of_list}
+
+
+def summary(every: Sequence[Asked], seconds: float, gate: Gate, start: float | None = None) -> dict[str, Any]:
+    """Rates, latencies in ms, and what the gate says of every answer. Only right pictures count as images.
+
+    Args:
+        start: counted is what was answered within `seconds` from then; None: all.
+    """
+    served = [one for one in every if one.status == 200]
+    differences = [gate.difference(one.index, one.body) for one in served]
+    asked = [one for one in every if start is None or start <= one.done <= start + seconds]
+    right = sum(one.status == 200 and gate.difference(one.index, one.body) <= gate.tolerance for one in asked)
+    end = max((one.done for one in every if not math.isnan(one.done)), default=0.0)
+    # who was sent away is counted apart; who got no answer at all has waited at least until the end
+    waited = [one for one in asked if one.status == 200 or math.isnan(one.done)]
+    latencies = [1e3 * ((end if math.isnan(one.done) else one.done) - one.intended) for one in waited]
+    late = [1e3 * (one.sent - one.intended) for one in asked if not math.isnan(one.sent)]
+    return {
+        "asked": len(asked),
+        "images_per_second": right / seconds,
+        "served": len(served),  # before and after the counted seconds, too
+        "failed": dict(Counter(str(one.status or "none") for one in every if one.status != 200)),
+        "latency_ms": quantiles(latencies),
+        "sent_late_ms_p99": float(np.quantile(late, 0.99)) if late else None,
+        "bytes": len(served[0].body) if served else 0,
+        "wrong": sum(levels > gate.tolerance for levels in differences),
+        "max_difference": max(differences, default=None),
+    }
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """p50 to p99.9, mean and max; None of nothing."""
+    if not len(values):
+        return None
+    found = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+    return {**found, "mean": float(np.mean(values)), "max": float(np.max(values))}
+
+
+def recovery(asked: Sequence[Asked], start: float, end: float) -> float | None:
+    """Seconds from the end of a burst until latency is again at most twice what it was before the burst, for good.
+
+    Args:
+        asked: of an open loop, before, in and after the burst.
+        start, end: of the burst, in seconds after the first request was meant to be sent.
+
+    Returns:
+        None if it was not again by the last request.
+    """
+    first = asked[0].intended
+    before = [one.done - one.intended for one in asked if one.intended - first < start and one.status == 200]
+    after = [one for one in asked if one.intended - first >= end]
+    if not before or not after:
+        return None
+    limit, tenths = 2 * float(np.quantile(before, 0.9)), dict[int, list[float]]()
+    for one in after:
+        answered = one.status == 200 and not math.isnan(one.done)
+        tenths.setdefault(int(10 * (one.intended - first - end)), []).append(
+            one.done - one.intended if answered else math.inf
+        )
+    bad = [tenth for tenth, waits in tenths.items() if float(np.median(waits)) > limit]
+    if max(tenths) in bad:
+        return None
+    return (max(bad) + 1) / 10 if bad else 0.0
+
+
+# --- the process
+
+
+def main() -> None:
+    """JSON lines in, JSON lines out: `pool` (a system's requests and its gate), `closed`, `open`, `abandon`."""
+    with suppress(ImportError):  # only slower without
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    run = asyncio.run
+    pool: list[bytes] = []
+    port, gate = 0, Gate(np.zeros((0, 0, 0, 3), np.uint8), 0)
+    for line in sys.stdin:
+        told = json.loads(line)
+        answer: dict[str, Any] = {}
+        if told["do"] == "pool":
+            pool = [base64.b64decode(request) for request in told["requests"]]
+            expected = np.load(Path(told["expected"]))
+            port, gate = told["port"], Gate(expected, told["tolerance"], UNWRAP[told["answer"]])
+        elif told["do"] == "closed":
+            found, start = run(closed(port, pool, told["callers"], told["seconds"], told["warm_s"]))
+            answer = summary(found, told["seconds"], gate, start)
+        elif told["do"] == "abandon":
+            run(abandon(port, pool, told["callers"]))
+        else:
+            times = arrivals(told["phases"], told["seed"])
+            found = run(opened(port, pool, times))
+            answer = summary(found, sum(seconds for _, seconds in told["phases"]), gate)
+            if len(told["phases"]) == 3:
+                before, burst, _ = (seconds for _, seconds in told["phases"])
+                answer["recovery_s"] = recovery(found, before, before + burst)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
