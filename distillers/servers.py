@@ -332,7 +332,8 @@ class Server:
                 ignore=shutil.ignore_patterns("profile.json", "training"),
             )  # fmt: skip
             variables |= {
-                "FEWSTEP_WEIGHTS": str(self.scratch / "weights"), "FEWSTEP_DEVICE": "cpu", "PYTHONPATH": str(ROOT)
+                "FEWSTEP_WEIGHTS": str(self.scratch / "weights"), "FEWSTEP_DEVICE": "cpu", "PYTHONPATH": str(ROOT),
+                "FEWSTEP_LOG_LEVEL": "warning",  # nobody writes a line for every request here
             }  # fmt: skip
             if self.workload.constant:
                 variables["FEWSTEP_TUNE_SECONDS"] = "0"

@@ -380,7 +380,7 @@ def test_more_scenes_at_once_than_the_server_takes(client: TestClient, monkeypat
     with engine_held(client):
         first = threading.Thread(target=lambda: answers.append(ask(client, SCENE)))
         first.start()
-        until(lambda: len(cast(Any, client.app).state.engine._batcher))
+        until(lambda: len(cast(Any, client.app).state.engine.workers[0].batcher))
         refused = ask(client, SCENE)
         assert error_of(refused, 503)["code"] == "server_overloaded" and refused.headers["retry-after"]
     first.join(60)
@@ -393,7 +393,7 @@ def test_a_scene_whose_caller_leaves_ends_at_its_next_tile(client: TestClient) -
     with engine_held(client):
         order = (large(299), "", state.engine.models["sar"], Options(units="dn"), "png", 90)
         asking = portal.start_task_soon(state.scenes.at_once, *order)
-        until(lambda: len(state.engine._batcher))
+        until(lambda: len(state.engine.workers[0].batcher))
         asking.cancel()
     assert isinstance(state.scenes._at_work[-1].exception(60), Cancelled)
 

@@ -84,7 +84,8 @@ class Batcher(Generic[Key, Order, Result]):
         self._virtual = 0.0
         self._waiting = self._number = 0
         self.closed = False
-        self._changed = threading.Condition()
+        self._lock, self._bell, self._asleep = threading.Lock(), threading.Lock(), False
+        self._bell.acquire()  # whoever takes sleeps by asking for it again
 
     def __len__(self) -> int:
         """Orders waiting, those cancelled but not yet met included."""
@@ -92,17 +93,17 @@ class Batcher(Generic[Key, Order, Result]):
 
     def waiting(self) -> dict[Key, int]:
         """Orders that wait and are still wanted, by key."""
-        with self._changed:
+        with self._lock:
             return {key: count for key, queue in self._queues.items() if (count := sum(_living(queue)))}
 
     def backlog_s(self) -> float:
         """Predicted seconds of all that waits."""
-        with self._changed:
+        with self._lock:
             return self._backlog_s()
 
     def put(self, orders: Sequence[tuple[Key, Order]], deadline: float | None = None) -> list[Future[Result]]:
         """Takes all orders or none (Full), each under its key; their futures, in the same sequence."""
-        with self._changed:
+        with self._lock:
             if self.closed:
                 raise Closed
             if self._waiting + len(orders) > self.limit or (self._waiting and self._backlog_s() > self.limit_s):
@@ -120,16 +121,20 @@ class Batcher(Generic[Key, Order, Result]):
                 tickets.append(ticket)
                 self._number += 1
             self._waiting += len(tickets)
-            self._changed.notify()
-            return [ticket.answer for ticket in tickets]
+            asleep, self._asleep = self._asleep, False
+        if asleep:  # after the lock is free: who wakes up needs it at once
+            self._bell.release()
+        return [ticket.answer for ticket in tickets]
 
     def take(self) -> tuple[Key, list[Ticket[Order, Result]]] | None:
         """Waits for the next batch, at least one order, each marked as running: it can no more be cancelled.
 
-        The caller answers every ticket. None once the batcher is closed.
+        For one thread; it answers every ticket. None once the batcher is closed.
         """
-        with self._changed:
-            while not self.closed:
+        while True:
+            with self._lock:
+                if self.closed:
+                    return None
                 while self._queues:
                     self._drop_idle_heads()
                     if not self._queues:
@@ -137,18 +142,20 @@ class Batcher(Generic[Key, Order, Result]):
                     key = min(self._queues, key=lambda key: (self._queues[key][0].tag, self._queues[key][0].number))
                     if batch := self._pop(key):
                         return key, batch
-                self._changed.wait()
-            return None
+                self._asleep = True
+            self._bell.acquire()
 
     def close(self) -> None:
         """No more orders; those that wait are answered with Closed. What was taken is still its taker's to answer."""
-        with self._changed:
+        with self._lock:
             self.closed = True
             left = [ticket for queue in self._queues.values() for ticket in queue]
             self._queues.clear()
             self._last_tag.clear()
             self._waiting = 0
-            self._changed.notify_all()
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._bell.release()
         for ticket in left:
             if ticket.answer.set_running_or_notify_cancel():
                 ticket.answer.set_exception(Closed())

@@ -6,10 +6,11 @@ stream per seed, so a picture does not depend on its batch mates, its place amon
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from app.engine.batcher import Closed, Expired, Full
@@ -222,9 +223,9 @@ class Engine:
         except Closed:
             raise shutting_down() from None
         try:
-            if len(futures) == 1:
-                return [await asyncio.wrap_future(futures[0])]
-            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+            await _all(futures)
+            failed = next((future for future in futures if future.done() and future.exception()), None)
+            return [future.result() for future in ([failed] if failed else futures)]
         except Closed:
             raise shutting_down() from None
         except Expired:
@@ -237,6 +238,26 @@ class Engine:
         finally:
             for future in futures:
                 future.cancel()  # those that were answered are not touched by it
+
+
+def _all(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
+    """Done when all are, or one has failed. The loop is woken once, where asyncio.wrap_future would for every one."""
+    loop = asyncio.get_running_loop()
+    waiter, done = loop.create_future(), list[None]()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def answered(future: Future[Any]) -> None:
+        done.append(None)
+        if len(done) >= len(futures) or future.cancelled() or future.exception() is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(answered)
+    return waiter
 
 
 def late() -> ApiError:

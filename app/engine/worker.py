@@ -188,29 +188,32 @@ class Worker:
             return self._tell(error, tickets)
         self._busy_since = None
         spent = time.perf_counter() - started
-        cost.observe(len(orders), spent)
         self.turns += 1
         waits = [started - ticket.arrived for ticket in tickets]
-        self.metrics.batch(key.model.name, len(orders), bucket, waits, spent)
+        alone = len(tickets) == 1 and pixels.size <= SMALL and not len(self.batcher)
         for ticket, picture, wait in zip(tickets, pixels, waits, strict=True):
             facts = (wait, spent, self.turns, len(orders), bucket)
             if (finish := cast(Piece, ticket.order).finish) is None:
                 ticket.answer.set_result(_drawn(picture, None, 0.0, facts))
+            elif alone:  # nobody waits for the device: changing threads would cost more than the encoding
+                self._finish(ticket, picture, finish, facts)
             else:
                 self.finishers.submit(self._finish, ticket, picture, finish, facts)
+        cost.observe(len(orders), spent)
+        self.metrics.batch(key.model.name, len(orders), bucket, waits, spent)
 
     def _finish(
         self, ticket: Ticket[Any, Any], picture: Pixels, finish: Callable[[Pixels], Any], facts: tuple[Any, ...]
     ) -> None:
-        """In a thread of the finishers, so that the device works on."""
+        """In a thread of the finishers, so that the device works on; or here, when it has nothing to do."""
         started = time.perf_counter()
         try:
             file = finish(picture)
         except BaseException as error:
             return self._tell(error, [ticket])
         spent = time.perf_counter() - started
-        self.metrics.stage("encode", spent)
         ticket.answer.set_result(_drawn(picture, file, spent, facts))
+        self.metrics.stage("encode", spent)
 
     def _split(self, key: Shape, tickets: Sequence[Ticket[Piece | None, Any]]) -> None:
         """The batch did not fit into memory: halves, and never so many again. A lone picture is told to come back."""
@@ -234,6 +237,7 @@ class Worker:
 
 
 CALL_S = 0.02  # a tile of a scene, for example
+SMALL = 3 * 128 * 128  # bytes of pixels that are encoded in less than half a millisecond
 
 
 def _drawn(picture: Pixels, file: Any, encode_s: float, facts: tuple[Any, ...]) -> Drawn:
