@@ -431,7 +431,7 @@ def test_a_storm_of_callers_who_leave_costs_not_one_pass(weights: Path) -> None:
 def test_four_times_too_much_is_answered_or_refused_at_once_and_the_engine_is_never_idle(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass of a known time stands in for the network, so that capacity is known. Seconds are the benchmark's business:
+    """Capacity is known, for a pass of a known time stands in for the network. Seconds are the benchmark's business:
     here nothing is drawn in vain, the next order is always there, and who is refused never waited."""
     each, ahead = 0.01, list[int]()
 

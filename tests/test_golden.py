@@ -42,7 +42,7 @@ def test_broken_ones_and_weights_that_draw_nothing(tmp_path: Path) -> None:
     (folder / FILE).unlink()
     for parameter in generator.parameters():
         parameter.data.fill_(float("nan"))
-    with pytest.raises(BadInput, match="one colour"):
+    with pytest.raises(BadInput, match="no number"):
         check(generator, folder)
 
 

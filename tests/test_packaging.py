@@ -21,6 +21,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 from distillers.demonstration import demonstration
 from distillers.recipe import Recipe
@@ -283,11 +284,14 @@ def test_readme_requests(served: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     if "@scene.tif" in command:
         demonstration(tmp_path / "scene.tif", side=128)
+    if "@forest.png" in command:  # drawn by the command before
+        Image.new("RGB", (64, 64), (40, 90, 40)).save(tmp_path / "forest.png")
     done = run([*shlex.split(command.replace(ADDRESS, served)), "--fail-with-body"], cwd=tmp_path)
     answer = done.stdout.encode() + b"".join(file.read_bytes() for file in tmp_path.glob("optical.*"))
-    answer += b"".join(file.read_bytes() for file in tmp_path.glob("*.png") if file.stem != "optical")
+    drawn = [file for file in tmp_path.glob("*.png") if file.stem != "optical" and f"@{file.name}" not in command]
+    answer += b"".join(file.read_bytes() for file in drawn)
     assert done.returncode == 0, answer[:1000].decode(errors="replace")
-    starts = {"Accept: image/png": b"\x89PNG", "Accept: image/tiff": b"II"}
+    starts = {"Accept: image/png": b"\x89PNG", "Accept: image/tiff": b"II", "/metrics": b"# HELP"}
     assert answer.startswith(next((start for kind, start in starts.items() if kind in command), b"{"))
 
 
