@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -78,6 +78,7 @@ class Worker:
         self.turns = self.inflight = 0
         self.broken = False  # the device lost its context: nothing will ever work again in this process
         self._busy_since: float | None = None  # of a forward pass
+        self._pass_s = 0.0  # that it was predicted to take
         self._costs: dict[Shape, Cost] = {}
 
     # -- the caller's side -----------------------------------------------------------------------------------------
@@ -119,10 +120,6 @@ class Worker:
             except Closed:
                 raise shutting_down() from None
 
-    def put(self, pieces: Sequence[tuple[Shape | Call, Piece | None]], deadline: float | None) -> list[Future[Any]]:
-        """Takes all pieces or none; their answers."""
-        return self.batcher.put(pieces, deadline)
-
     # -- what is known of the work: the batcher's questions ----------------------------------------------------------
 
     def take(self, key: Shape | Call, waiting: int) -> int:
@@ -150,8 +147,6 @@ class Worker:
         return key.model.cost(key.steps - key.first, key.height, key.width, largest)
 
     # -- the thread --------------------------------------------------------------------------------------------------
-
-    _pass_s = 0.0
 
     def _run(self) -> None:
         while not self.broken and (turn := self.batcher.take()) is not None:
