@@ -219,7 +219,7 @@ class Access:
 
 def _given(scope: Scope) -> bytes:
     """The key that came along; b"" for none, which is nobody's."""
-    kind, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    kind, _, key = scope["visit"].asked.get(b"authorization", b"").partition(b" ")
     if kind.lower() == b"bearer":
         return bytes(key.strip())
     offered = [name for name in scope.get("subprotocols", ()) if name.startswith(SUBPROTOCOL)]

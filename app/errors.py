@@ -105,42 +105,35 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, message, param=name, code=first["type"])
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error of the application the one object; what nobody expected, `Visits` answers and logs."""
-
-    def api(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
-        if error.status in (503, 504):
-            request.app.state.metrics.rejected(error.body.code)
-        return error.response()
-
-    def bad_input(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, BadInput)
+def answer(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request that failed; an error that nobody expected is not touched: `Visits` logs it."""
+    if isinstance(error, BadInput):
         return from_bad_input(error).response()
-
-    def validation(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError | ValidationError)
+    if isinstance(error, RequestValidationError | ValidationError):
         return from_validation(error.errors()).response()
-
-    def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    if isinstance(error, HTTPException):
         phrase = http.HTTPStatus(error.status_code).phrase
         detail = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
         message = detail.get(error.status_code, str(error.detail or phrase))
         code = phrase.lower().replace(" ", "_")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    if not isinstance(error, ApiError):
+        raise error
+    if error.status in (503, 504):
+        request.app.state.metrics.rejected(error.body.code)
+    return error.response()
 
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the application the one object."""
     stock = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The description without the 422 that FastAPI writes into it and `validation` never answers."""
+        """The description without the 422 that FastAPI writes into it and `answer` never gives."""
         for route in (route for verbs in stock()["paths"].values() for route in verbs.values()):
             route["responses"].pop("422", None)
         return stock()
 
     app.openapi = openapi  # type: ignore[method-assign]
-    app.add_exception_handler(ApiError, api)
-    app.add_exception_handler(BadInput, bad_input)
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(ValidationError, validation)
-    app.add_exception_handler(HTTPException, http_error)
+    for kind in (ApiError, BadInput, RequestValidationError, ValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)

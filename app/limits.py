@@ -48,7 +48,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         limit = self.others.get(path_of(scope), self.limit)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = scope["visit"].asked.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             self.metrics.rejected("content_too_large")
             too_large = ApiError(413, TooLarge(limit, scope["path"]).detail, code="content_too_large")

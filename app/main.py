@@ -18,6 +18,7 @@ from app.engine.scenes import Scenes
 from app.limits import BodyLimit
 from app.metrics import Metrics
 from app.routes import benchmarks, demonstration, edits, health, images, jobs, metrics, models, realtime, translations
+from app.routes.answers import Lane
 from app.settings import Settings
 from app.tracing import Tracing
 from app.visits import Visits
@@ -71,12 +72,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.metrics, app.state.drain = told, drain
+    rooms = (images, edits, translations, realtime, jobs, demonstration, models, benchmarks, health, metrics)
+    app.add_middleware(Lane, [route for room in rooms for route in room.router.routes])
     others = {jobs.PATH: settings.max_scene_bytes}
     app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, told, others)
     app.add_middleware(Access, keys, told)
     app.add_middleware(Visits, told, drain, tracing)  # the last one added is the first one entered
     errors.install(app)
-    for room in (images, edits, translations, realtime, jobs, demonstration, models, benchmarks, health, metrics):
+    for room in rooms:
         app.include_router(room.router)
 
     @app.get("/", include_in_schema=False)

@@ -38,11 +38,11 @@ def is_work(scope: Scope) -> bool:
 class Visit:
     """What is known of a request; `scope["visit"]`."""
 
-    __slots__ = ("code", "ended", "headers", "id", "key", "left", "scope", "sent", "started")
+    __slots__ = ("asked", "code", "ended", "headers", "id", "key", "left", "scope", "sent", "started")
 
     def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        self.scope, self.asked = scope, dict(scope["headers"])
+        given = self.asked.get(b"x-request-id", b"")
         self.id: str = (given if SANE_ID.fullmatch(given) else b"req-%s" % secrets.token_hex(8).encode()).decode()
         self.key: str | None = None  # the name of the caller's key
         self.started = time.perf_counter()

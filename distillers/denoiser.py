@@ -112,14 +112,18 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
     if not hasattr(network, "config"):
         return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))
     x = x.to(next(network.parameters()).dtype)  # a network opened in half precision
-    for module in network.modules():
-        if isinstance(module, GuidedTime):
-            module.scale = cond.get("guidance")
     labels = {"class_labels": cond["label"]} if "label" in cond else {}
-    if type(network).__name__ == "DiTTransformer2DModel":
-        sample: Tensor = network(x, timestep=time, **labels).sample
-    else:
-        sample = network(x, time, **labels).sample
+    told = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
+    for module in told:
+        module.scale = cond["guidance"]
+    try:
+        if type(network).__name__ == "DiTTransformer2DModel":
+            sample: Tensor = network(x, timestep=time, **labels).sample
+        else:
+            sample = network(x, time, **labels).sample
+    finally:
+        for module in told:
+            module.scale = None
     # DiT and improved-DDPM networks also output a learned variance in further channels; the mean comes first.
     channels = x.shape[1] - (cond["sar"].shape[1] if "sar" in cond else 0)
     return sample[:, :channels]

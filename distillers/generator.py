@@ -117,8 +117,8 @@ class Generator(nn.Module):
         network = weights.guided(self.denoiser, self.info, self.info.guidance_scale)
         if start is not None:
             x_t = self.schedule.add_noise(start, noise, times[first])
-        else:  # the scale of p_T: 1 for variance-preserving schedules, sigma_max for exploding ones
-            x_t = noise * torch.hypot(self.schedule.alpha(times[first]), self.schedule.sigma(times[first])).to(noise)
+        else:
+            x_t = self.schedule.start(noise, times[first])
         for i, t in enumerate(times[first:], first):
             x0: Tensor = network(x_t, t, cond)
             if i + 1 == len(times):

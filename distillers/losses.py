@@ -145,7 +145,7 @@ def drawn(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Seq
     k = steps[int(torch.randint(len(steps), ()))]
     times = torch.tensor(sampling_times(schedule, k), dtype=torch.float64, device=noise.device)
     last = int(torch.randint(k, ()))
-    x_t = noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)
+    x_t = schedule.start(noise, times[0])
     with torch.no_grad():
         for t, s in pairwise(times[: last + 1]):
             x_t = schedule.add_noise(student(x_t, t, cond), torch.randn_like(noise), s)

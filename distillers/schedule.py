@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -26,6 +27,12 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """Shape a coefficient of shape () or (B,) so that it multiplies x of shape (B, ...); float64 in, dtype of x out."""
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)).to(x)
+
+
+@lru_cache(4096)
+def _known(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
+    at = torch.tensor(t, dtype=torch.float64)
+    return float(schedule.alpha(at)), float(schedule.sigma(at))
 
 
 class NoiseSchedule(ABC):
@@ -52,8 +59,23 @@ class NoiseSchedule(ABC):
 
     # --- conversions -------------------------------------------------------------------------------------------------
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = self._coefficients(t)
+        return like(a, x), like(s, x)
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, float64."""
+        if t.ndim == 0 and t.device.type == "cpu":  # a sampler's: the same few for ever, and slower computed than used
+            a, s = _known(self, float(t))
+            return torch.tensor(a, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
         t = t.double()
-        return like(self.alpha(t), x), like(self.sigma(t), x)
+        return self.alpha(t), self.sigma(t)
+
+    def start(self, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t where sampling begins: unit Gaussian noise eps, brought to the scale of p_t of data of variance 1.
+
+        sqrt(alpha^2 + sigma^2): 1 for variance-preserving schedules, about sigma for exploding ones.
+        """
+        return eps * like(torch.hypot(*self._coefficients(t)), eps)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t from clean data and unit Gaussian noise."""

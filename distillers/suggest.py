@@ -162,7 +162,7 @@ def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
     told = told and {key: value.to(device) for key, value in told.items()}
     t = torch.tensor(schedule.t_max, dtype=torch.float64, device=device)
     noise = torch.randn(shape, generator=rng).to(device)
-    x_t = noise * torch.hypot(schedule.alpha(t), schedule.sigma(t)).to(noise)
+    x_t = schedule.start(noise, t)
     found: list[Input] = [(x_t, t, told)]
     for share in NOISES[1:]:
         x0 = denoiser(x_t, t, told)

@@ -55,6 +55,39 @@ def test_what_was_not_measured_is_learned_at_work() -> None:
     assert cost.predict(1) == pytest.approx(0.2, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("rates", "limit"),
+    [
+        ({16: 1.0, 8: 0.6, 4: 0.5, 2: 0.7, 1: 1.0}, 4),
+        ({16: 1.0, 8: 1.5}, 16),
+        (dict.fromkeys((16, 8, 4, 2, 1), 1.0), 1),
+    ],
+)
+def test_the_size_of_batches_is_found_at_work(rates: dict[int, float], limit: int) -> None:
+    """A cache that holds four pictures; a device that larger batches suit; one to which they are all the same."""
+    cost = Cost(largest=16)
+    for _ in range(20):
+        taken = cost.take(40)
+        cost.observe(taken, taken * rates[taken])
+    assert cost.take(40) == limit
+    assert cost.predict(10) == pytest.approx(10 * rates[limit], rel=0.15)
+
+
+def test_batches_that_do_not_fill_the_limit_say_nothing_about_it() -> None:
+    cost = Cost(largest=16)
+    for _ in range(20):
+        cost.observe(3, 3.0)
+    assert cost.take(40) == 16
+
+
+def test_plans_follow_a_bucket_that_became_slower() -> None:
+    cost = Cost({1: 1.0, 4: 2.0})
+    assert cost.take(4) == 4
+    for _ in range(100):
+        cost.observe(4, 8.0)
+    assert cost.take(4) == 1 and cost.predict(4) == pytest.approx(4.0)
+
+
 def test_a_device_that_became_slower_is_believed_step_by_step() -> None:
     cost = Cost({1: 1.0, 2: 1.5})
     cost.observe(1, 2.0)

@@ -349,7 +349,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_split_and_the_cap_remembered(
         assert levels([d.pixels for d in drawn], alone) <= 1 and asked == [8, 4, 2, 2, 4, 2, 2]
         asked.clear()
         draw(engine, "student", *(Order(seed, 0) for seed in range(8)))
-        assert max(asked) == 2
+        assert max(asked) <= 2
         monkeypatch.setattr(Model, "draw", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("out")))
         with pytest.raises(ApiError) as none:
             draw(engine, "student", Order(1, 0))

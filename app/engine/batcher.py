@@ -50,7 +50,7 @@ class Costs(Protocol[KeyIn]):
         """Predicted seconds of so many orders of this key."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket(Generic[Order, Result]):
     """One order and the future of its one answer."""
 

@@ -125,7 +125,7 @@ class Model:
         import torch
 
         images = self.generator.codec.decode(x0).float().clamp(-1, 1)
-        levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        levels = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         if levels.device.type == "cpu":
             return levels.numpy()
         host = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)  # from torch's cache of pinned memory

@@ -174,7 +174,7 @@ class Worker:
         bucket = cost.bucket(len(orders))
         started, self._busy_since, self._pass_s = time.perf_counter(), time.monotonic(), cost.predict(len(orders))
         try:
-            padded = orders + [replace(orders[-1], partial=None)] * (bucket - len(orders))
+            padded = orders if bucket == len(orders) else orders + [mute(orders[-1])] * (bucket - len(orders))
             pixels = key.model.draw(key.steps, padded, key.first, key.strict)[: len(orders)]
         except BaseException as error:
             self._busy_since = None
@@ -238,6 +238,11 @@ SMALL = 3 * 128 * 128  # bytes of pixels that are encoded in less than half a mi
 def _drawn(picture: Pixels, file: Any, encode_s: float, facts: tuple[Any, ...]) -> Drawn:
     queue_s, forward_s, turn, batch, bucket = facts
     return Drawn(picture, file, queue_s, forward_s, encode_s, turn, batch, bucket)
+
+
+def mute(order: Order) -> Order:
+    """The same picture for nobody."""
+    return replace(order, partial=None)
 
 
 def _out_of_memory(error: BaseException) -> bool:

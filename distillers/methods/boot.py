@@ -23,7 +23,7 @@ from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, label
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import Solver, per_sample_mse, teacher_step
-from distillers.schedule import NoiseSchedule, like
+from distillers.schedule import like
 from distillers.teacher import Teacher
 
 SIGNAL_LEFT = 0.05  # alpha(t_max) / sigma(t_max) above which the start is visibly not noise
@@ -82,7 +82,7 @@ class Boot(Distiller):
         first = {name: value[:k] for name, value in cond.items()} if cond else None
         top = torch.full((k,), schedule.t_max, device=x0.device, dtype=torch.float64)
         with torch.no_grad():
-            y_top = teacher(start(schedule, eps[:k], top), top, first)
+            y_top = teacher(schedule.start(eps[:k], top), top, first)
 
         both = {name: torch.cat([value, value[:k]]) for name, value in cond.items()} if cond else None
         said = signal(student, torch.cat([eps, eps[:k]]), torch.cat([s, top]), both)
@@ -102,11 +102,6 @@ class Boot(Distiller):
         return Generator(nets["student"], teacher.codec, info)
 
 
-def start(schedule: NoiseSchedule, eps: Tensor, t: Tensor) -> Tensor:
-    """The noise at the scale that networks expect at time t, as `Generator` starts: eps sqrt(alpha^2 + sigma^2)."""
-    return like(torch.hypot(schedule.alpha(t), schedule.sigma(t)), eps) * eps
-
-
 def signal(student: Denoiser, eps: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
     """y_theta(eps, t): the network reads the noise itself, not x_t."""
-    return student(start(student.schedule, eps, t), t, cond)
+    return student(student.schedule.start(eps, t), t, cond)

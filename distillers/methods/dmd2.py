@@ -53,7 +53,6 @@ from distillers.losses import (
     score_identity,
     teacher_step,
 )
-from distillers.schedule import like
 from distillers.teacher import Teacher
 
 
@@ -202,7 +201,7 @@ class Pairs(nn.Module):
     def _follow(self, teacher: nn.Module, noise: Tensor, cond: Cond | None) -> Tensor:
         schedule: Any = teacher.schedule
         grid = schedule.grid(self.steps + 1).flip(0).to(noise.device)
-        x_t = noise * like(torch.hypot(schedule.alpha(grid[0]), schedule.sigma(grid[0])), noise)
+        x_t = schedule.start(noise, grid[0])
         for t, s in pairwise(grid):
             x_t = teacher_step(teacher, x_t, t, s, cond, "heun")
         return teacher(x_t, grid[-1], cond)

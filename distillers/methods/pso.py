@@ -34,7 +34,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import per_sample_mse
 from distillers.reward import Reward, load_reward
-from distillers.schedule import NoiseSchedule, like
+from distillers.schedule import NoiseSchedule
 from distillers.teacher import Teacher
 
 SAFE = 3.8  # 2 beta ln(1 + eps): below it the samples of a toy problem left the data
@@ -196,7 +196,7 @@ class Sampler(nn.Module):
     def rollout(self, denoiser: Denoiser, noise: Tensor, cond: Cond | None) -> list[Tensor]:
         """x_t at each time, then the picture: steps + 1 tensors, the last one what `Generator` draws."""
         schedule, times = denoiser.schedule, torch.tensor(self.times, dtype=torch.float64, device=noise.device)
-        path = [noise * like(torch.hypot(schedule.alpha(times[0]), schedule.sigma(times[0])), noise)]
+        path = [schedule.start(noise, times[0])]
         for t, s in pairwise(times):
             x0 = self(denoiser, path[-1], t, cond)
             if self.renoises:
