@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
-STAGES = ("decode", "queue", "forward", "copy", "encode")
+STAGES = ("decode", "queue", "forward", "encode")
 
 
 class Watched(Protocol):
@@ -137,7 +137,7 @@ class Metrics:
         for seconds in waits_s:
             queue.observe(seconds)
 
-    def stage(self, name: Literal["decode", "encode", "copy"], seconds: float) -> None:
+    def stage(self, name: Literal["decode", "encode"], seconds: float) -> None:
         """A stage of one image's way, beside the queue and the forward pass."""
         self._stages[name].observe(seconds)
 

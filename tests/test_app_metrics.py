@@ -144,6 +144,7 @@ def test_the_engine_counts_images_batches_stages_and_models(client: TestClient) 
     assert values["fewstep_stage_duration_seconds_count", "queue"] == 8
     assert values["fewstep_stage_duration_seconds_count", "encode"] >= 3
     assert values["fewstep_stage_duration_seconds_count", "forward"] >= 2
+    assert values["fewstep_stage_duration_seconds_count", "decode"] == 1
     loaded = {key[1] for key, value in values.items() if key[0] == "fewstep_model_loaded" and value == 1}
     assert loaded == {"plain", "sar"} == set(engine_of(client).models)
 

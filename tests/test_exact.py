@@ -423,7 +423,7 @@ def test_boot_with_fresh_noise_fails() -> None:
 def test_boot_with_a_consistency_head_fails() -> None:
     """c_skip -> 1 towards t_min returns the input, the noise and not the signal (EDM's form, sigma_data 0.5)."""
     head = "skip(student.schedule, eps, t) * eps + (1 - skip(student.schedule, eps, t)) * student(eps, t, cond)"
-    broken = mutated(boot, "student(start(student.schedule, eps, t), t, cond)", head)
+    broken = mutated(boot, "student(student.schedule.start(eps, t), t, cond)", head)
     broken.skip = lambda schedule, eps, t: like(0.25 / (0.25 + schedule.noise_ratio(t) ** 2), eps)
     run = train_on(exact_teacher(ring()), ring(), broken.Boot(delta=0.08), replace(SETTINGS, iterations=1500))
     noise, exact = exact_map("ring")

@@ -652,8 +652,8 @@ class ExactSignal(nn.Module):
 
     def forward(self, x_in: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         schedule, top = self.schedule, torch.tensor(self.schedule.t_max, dtype=torch.float64)
-        eps = x_in / boot.start(schedule, torch.ones_like(x_in), t)
-        y_top = self.gaussian(boot.start(schedule, eps, top), top)
+        eps = x_in / schedule.start(torch.ones_like(x_in), t)
+        y_top = self.gaussian(schedule.start(eps, top), top)
         x_t = gaussian_flow_map(self.gaussian, schedule.add_noise(y_top, eps, top), top, t)
         a, s = schedule._at(t, x_t)
         return (x_t - s * eps) / a + self.off * (like(t, x_t) == top)
@@ -685,7 +685,7 @@ def test_the_exact_signal_ends_at_the_exact_flow_map(schedule: NoiseSchedule) ->
     nets: Any = nn.ModuleDict({"student": ExactSignal(gaussian)})
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     top, bottom = torch.tensor(schedule.t_max), torch.tensor(schedule.t_min)
-    exact = gaussian_flow_map(gaussian, boot.start(schedule, noise, top), top, bottom)
+    exact = gaussian_flow_map(gaussian, schedule.start(noise, top), top, bottom)
     made = Boot().generator(nets, exact_teacher(ring()))(noise, steps=1)
     assert float((made - exact).square().mean().sqrt()) < 0.02  # sigma at t_min, alpha at t_max
 
@@ -744,7 +744,7 @@ def test_the_target_of_boot_carries_no_gradient() -> None:
         y_t = boot.signal(frozen, eps, t)
         rho = like(schedule.noise_ratio(s) / schedule.noise_ratio(t), eps)
         wanted = y_t + (1 - rho) * (nets["teacher"](schedule.add_noise(y_t, eps, t), t) - y_t)
-        wanted_top = nets["teacher"](boot.start(schedule, eps[:4], top), top)
+        wanted_top = nets["teacher"](schedule.start(eps[:4], top), top)
     bootstrap = ((boot.signal(student, eps, s) - wanted) / (1 - rho)).square().mean()
     (bootstrap + (boot.signal(student, eps[:4], top) - wanted_top).square().mean()).backward()
     expected = [p.grad for p in student.parameters()]

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ class Order:
     Args:
         sar: (channels, H, W) in [-1, 1], for translators.
         start: (3, H, W) in [-1, 1], a picture to begin from, noised to the time of the first step taken.
-        partial: told, on the engine's thread, the index of every step but the last, and its picture (H, W, 3) uint8.
+        partial: told, on the engine's thread, the index of a step but the last, and its picture (H, W, 3) uint8.
+        shown: of these steps.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class Order:
     sar: NDArray[np.float32] | None = None
     start: NDArray[np.float32] | None = None
     partial: Callable[[int, Pixels], None] | None = None
+    shown: Collection[int] = ()
 
 
 class Model:
@@ -87,7 +89,7 @@ class Model:
 
         from distillers.generator import seeded_noise
 
-        generator, watching = self.generator, [order for order in orders if order.partial]
+        generator, shown = self.generator, {step for order in orders for step in order.shown}
         self._set_threads(1 if strict and self.device == "cpu" else self.threads)
         for executed in self.executed:
             executed.strict = strict
@@ -100,8 +102,8 @@ class Model:
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
 
             def watch(step: int, x0: "Tensor") -> None:
-                for order, picture in zip(orders, self._pixels(x0), strict=True):
-                    if order.partial:
+                for order, picture in zip(orders, self._pixels(x0) if step in shown else (), strict=False):
+                    if order.partial and step in order.shown:
                         order.partial(step, picture)
 
             x0 = generator.forward(
@@ -111,7 +113,7 @@ class Model:
                 noises,
                 start=None if start is None else generator.codec.encode(start),
                 first=first,
-                watch=watch if watching else None,
+                watch=watch if shown else None,
             )
             return self._pixels(x0)
 

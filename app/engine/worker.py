@@ -242,7 +242,7 @@ def _drawn(picture: Pixels, file: Any, encode_s: float, facts: tuple[Any, ...]) 
 
 def mute(order: Order) -> Order:
     """The same picture for nobody."""
-    return replace(order, partial=None)
+    return replace(order, partial=None, shown=())
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,6 @@ from the picture instead of from noise alone (SDEdit, Meng et al. 2022): it is n
 drawn to its end from there. `strength` is the share of the steps that are taken, so for one step it changes nothing.
 """
 
-import asyncio
 import math
 from typing import Any
 
@@ -75,8 +74,7 @@ async def from_picture(
         return work
     height, width = check_size(reading.model, size)
     classes = labels(reading.model, body, reading.seeds)
-    loop = asyncio.get_running_loop()
-    start = await loop.run_in_executor(engine.codec, decode_rgb, data, engine.settings.max_pixels)
+    start = await engine.decode(decode_rgb, data, engine.settings.max_pixels)
     if start.shape[1:] != (height, width):
         given = f"a picture of {start.shape[2]}x{start.shape[1]} pixels"
         raise BadInput("image", given, f"{width}x{height} pixels, what {reading.model.name} draws; nothing is resized")

@@ -60,10 +60,9 @@ async def stream(
 
     def watched(index: int, order: Order) -> Order:
         def partial(step: int, pixels: Pixels) -> None:  # on the engine's thread
-            if step in views:
-                loop.call_soon_threadsafe(arrivals.put_nowait, (index, views[step], pixels))
+            loop.call_soon_threadsafe(arrivals.put_nowait, (index, views[step], pixels))
 
-        return replace(order, partial=partial) if views else order
+        return replace(order, partial=partial, shown=views)
 
     orders = [watched(i, order) for i, order in enumerate(work.orders)]
     drawing = asyncio.ensure_future(draw(engine, reading, work, orders))

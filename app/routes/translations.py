@@ -132,7 +132,7 @@ async def from_sar(engine: Engine, reading: Reading, data: bytes, width: int | N
     """Pictures from a plain SAR picture's bytes: a file's, or, of a width, the pixels themselves."""
     limit = engine.settings.max_pixels
     if width is None:
-        sar = await asyncio.get_running_loop().run_in_executor(engine.codec, decode_sar, data, limit)
+        sar = await engine.decode(decode_sar, data, limit)
     else:
         sar = _unpacked(data, width, limit)
     padded = reading.model.sees(pad(sar, reading.model.generator.size_multiple))
