@@ -456,9 +456,10 @@ def benchmark_serving(
         seconds=seconds, callers=_counts("concurrency", concurrency), loads=_counts("load", load), burst=burst,
         pinned=pinned, environments=environments,
     )  # fmt: skip
-    found = measure(plan, lambda line: typer.echo(line, err=True))
-    typer.echo(table(found))
-    if out is not None:
+    for found in measure(plan, lambda line: typer.echo(line, err=True)):
+        typer.echo(table(found))
+        if out is None:
+            continue
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
         plot(found, out.with_suffix(".png"))

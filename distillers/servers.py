@@ -302,6 +302,7 @@ class Server:
         self.scratch = scratch / f"{system.name[:12]}"
         self.port = free_port()
         self.ready_s = self.tuned_s = 0.0
+        self.idle = 0.0  # processor seconds in a second in which it is asked nothing
         self.facts: dict[str, Any] = {}  # what /v1/models says of ours
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -359,6 +360,9 @@ class Server:
         self.ready_s = time.perf_counter() - started
         if self.system.ours:
             self._tune(started)
+        before = cpu_seconds(self.pid)
+        time.sleep(1)
+        self.idle = cpu_seconds(self.pid) - before
 
     def _first(self, data: bytes) -> str:
         """Asks once, on a connection of its own: the status, with the answer's words if it is none; "" without one."""
@@ -420,7 +424,7 @@ class Server:
         while time.perf_counter() < end:
             time.sleep(0.2)
             now = cpu_seconds(self.pid)
-            if now - before < 0.06:
+            if now - before < 0.06 + 0.4 * self.idle:
                 return True
             before = now
         return False

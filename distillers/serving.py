@@ -50,6 +50,7 @@ EXACT, TUNED = 1, 2  # levels of 255 that a pixel may differ by: torch sums in a
 BURST = (1.0, 2.0, 9.0)  # seconds before, in and after: 6 s of work are left over, and a fifth of it comes on top
 BURST_LOAD = (0.2, 4.0, 0.2)
 LEAVE = 64  # callers who leave before they are answered
+PACKAGES = ("torch", "diffusers", "numpy", "uvicorn")  # whose versions are told
 
 Say = Callable[[str], None]
 
@@ -103,8 +104,11 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
 # --- the whole
 
 
-def measure(plan: Plan, say: Say = lambda _: None) -> dict[str, Any]:
-    """Everything, as it is written to JSON: `setting`, `plan`, `peers`, and every workload's raw loop and systems."""
+def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[dict[str, Any]]:
+    """What is written to JSON: `setting`, `plan`, `peers`, and every workload's raw loop and systems.
+
+    After each workload all that was found so far: it takes minutes for every one.
+    """
     plan.check()
     started, pythons, peers = time.perf_counter(), dict[str, Path](), dict[str, Any]()
     for system in plan.systems:
@@ -125,24 +129,26 @@ def measure(plan: Plan, say: Say = lambda _: None) -> dict[str, Any]:
     if plan.constant:
         workloads.insert(0, without_forward(workloads[0]))
     load = os.getloadavg()[0]
-    found_all = [_contest(plan, one, pythons, peers, say) for one in workloads]
-    return {
-        "setting": {
-            **setting("cpu"),
-            "python": sys.version.split()[0],
-            "load_average": {"before": load, "after": os.getloadavg()[0]},
-            "servers_on": servers_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
-            "client_on": client_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
-            "seconds": round(time.perf_counter() - started, 1),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy", "uvicorn")},
-        },
-        "plan": {
-            name: [folder.name for folder in plan.folders] if name == "folders" else value
-            for name, value in asdict(plan).items() if name not in ("systems", "environments")
-        },
-        "peers": peers,
-        "workloads": found_all,
-    }  # fmt: skip
+    found_all = list[dict[str, Any]]()
+    for one in workloads:
+        found_all.append(_contest(plan, one, pythons, peers, say))
+        yield {
+            "setting": {
+                **setting("cpu"),
+                "python": sys.version.split()[0],
+                "load_average": {"before": load, "after": os.getloadavg()[0]},
+                "servers_on": servers_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
+                "client_on": client_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
+                "seconds": round(time.perf_counter() - started, 1),
+                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            },
+            "plan": {
+                name: [folder.name for folder in plan.folders] if name == "folders" else value
+                for name, value in asdict(plan).items() if name not in ("systems", "environments")
+            },
+            "peers": peers,
+            "workloads": found_all,
+        }  # fmt: skip
 
 
 def servers_on(pinned: bool) -> list[int] | None:

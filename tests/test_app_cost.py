@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from app.engine.cost import Cost, worth_having
 
-BUCKETS = st.dictionaries(st.sampled_from([2, 4, 8]), st.floats(0.5, 20), max_size=3)
+# a larger bucket costs more, by however little
+BUCKETS = st.lists(st.floats(0.01, 8), max_size=3).map(
+    lambda more: {2 << i: 1 + sum(more[: i + 1]) for i in range(len(more))}
+)
 
 
 def cheapest(seconds: dict[int, float], count: int) -> float:
@@ -95,6 +98,16 @@ def test_a_device_that_became_slower_is_believed_step_by_step() -> None:
     for _ in range(100):
         cost.observe(1, 2.0)
     assert cost.seconds[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_stop_of_the_process_is_forgotten() -> None:
+    """A minute in the middle of one pass: a lone picture still runs alone, and what is predicted comes back."""
+    cost = Cost({1: 0.006, 2: 0.011, 4: 0.020})
+    cost.observe(1, 60.0)
+    assert cost.predict(1) < 0.02 and cost.take(1) == cost.bucket(1) == 1
+    for _ in range(40):
+        cost.observe(cost.take(1), 0.006)
+    assert cost.seconds[1] == pytest.approx(0.006, rel=0.05)
 
 
 def test_what_did_not_fit_into_memory_is_never_tried_again() -> None:

@@ -300,7 +300,7 @@ def test_a_tree_is_measured_whole() -> None:
 @linux
 def test_what_cannot_be_measured_is_refused(change: dict[str, Any], field: str) -> None:
     with pytest.raises(BadInput, match=field):
-        measure(Plan(**{"folders": [Path("w")], "systems": SYSTEMS[:1], "pinned": False, **change}))
+        next(measure(Plan(**{"folders": [Path("w")], "systems": SYSTEMS[:1], "pinned": False, **change})))
 
 
 def test_an_unknown_system_or_folder_is_named(tmp_path: Path) -> None:

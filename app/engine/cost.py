@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 WORTH = 1.03  # a larger batch is preferred when it makes pictures this much faster than a smaller one
 TRUST = 0.1  # of each observation at work
+LEAP = 4  # times what was expected that one observation is believed
 STIR = 0.05  # change of a bucket's seconds after which plans are made anew
 REACH = 4  # times the largest bucket that plans look ahead
 
@@ -41,9 +42,11 @@ class Cost:
         return min(waiting, table[min(waiting, len(table) - 1)][1] if table else self._limit)
 
     def bucket(self, count: int) -> int:
-        """The batch size in which so many pictures run: the cheapest bucket that holds them, or as they are."""
-        holding = [(seconds, bucket) for bucket, seconds in self._planned.items() if bucket >= count]
-        return min(holding)[1] if holding else count
+        """The batch size in which so many pictures run: the smallest bucket that holds them, or as they are.
+
+        Not the one that is thought to be cheapest: a bucket that once seemed dear would never be seen again.
+        """
+        return min((bucket for bucket in self._planned if bucket >= count), default=count)
 
     def predict(self, count: int) -> float:
         """Seconds of so many pictures."""
@@ -54,11 +57,14 @@ class Cost:
         return whole * table[-1][0] + table[rest][0]
 
     def observe(self, count: int, seconds: float) -> None:
-        """A pass at work: the device may have become slower, or busier, than it was."""
+        """A pass at work: the device may have become slower, or busier, than it was.
+
+        What takes far longer is believed step by step: most likely the process was stopped, or the machine.
+        """
         bucket = self.bucket(count)
         if bucket not in self.seconds:
             return self._learn(count, seconds / count)
-        self.seconds[bucket] += TRUST * (seconds - self.seconds[bucket])
+        self.seconds[bucket] += TRUST * (min(seconds, LEAP * self.seconds[bucket]) - self.seconds[bucket])
         if abs(self.seconds[bucket] - self._planned[bucket]) > STIR * self._planned[bucket]:
             self._replan()
 
@@ -71,9 +77,10 @@ class Cost:
 
     def _learn(self, count: int, rate: float) -> None:
         """Of batches that fill the limit: half of it is tried once, and goes on being the limit if it is as fast."""
-        self._recent = rate if not self._rates else self._recent + TRUST * (rate - self._recent)
+        self._recent += TRUST * (min(rate, LEAP * self._recent) - self._recent) if self._rates else rate - self._recent
         size = 1 << (count - 1).bit_length()
-        self._rates[size] = self._rates.get(size, rate) + TRUST * (rate - self._rates.get(size, rate))
+        known = self._rates.get(size, rate)
+        self._rates[size] = known + TRUST * (min(rate, LEAP * known) - known)
         if count < self._limit:
             return
         half, double = self._rates.get(size // 2, 0.0), self._rates.get(2 * size)
