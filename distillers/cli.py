@@ -457,7 +457,6 @@ def benchmark_serving(
         pinned=pinned, environments=environments,
     )  # fmt: skip
     for found in measure(plan, lambda line: typer.echo(line, err=True)):
-        typer.echo(table(found))
         if out is None:
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -465,6 +464,7 @@ def benchmark_serving(
         plot(found, out.with_suffix(".png"))
         page = f"# Servers side by side\n\n{table(found)}\n![images a second]({out.stem}.png)\n"
         out.with_suffix(".md").write_text(page)
+    typer.echo(table(found))
 
 
 @benchmarks.command("soak")

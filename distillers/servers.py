@@ -424,7 +424,7 @@ class Server:
         while time.perf_counter() < end:
             time.sleep(0.2)
             now = cpu_seconds(self.pid)
-            if now - before < 0.06 + 0.4 * self.idle:
+            if now - before < 0.06 + 0.4 * self.idle:  # twice what it takes for nothing: some are never quite idle
                 return True
             before = now
         return False

@@ -102,7 +102,9 @@ class Model:
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
 
             def watch(step: int, x0: "Tensor") -> None:
-                for order, picture in zip(orders, self._pixels(x0) if step in shown else (), strict=False):
+                if step not in shown:
+                    return
+                for order, picture in zip(orders, self._pixels(x0), strict=True):
                     if order.partial and step in order.shown:
                         order.partial(step, picture)
 
