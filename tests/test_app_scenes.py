@@ -393,6 +393,8 @@ def test_a_scene_whose_caller_leaves_ends_at_its_next_tile(client: TestClient) -
     with engine_held(client):
         order = (large(299), "", state.engine.models["sar"], Options(units="dn"), "png", 90)
         asking = portal.start_task_soon(state.scenes.at_once, *order)
+        # at work, not merely on its way: a scene that has not begun is taken back by its future alone
+        until(lambda: state.scenes._at_work and state.scenes._at_work[-1].running())
         until(lambda: len(state.engine.workers[0].batcher))
         asking.cancel()
     assert isinstance(state.scenes._at_work[-1].exception(60), Cancelled)
