@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 Array = NDArray[np.floating]
 
@@ -49,10 +53,10 @@ class Radiometry:
     @classmethod
     def of(cls, sar: Mapping[str, Any] | None) -> Radiometry:
         """What a manifest says. Raises BadInput for a description that cannot be followed."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            found = TypeAdapter(cls).validate_python(dict(sar or {}))
+            found = _checker().validate_python(dict(sar or {}))
         except ValidationError as error:
             first = error.errors()[0]
             raise BadInput(f"sar.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
@@ -240,3 +244,11 @@ def _guess(described: dict[str, int], count: int, file: str) -> tuple[dict[str, 
 
 def _words(text: str | None) -> set[str]:
     return set("".join(c if c.isalnum() else " " for c in (text or "").upper()).split())
+
+
+@lru_cache
+def _checker() -> TypeAdapter[Radiometry]:
+    """Built once: it takes longer than a small picture does."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Radiometry)
