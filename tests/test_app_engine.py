@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_app import LABELS, SIDE, publish
 
-from app.engine import backends, store, tuning
+from app.engine import backends, store, tuning, worker
 from app.engine.dial import choose
 from app.engine.engine import Drawn, Engine, Order
 from app.engine.model import Model
@@ -131,7 +131,7 @@ def test_every_backend_draws_what_the_library_draws(weights: Path, name: str, fo
 
 def test_a_backend_that_draws_other_pictures_is_refused(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(network: torch.nn.Module) -> backends.Prepare:
-        return lambda inputs: lambda x, time, label: torch.zeros_like(x)
+        return lambda inputs: lambda x, *_: torch.zeros_like(x)
 
     def broken(network: torch.nn.Module) -> backends.Prepare:
         raise RuntimeError("no such instruction")
@@ -152,7 +152,7 @@ def test_a_bucket_whose_pictures_depend_on_their_mates_is_not_used(
 
     def mixing(network: torch.nn.Module) -> backends.Prepare:
         own = backends.plain(network)
-        return lambda inputs: lambda x, time, label: own(x + 0.2 * (x.mean(0, keepdim=True) - x[:1]), time, label)
+        return lambda inputs: lambda x, *told: own(x + 0.2 * (x.mean(0, keepdim=True) - x[:1]), *told)
 
     monkeypatch.setattr(tuning, "candidates", lambda *_: [backends.Backend("mixing", True, 1, mixing)])
     model = Model.open("student", weights / "student", "cpu", 250)
@@ -498,7 +498,7 @@ def test_deadlines(weights: Path) -> None:
         assert hopeless.value.status == 504
 
 
-def test_what_is_done_with_a_picture_is_done_beside_the_engine(weights: Path) -> None:
+def test_what_is_done_with_a_picture_is_done_beside_the_engine(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(weights) as engine:
         names = list[str]()
 
@@ -510,6 +510,10 @@ def test_what_is_done_with_a_picture_is_done_beside_the_engine(weights: Path) ->
         assert drawn.file == bytes(drawn.pixels[0, 0]) and drawn.encode_s > 0
         assert "engine" in names[0]  # nobody waits for the device
         names.clear()
+        draw(engine, "student", *(Order(seed, 0) for seed in range(2)), finish=finish)
+        assert names == [threading.current_thread().name] * 2  # tiny ones by who waits for them
+        names.clear()
+        monkeypatch.setattr(worker, "TINY", 0)
         draw(engine, "student", *(Order(seed, 0) for seed in range(2)), finish=finish)
         assert all("codec" in name for name in names) and len(names) == 2
         with pytest.raises(ZeroDivisionError):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from app.engine.batcher import Closed, Expired, Full
@@ -197,7 +198,18 @@ class Engine:
         ]
         if deadline is not None and time.perf_counter() + worker.backlog_s() > deadline:
             raise late()
-        return await self._ask(worker, pieces, deadline)
+        drawn: list[Drawn] = await self._ask(worker, pieces, deadline)
+        return drawn if finish is None else [self._finished(one, finish) for one in drawn]
+
+    def _finished(self, drawn: Drawn, finish: Callable[[Pixels], Any]) -> Drawn:
+        """Tiny pictures come back as pixels: see `worker.TINY`."""
+        if drawn.file is not None:
+            return drawn
+        started = time.perf_counter()
+        file = finish(drawn.pixels)
+        spent = time.perf_counter() - started
+        self.metrics.stage("encode", spent)
+        return replace(drawn, file=file, encode_s=spent)
 
     async def decode(self, function: Callable[..., T], *given: Any) -> T:
         """Reads what a caller has sent, in a thread of the finishers."""

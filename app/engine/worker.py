@@ -188,7 +188,7 @@ class Worker:
         alone = len(tickets) == 1 and pixels.size <= SMALL and not len(self.batcher)
         for ticket, picture, wait in zip(tickets, pixels, waits, strict=True):
             facts = (wait, spent, self.turns, len(orders), bucket)
-            if (finish := cast(Piece, ticket.order).finish) is None:
+            if (finish := cast(Piece, ticket.order).finish) is None or (picture.size <= TINY and not alone):
                 ticket.answer.set_result(_drawn(picture, None, 0.0, facts))
             elif alone:  # nobody waits for the device: changing threads would cost more than the encoding
                 self._finish(ticket, picture, finish, facts)
@@ -232,6 +232,7 @@ class Worker:
 
 
 CALL_S = 0.02  # a tile of a scene, for example
+TINY = 3 * 64 * 64  # bytes of pixels that whoever waits for them encodes: each change of threads costs more
 SMALL = 3 * 128 * 128  # bytes of pixels that are encoded in less than half a millisecond
 
 
