@@ -88,11 +88,37 @@ def merge(
 
 
 @app.command()
+def adopt(
+    pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder or a hub id.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The weights folder to make.", show_default=False)],
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Of a few-step model: the steps it was distilled for, with commas.", show_default=False),
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="consistency re-noises between steps (LCM, Turbo); ddim does not.")
+    ] = "consistency",
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale; 1 with --steps, else the pipeline's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a folder that can be served out of a pipeline that others have trained, at float16.
+
+    Example: `fewstep adopt stabilityai/sdxl-turbo weights/sdxl-turbo --steps 1,2,4`.
+    """
+    from distillers.publish import adopt as make
+
+    name = make(pipeline, out, _counts("steps", steps) if steps else [], sampler, guidance)
+    typer.echo(f"{out}: {name}")
+
+
+@app.command()
 def generate(
     weights: Weights,
     out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
     n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a text-to-image model is to draw.")] = None,
     steps: Steps = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -112,7 +138,9 @@ def generate(
         chosen = [_label(label, generator.info.labels)] * n
     elif classes:
         chosen = [classes[i % len(classes)] for i in range(n)]
-    grid_png(generator.sample(range(seed, seed + n), labels=chosen, steps=steps), columns=_columns(n), path=_png(out))
+    prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
+    pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
+    grid_png(pictures, columns=_columns(n), path=_png(out))
     typer.echo(
         f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
         f"seeds {seed} to {seed + n - 1}"
@@ -435,6 +463,9 @@ def benchmark_serving(
     pinned: Annotated[
         bool, typer.Option("--pinned/--unpinned", help="Servers on one processor and the client on another.")
     ] = True,
+    batch: Annotated[int, typer.Option(help="Pictures in a forward pass at most, of all that batch.")] = 16,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the raw loop and the peers; ours chooses.")] = "float32",
     environments: Annotated[Path, typer.Option(help="Where the peers are installed, by pip.")] = Path("runs/peers"),
     out: Annotated[
         Path | None, typer.Option(help="A .json to write; tables in a .md, the plot in a .png.", show_default=False)
@@ -454,7 +485,8 @@ def benchmark_serving(
     plan = Plan(
         folders=models, systems=chosen(systems.split(",") if systems else None), constant=constant, rounds=rounds,
         seconds=seconds, callers=_counts("concurrency", concurrency), loads=_counts("load", load), burst=burst,
-        pinned=pinned, environments=environments,
+        pinned=pinned, environments=environments, device=_device(device), dtype=dtype,
+        batch=batch,
     )  # fmt: skip
     for found in measure(plan, lambda line: typer.echo(line, err=True)):
         if out is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import select
 import shutil
@@ -30,7 +31,6 @@ from distillers.errors import BadInput
 PEERS = Path(__file__).parent / "peers"
 ROOT = Path(__file__).parents[1]  # of both packages: the repository, or site-packages
 START_S, REFUSED_S, STOP_S, TUNE_S, SETTLE_S = 120.0, 20.0, 15.0, 240.0, 60.0
-BATCH = 16  # pictures in a forward pass at most, for every server that batches
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -72,6 +72,10 @@ SYSTEMS = [
     System(
         name="fastapi-pillow", title="FastAPI, inline, Pillow's PNG", command=("naive.py",), environment="fastapi",
         packages=FASTAPI, told={"codec": "pillow"},
+    ),
+    System(
+        name="diffusers", title="FastAPI, inline, stock diffusers", command=("naive.py",), environment="fastapi",
+        packages=FASTAPI, told={"stock": True},
     ),
     System(
         name="litserve", title="LitServe, no wait", command=("lit.py",), environment="litserve",
@@ -259,20 +263,23 @@ class Workload:
     folder: Path
     steps: int
     size: tuple[int, int]
-    orders: tuple[Mapping[str, Any], ...]  # {"seed", "label"?, "file"?}
+    orders: tuple[Mapping[str, Any], ...]  # {"seed", "label"?, "prompt"?, "file"?}
     constant: bool = False  # a picture instead of the forward pass
+    device: str = "cpu"
+    dtype: str = "float32"  # of torch, for the raw loop and the peers; ours chooses
+    batch: int = 16  # pictures in a forward pass at most, for every server that batches
 
     def told(self, port: int = 0, **more: Any) -> dict[str, Any]:
         """To a script in peers/."""
         return {
             "folder": str(self.folder.absolute()), "steps": self.steps, "size": self.size, "constant": self.constant,
-            "batch": BATCH, "codec": "project", "port": port, **more,
+            "device": self.device, "dtype": self.dtype, "batch": self.batch, "codec": "project", "port": port, **more,
         }  # fmt: skip
 
 
 def request(system: System, workload: Workload, order: Mapping[str, Any]) -> bytes:
     """The HTTP request for one picture, ready to be sent."""
-    body: dict[str, Any] = {name: order[name] for name in ("seed", "label") if name in order}
+    body: dict[str, Any] = {name: order[name] for name in ("seed", "label", "prompt") if name in order}
     picture = Path(order["file"]).read_bytes() if "file" in order else None
     path, kind = "/draw", "application/json"
     if system.ours:
@@ -333,7 +340,9 @@ class Server:
                 ignore=shutil.ignore_patterns("profile.json", "training"),
             )  # fmt: skip
             variables |= {
-                "FEWSTEP_WEIGHTS": str(self.scratch / "weights"), "FEWSTEP_DEVICE": "cpu", "PYTHONPATH": str(ROOT),
+                "FEWSTEP_WEIGHTS": str(self.scratch / "weights"), "FEWSTEP_DEVICE": self.workload.device,
+                "FEWSTEP_MAX_BATCH": str(self.workload.batch), "PYTHONPATH": str(ROOT),
+                "FEWSTEP_MAX_PIXELS": str(max(1 << 20, self.workload.batch * math.prod(self.workload.size))),
                 "FEWSTEP_LOG_LEVEL": "warning",  # nobody writes a line for every request here
             }  # fmt: skip
             if self.workload.constant:

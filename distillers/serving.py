@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,11 +44,13 @@ from distillers.servers import (
 
 RAW = "raw"
 POOL = 64  # different pictures that are asked for, in turn
-BATCHES = (1, 2, 4, 8, 16)  # of the raw loop
 WARM_S = 0.3
+DTYPES = ("float32", "float16", "bfloat16")
+PROMPTS = ("a forest", "a river at dawn", "a red barn in snow", "a street at night", "two ships", "a field of wheat")
 EXACT, TUNED = 1, 2  # levels of 255 that a pixel may differ by: torch sums in another order; FEWSTEP_TOLERANCE
 BURST = (1.0, 2.0, 9.0)  # seconds before, in and after: 6 s of work are left over, and a fifth of it comes on top
 BURST_LOAD = (0.2, 4.0, 0.2)
+FULL = 64  # callers who fill a server's queue
 LEAVE = 64  # callers who leave before they are answered
 PACKAGES = ("torch", "diffusers", "numpy", "uvicorn")  # whose versions are told
 
@@ -70,6 +72,9 @@ class Plan:
     pinned: bool = True  # servers on one processor, the client on another
     environments: Path = Path("runs/peers")
     steps: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"  # of the raw loop and the peers
+    batch: int = 16  # pictures in one forward pass at most
 
     def check(self) -> None:
         """BadInput for what cannot be measured here."""
@@ -77,6 +82,10 @@ class Plan:
             raise BadInput("system", sys.platform, "linux: processes are pinned, paused and read in /proc")
         if not self.folders or not self.systems:
             raise BadInput("folders, systems", (len(self.folders), len(self.systems)), "one or more of each")
+        if self.dtype not in DTYPES:
+            raise BadInput("dtype", self.dtype, ", ".join(DTYPES))
+        if not 1 <= self.batch <= 1024:
+            raise BadInput("batch", self.batch, "1 to 1024 pictures")
         if self.rounds < 1 or not 0.05 <= self.seconds <= 600:
             raise BadInput("rounds, seconds", (self.rounds, self.seconds), "1 round or more of 0.05 to 600 seconds")
         if not self.callers or min(self.callers) < 1 or max(self.callers) > 1024:
@@ -125,7 +134,10 @@ def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[dict[str, Any]]:
             "told": dict(system.told),
             **found,
         }
-    workloads = [workload(folder, plan.steps) for folder in plan.folders]
+    workloads = [
+        replace(workload(folder, plan.steps), device=plan.device, dtype=plan.dtype, batch=plan.batch)
+        for folder in plan.folders
+    ]
     if plan.constant:
         workloads.insert(0, without_forward(workloads[0]))
     load = os.getloadavg()[0]
@@ -134,7 +146,7 @@ def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[dict[str, Any]]:
         found_all.append(_contest(plan, one, pythons, peers, say))
         yield {
             "setting": {
-                **setting("cpu"),
+                **setting(plan.device),
                 "python": sys.version.split()[0],
                 "load_average": {"before": load, "after": os.getloadavg()[0]},
                 "servers_on": servers_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
@@ -162,7 +174,7 @@ def client_on(pinned: bool) -> list[int] | None:
 
 
 def workload(folder: Path, steps: int = 1) -> Workload:
-    """One-step pictures of a published folder: classes in turn, or SAR pictures from its examples."""
+    """One-step pictures of a published folder: classes or prompts in turn, or SAR pictures from its examples."""
     try:
         info = json.loads((folder / "fewstep.json").read_text())
     except (OSError, ValueError) as error:
@@ -176,6 +188,8 @@ def workload(folder: Path, steps: int = 1) -> Workload:
         order: dict[str, Any] = {"seed": seed}
         if labels:
             order["label"] = seed % labels
+        if info["task"] == "text-to-image":
+            order["prompt"] = PROMPTS[seed % len(PROMPTS)]
         if files:
             order["file"] = str(files[seed % len(files)].absolute())
         orders.append(order)
@@ -188,10 +202,8 @@ def without_forward(model: Workload) -> Workload:
     orders = tuple({name: value for name, value in order.items() if name != "file"} for order in model.orders)
     if any("file" in order for order in model.orders):
         raise BadInput("folder", model.name, "first a generator: the workload without a forward pass sends no pictures")
-    return Workload(
-        name=f"constant picture, {model.size[1]}x{model.size[0]}", folder=model.folder, steps=model.steps,
-        size=model.size, orders=orders, constant=True,
-    )  # fmt: skip
+    name = f"constant picture, {model.size[1]}x{model.size[0]}"
+    return replace(model, name=name, orders=orders, constant=True)
 
 
 # --- one workload
@@ -254,7 +266,7 @@ def _contest(
             for name in order:
                 say(f"{work.name}: round {turn + 1} of {plan.rounds}, {name}")
                 if name == RAW:
-                    raws.append(_raw_visit(raw, plan.seconds))
+                    raws.append(_raw_visit(raw, plan))
                 elif up[name].process is not None:
                     ceiling = best(raws[0], encode=True)["images_per_second"]
                     try:
@@ -281,9 +293,11 @@ def best(raw: Mapping[str, Any], encode: bool) -> Mapping[str, Any]:
     return max(raw["encoded" if encode else "forward"].values(), key=lambda found: found["images_per_second"])
 
 
-def _raw_visit(raw: Talker, seconds: float) -> dict[str, Any]:
+def _raw_visit(raw: Talker, plan: Plan) -> dict[str, Any]:
+    """Powers of two, and the largest batch."""
+    sizes = sorted({*(1 << i for i in range(plan.batch.bit_length())), plan.batch})
     return {
-        kind: {batch: raw.ask(do="time", batch=batch, encode=kind == "encoded", seconds=seconds) for batch in BATCHES}
+        kind: {n: raw.ask(do="time", batch=n, encode=kind == "encoded", seconds=plan.seconds) for n in sizes}
         for kind in ("forward", "encoded")
     }
 
@@ -296,7 +310,7 @@ def _raw_figures(raws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 name: spread(one[kind][batch][name] for one in raws)
                 for name in ("images_per_second", "pass_ms", "cpu_ms")
             }
-            for batch in BATCHES
+            for batch in raws[0][kind]
         }
         most = max(by_batch, key=lambda batch: by_batch[batch]["images_per_second"]["median"])  # type: ignore[index]
         figures[kind] = {"batches": by_batch, "best_batch": most, "best": by_batch[most]["images_per_second"]}
@@ -412,7 +426,7 @@ def soak(
         stack.callback(server.stop)
         server.start()
         tell_pool(client, server, expected)
-        client.ask(do="closed", callers=4, seconds=1, warm_s=0)
+        client.ask(do="closed", callers=FULL, seconds=10, warm_s=0)  # once full: a later crowd takes no more memory
         capacity = client.ask(do="closed", callers=16, seconds=3, warm_s=0.2)["images_per_second"]
         rate, began = capacity * load / 100, time.perf_counter()
         memory, parts = list[tuple[float, float]](), list[dict[str, Any]]()

@@ -181,7 +181,7 @@ OpenMP settings for all.{late}
 * Drawn for {LEAVE} who left: what callers who hang up after 20 ms have cost, in images' worth of processor time.
 * CPU: of all processes of a server, per image. RSS: the same, shared pages counted for each that shares them.
 * Every picture that came back was decoded and compared with the raw forward pass of its seed: at most 1 level of 255
-  (torch sums in another order in another batch), 2 for fewstep as it comes, which may choose bfloat16."""
+  (torch sums in another order in another batch), 2 for fewstep as it comes, which may choose 16 bits."""
 
 
 def soak_table(found: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from app.images import decode_sar, encode
 
 Pixels = NDArray[np.uint8]
-TOLD: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # folder, steps, constant, size, batch, codec, port
+TOLD: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # see Workload.told
 BATCH: int = TOLD["batch"]
 PORT: int = TOLD["port"]
 MAX_PIXELS = 1 << 20
@@ -31,6 +31,7 @@ class Order:
 
     seed: int
     label: int | None = None
+    prompt: str | None = None
     sar: NDArray[np.float32] | None = None  # (channels, H, W) in [-1, 1]
 
 
@@ -41,19 +42,32 @@ class Work:
         self.constant = constant(*TOLD["size"]) if TOLD["constant"] else None
         if self.constant is not None:
             return
+        import torch
+
         from distillers.generator import Generator
 
-        self.generator = Generator.from_pretrained(TOLD["folder"])
-        self.info = self.generator.info
-        first = Order(0, self.info.classes[0] if self.info.labels else None, self._sar(blank(*self.info.size)))
+        device, dtype = TOLD["device"], getattr(torch, TOLD["dtype"])
+        self.generator = Generator.from_pretrained(TOLD["folder"], device, dtype)
+        self.info, self.pipe = self.generator.info, None
+        if TOLD.get("stock"):
+            from diffusers import DiffusionPipeline
+
+            if self.info.task != "text-to-image":
+                raise SystemExit("stock diffusers has no pipeline for all that this folder needs")
+            self.generator = None
+            self.pipe = DiffusionPipeline.from_pretrained(TOLD["folder"], torch_dtype=dtype).to(device)
+            self.pipe.set_progress_bar_config(disable=True)
+        prompt = "a forest" if self.info.task == "text-to-image" else None
+        label = self.info.classes[0] if self.info.labels else None
+        first = Order(0, label, prompt, self._sar(blank(*self.info.size)))
         for count in (1, BATCH):  # so that the first caller does not pay for what is only done once
             self.draw([first] * count)
 
     def order(self, body: Mapping[str, Any], picture: bytes | None = None) -> Order:
-        """From a request: {"seed", "label"?, "image"? (base64 PNG)}, or a picture's own bytes beside it."""
+        """From a request: {"seed", "label"?, "prompt"?, "image"? (base64 PNG)}, or a picture's own bytes beside it."""
         if picture is None and "image" in body:
             picture = base64.b64decode(body["image"])
-        return Order(int(body["seed"]), body.get("label"), self._sar(picture))
+        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture))
 
     def draw(self, orders: Sequence[Order]) -> Pixels:
         """(B, H, W, 3) of B orders of one shape."""
@@ -63,12 +77,24 @@ class Work:
 
         from distillers.pictures import to_pixels
 
+        seeds = [order.seed for order in orders]
         labels = [order.label for order in orders if order.label is not None] or None
+        prompts = [order.prompt for order in orders if order.prompt is not None] or None
+        if self.pipe is not None:
+            return self._by_diffusers(seeds, prompts)
         bands = [order.sar for order in orders if order.sar is not None]
         sar = torch.from_numpy(np.stack(bands)) if bands else None
-        return to_pixels(
-            self.generator.sample([order.seed for order in orders], labels=labels, sar=sar, steps=TOLD["steps"])
+        return to_pixels(self.generator.sample(seeds, labels=labels, sar=sar, prompts=prompts, steps=TOLD["steps"]))
+
+    def _by_diffusers(self, seeds: Sequence[int], prompts: list[str] | None) -> Pixels:
+        """Stock diffusers' own pipeline, on the same noises."""
+        import torch
+
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = self.pipe(
+            prompts, num_inference_steps=TOLD["steps"], guidance_scale=1.0, generator=noises, output_type="np"
         )
+        return (found.images * 255).round().astype(np.uint8)
 
     def _sar(self, picture: bytes | None) -> NDArray[np.float32] | None:
         """What the network sees of a PNG, by our server's own reading."""
