@@ -86,8 +86,8 @@ class Described(Body):
 
     prompt: str | None = Field(
         None,
-        description="A class label in any case, for example Forest. Empty or left out: each picture's class is drawn "
-        "from its seed. Must be empty for a model without classes.",
+        description="What a text-to-image model is to draw. For a model with classes a class label in any case, for "
+        "example Forest; empty or left out: each picture's class is drawn from its seed. Must be empty for others.",
     )
     label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
 

@@ -52,6 +52,19 @@ class PixelUnshuffle(ImageCodec):
         return pixels * self.factor**2
 
 
+class Decoder(nn.Module):
+    """The half of an autoencoder that a picture needs."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.config: Any = vae.config
+
+    def forward(self, latents: Tensor) -> Any:
+        """`.sample` (B, 3, H, W) of latents (B, C, h, w)."""
+        return self.vae.decode(latents)
+
+
 class Vae(ImageCodec):
     """A diffusers autoencoder, frozen; its scaling and shift make latents zero mean and unit variance."""
 
@@ -61,16 +74,17 @@ class Vae(ImageCodec):
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
+        self.decoder: nn.Module = Decoder(self.vae)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scaling, self.shift = float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = self.vae.encode(pixels).latent_dist.mean
-        return (latents - self.shift) * self.scaling
+        latents: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean
+        return (latents.float() - self.shift) * self.scaling
 
     def decode(self, x0: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(x0 / self.scaling + self.shift).sample
+        pixels: Tensor = self.decoder((x0 / self.scaling + self.shift).to(self.vae.dtype)).sample
         return pixels
 
     def channels(self, pixels: int) -> int:

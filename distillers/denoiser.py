@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
 
-# "label": int64 (B,); "sar": float (B, C, H, W) in the network's own layout; "guidance": float (B,), where it varies
+# "label": int64 (B,); "sar": float (B, C, H, W) in the network's own layout; "guidance": float (B,), where it varies;
+# "text", "pooled", "ids" as `PromptEncoder` gives, and the same of no prompt behind "null_", for guidance
 Cond = dict[str, Tensor]
 
 
@@ -23,7 +24,8 @@ class Denoiser(nn.Module):
     """x0 = denoiser(x_t, t, cond), the minimum-mean-square estimate of the clean data.
 
     Args:
-        network: a diffusers `UNet2DModel` or `DiTTransformer2DModel`, or a module called as `network(x, time, **cond)`.
+        network: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, or a module called as
+            `network(x, time, **cond)`.
         schedule: what x_t = alpha x0 + sigma eps means for this network.
         prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0) or "flow" (eps - x0).
         sigma_data: standard deviation of the data; used only to scale inputs of a variance-exploding schedule.
@@ -49,7 +51,10 @@ class Denoiser(nn.Module):
             x_in = x_t / like((self.sigma_data**2 + t.double() ** 2).sqrt(), x_t)
         else:
             x_in = x_t
-        time = self.schedule.network_time(t).to(x_t).expand(x_t.shape[0])
+        time = self.schedule.network_time(t)
+        if time.ndim == 0 and time.device != x_t.device:  # written there, not copied: a copy would wait for the device
+            time = x_t.new_full((x_t.shape[0],), float(time))
+        time = time.to(x_t).expand(x_t.shape[0])
         return call_network(self.network, x_in, time, cond or {}).float()
 
     def features(
@@ -112,7 +117,11 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
     if not hasattr(network, "config"):
         return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))
     x = x.to(next(network.parameters()).dtype)  # a network opened in half precision
-    labels = {"class_labels": cond["label"]} if "label" in cond else {}
+    labels: dict[str, Any] = {"class_labels": cond["label"]} if "label" in cond else {}
+    if "text" in cond:
+        labels["encoder_hidden_states"] = cond["text"].to(x)
+    if "pooled" in cond:
+        labels["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(x), "time_ids": cond["ids"]}
     told = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
     for module in told:
         module.scale = cond["guidance"]
@@ -143,12 +152,13 @@ class Guided(nn.Module):
         self.schedule: NoiseSchedule = denoiser.schedule  # type: ignore[assignment]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        if cond is None or "label" not in cond or (self.guidance_scale == 1 and "guidance" not in cond):
+        null = {k.removeprefix("null_"): v for k, v in (cond or {}).items() if k.startswith("null_")}
+        if not cond or not (null or "label" in cond) or (self.guidance_scale == 1 and "guidance" not in cond):
             x0: Tensor = self.denoiser(x_t, t, cond)
             return x0
         w = like(cond["guidance"], x_t) if "guidance" in cond else self.guidance_scale
-        cond = {k: v for k, v in cond.items() if k != "guidance"}
-        uncond = {**cond, "label": torch.full_like(cond["label"], self.null_label)}
+        cond = {k: v for k, v in cond.items() if k != "guidance" and not k.startswith("null_")}
+        uncond = {**cond, **(null or {"label": torch.full_like(cond["label"], self.null_label)})}
         both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
         t2 = t if t.ndim == 0 else torch.cat([t, t])
         with_cond, without = self.denoiser(torch.cat([x_t, x_t]), t2, both).chunk(2)

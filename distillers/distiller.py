@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from distillers import weights
 from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
-from distillers.weights import TASKS
 
 if TYPE_CHECKING:
     from distillers.data import ImageData
@@ -44,7 +43,7 @@ class Networks(nn.ModuleDict):
 class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
-    tasks: ClassVar[tuple[str, ...]] = TASKS  # what it can be used for
+    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
 
     def data(self, data: ImageData, teacher: Teacher) -> ImageData:
         """What of the data it learns from: all, unless it says otherwise."""

@@ -18,6 +18,7 @@ from distillers import weights
 from distillers.codec import ImageCodec
 from distillers.denoiser import Cond, Denoiser, Routed
 from distillers.errors import BadInput
+from distillers.prompts import PromptEncoder, check_prompts
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info, Parts
 
@@ -47,11 +48,14 @@ class Generator(nn.Module):
         denoiser: the network behind `x0 = denoiser(x_t, t, cond)`.
         codec: between x0 and pixels.
         info: the manifest.
+        prompts: of a text-to-image generator.
     """
 
-    def __init__(self, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info) -> None:
+    def __init__(
+        self, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info, prompts: PromptEncoder | None = None
+    ) -> None:
         super().__init__()
-        self.denoiser, self.codec, self.info = denoiser, codec, info
+        self.denoiser, self.codec, self.info, self.prompts = denoiser, codec, info, prompts
         self.schedule = denoiser.schedule
 
     # --- the folder --------------------------------------------------------------------------------------------------
@@ -61,11 +65,11 @@ class Generator(nn.Module):
     ) -> Generator:
         """Open a published folder, or any supported diffusers pipeline as a many-step generator."""
         parts: Parts = weights.read(folder, device, dtype)
-        return cls(parts.denoiser, parts.codec, parts.info).eval()
+        return cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder: fp16 safetensors, scheduler, manifest."""
-        weights.write(Path(folder), self.denoiser, self.codec, self.info)
+        weights.write(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def times(self, steps: int | None = None) -> list[float]:
@@ -111,7 +115,7 @@ class Generator(nn.Module):
             first: steps left out at the beginning, below `steps`.
             watch: told the index of every step but the last, and its estimate of x0.
         """
-        times = torch.tensor(self.times(steps), dtype=torch.float64, device=noise.device)
+        times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
             raise BadInput("first", first, f"0 to {len(times) - 1}")
         network = weights.guided(self.denoiser, self.info, self.info.guidance_scale)
@@ -139,6 +143,7 @@ class Generator(nn.Module):
         *,
         labels: Sequence[int] | None = None,
         sar: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
         steps: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
@@ -150,10 +155,11 @@ class Generator(nn.Module):
             seeds: one per image, 0 .. 2**63-1.
             labels: class index per image, for class-conditional models.
             sar: (B, 1, H, W) in [-1, 1], for translators; the result has its H and W.
+            prompts: a text per image, for text-to-image models.
             steps: see `times`.
             size: pixels (H, W) of multiples of `size_multiple`; None for the published size, or the SAR's.
         """
-        cond = self.encode_condition(labels, sar, count=len(seeds))
+        cond = self.encode_condition(labels, sar, len(seeds), prompts)
         height, width = (size or self.info.size) if sar is None else sar.shape[-2:]
         self._check_size("size", height, width)
         shape = (self.codec.channels(3), height // self.codec.factor, width // self.codec.factor)
@@ -173,7 +179,11 @@ class Generator(nn.Module):
         return self.sample([seed], sar=padded, steps=steps)[..., :height, :width]
 
     def encode_condition(
-        self, labels: Sequence[int] | None = None, sar: Tensor | None = None, count: int | None = None
+        self,
+        labels: Sequence[int] | None = None,
+        sar: Tensor | None = None,
+        count: int | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Cond | None:
         """Check a condition against the task and bring it into the network's form."""
         info, device = self.info, next(self.denoiser.parameters()).device
@@ -181,6 +191,13 @@ class Generator(nn.Module):
             raise BadInput("labels", list(labels), f"nothing: {info.name} takes no class")
         if sar is not None and info.task != "sar-to-optical":
             raise BadInput("sar", tuple(sar.shape), f"nothing: {info.name} is no translator")
+        if prompts is not None and self.prompts is None:
+            raise BadInput("prompts", list(prompts), f"nothing: {info.name} reads no text")
+        if self.prompts is not None:
+            if prompts is None:
+                raise BadInput("prompts", None, "one text per image")
+            check_prompts(prompts, count)
+            return self._words(self.prompts, prompts)
         if info.task == "class-to-image":
             allowed, known = f"one class per image, {info.classes_in_words}", set(info.classes)
             if labels is None:
@@ -199,6 +216,14 @@ class Generator(nn.Module):
                 raise BadInput("sar", f"{sar.min()} to {sar.max()}", "values in [-1, 1]")
             return {"sar": self.codec.encode(sar.to(device, torch.float32))}
         return None
+
+    def _words(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Cond:
+        """With those of no words beside them, where guidance leads away from them."""
+        if self.info.guidance_scale == 1:
+            return encoder(prompts, self.info.size)
+        both = encoder([*prompts, *[""] * len(prompts)], self.info.size)
+        n = len(prompts)
+        return {k: v[:n] for k, v in both.items()} | {f"null_{k}": v[n:] for k, v in both.items()}
 
     def _check_size(self, field: str, height: int, width: int) -> None:
         config: Any = self.denoiser.network.config

@@ -64,7 +64,8 @@ def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:
         ramp = (torch.linspace(-1, 1, height)[:, None] + torch.linspace(-1, 1, width)) / 2
         sar = ramp.expand(1, (info.sar or {}).get("channels", 1), height, width)
     labels = [info.classes[0] if label is None else label] if info.labels else None
-    return generator.sample([0], labels=labels, sar=sar, steps=steps)[0]
+    prompts = ["a photograph of a forest"] if generator.prompts is not None else None
+    return generator.sample([0], labels=labels, sar=sar, prompts=prompts, steps=steps)[0]
 
 
 def _cells(picture: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distillers.golden import write_golden
 from distillers.pictures import grey_sar, grid_png, side_by_side
 from distillers.radiometry import Radiometry
 from distillers.recipe import Recipe
+from distillers.schedule import VariancePreserving
 
 ATTRIBUTION = {
     "eurosat": "EuroSAT (Helber et al. 2019, MIT). Contains modified Copernicus Sentinel data.",
@@ -51,6 +53,30 @@ def publish(generator: Generator, recipe: Recipe, data: ImageData | None, folder
         picture(generator, teacher, seen, new)
         write_golden(generator, new)
         write_card(new)
+
+
+def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str, guidance: float | None) -> str:
+    """Makes a folder that can be served out of a pipeline that others have trained; says what it draws.
+
+    Args:
+        steps: a few-step model's, at the times where stock schedulers take them; empty: a teacher, any number.
+        sampler: of a few-step model: "consistency" or "ddim".
+        guidance: None: 1 for a few-step model, else the pipeline's own.
+    """
+    generator = Generator.from_pretrained(pipeline)
+    if sampler not in weights.SAMPLERS:
+        raise BadInput("sampler", sampler, ", ".join(weights.SAMPLERS))
+    info = replace(generator.info, name=folder.name, sha256={})
+    if steps:
+        lcm = sampler == "consistency" and isinstance(generator.schedule, VariancePreserving)
+        times = {n: weights.lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
+        told = {"role": "student", "method": "adopted", "sampler": sampler, "guidance_scale": 1.0}
+        info = replace(info, **told, step_times=times, default_steps=min(steps))  # type: ignore[arg-type]
+    generator.info = info if guidance is None else replace(info, guidance_scale=guidance)
+    weights.guided(generator.denoiser, generator.info, generator.info.guidance_scale)  # refused here, not when served
+    generator.save_pretrained(folder)
+    height, width = info.size
+    return f"{info.task}, {width}x{height}, " + (f"steps {', '.join(map(str, steps))}" if steps else "any steps")
 
 
 def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageData]:
@@ -227,6 +253,7 @@ def _what(info: weights.Info) -> str:
         "image": "pictures",
         "class-to-image": f"pictures of {len(info.classes)} classes",
         "sar-to-optical": "optical from SAR",
+        "text-to-image": "pictures of what a text says",
     }
     size = "x".join(map(str, info.size))
     if info.role == "teacher":

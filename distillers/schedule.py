@@ -26,6 +26,8 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """Shape a coefficient of shape () or (B,) so that it multiplies x of shape (B, ...); float64 in, dtype of x out."""
+    if coefficient.ndim == 0 and coefficient.device.type == "cpu":
+        return coefficient.to(x.dtype)  # a scalar goes to a GPU with the kernel; copied, it would wait for the device
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)).to(x)
 
 

@@ -1,8 +1,8 @@
 """A teacher: a denoiser nobody trains, with what turns pictures, labels and SAR into the network's terms.
 
 Any supported diffusers pipeline folder or hub id opens as one; `random` builds an untrained network, the start of the
-degenerate distiller that trains a teacher. Text-to-image pipelines enter here later: their prompt encoder becomes one
-more branch of `encode_condition`, their VAE is already a codec.
+degenerate distiller that trains a teacher. Text-to-image pipelines are drawn from and served, not distilled: no data
+with captions is read here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Teacher:
         parts = weights.read(path_or_hub_id, device)
         if not isinstance(parts.denoiser, Denoiser):
             raise BadInput("teacher", str(path_or_hub_id), "a folder of one network, such as one of its students")
+        if parts.prompts is not None:
+            raise BadInput("teacher", str(path_or_hub_id), "a teacher without prompts: no data with captions is read")
         return cls(parts.denoiser, parts.codec, parts.info)
 
     @classmethod

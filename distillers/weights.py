@@ -26,6 +26,7 @@ from distillers.adapter import fused, has_lora, lora_rank, lora_state
 from distillers.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.denoiser import Denoiser, Guided, Routed
 from distillers.errors import BadInput
+from distillers.prompts import PromptEncoder, read_prompts
 from distillers.schedule import (
     NoiseSchedule,
     Prediction,
@@ -36,14 +37,20 @@ from distillers.schedule import (
 
 MANIFEST = "fewstep.json"
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
-TASKS = ("image", "class-to-image", "sar-to-optical")
+TASKS = ("image", "class-to-image", "sar-to-optical", "text-to-image")
 SAMPLERS = ("consistency", "ddim")
 ROLES = ("teacher", "student")
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline")
-NETWORKS = ("UNet2DModel", "DiTTransformer2DModel", "Transformer2DModel")  # the last is DiT as older diffusers saved it
+PIPELINES = (
+    "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline",
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+)  # fmt: skip
+NETWORKS = (  # the last is DiT as older diffusers saved it
+    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel",
+)  # fmt: skip
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 STUDENTS = "students"
-PARTS = ("unet", "transformer", STUDENTS, "vae", "scheduler")  # the network first: see `staged`
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, "scheduler")  # the network first: see `staged`
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -166,6 +173,7 @@ class Parts:
     denoiser: Denoiser | Routed
     codec: ImageCodec
     info: Info
+    prompts: PromptEncoder | None = None  # of text-to-image
 
 
 def find(root: Path) -> dict[str, Path]:
@@ -192,13 +200,16 @@ def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     scheduler = _json(place / "scheduler_config.json")
     schedule, prediction = _schedule(place, scheduler), _prediction(place, scheduler)
     networks = [_load(place, NETWORKS, dtype) for place in places]
-    codec = _codec(folder, info)
+    codec, prompts = _codec(folder, info, dtype), None
+    if type(networks[0]).__name__ == "UNet2DConditionModel":
+        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
+        prompts = read_prompts(folder, zeros, dtype).to(device)
     info = info or _describe(folder, networks[0], codec, index)
     for network in networks:
-        _check_fit(folder, network, codec, info)
+        _check_fit(folder, network, codec, info, prompts)
     denoisers = [Denoiser(network.to(device), schedule, prediction) for network in networks]
     denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
-    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info)
+    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
 
 
 def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
@@ -211,7 +222,9 @@ def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Pa
     raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
 
 
-def write(folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info) -> None:
+def write(
+    folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info, prompts: PromptEncoder | None = None
+) -> None:
     """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
 
     A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
@@ -228,12 +241,16 @@ def write(folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: In
                 lora = Lora(rank=lora_rank(network), base=info.teacher)
                 _save_adapter(network, new / ADAPTER)
                 network = fused(network)
-            part = "unet" if type(network).__name__ == "UNet2DModel" else "transformer"
+            part = "unet" if type(network).__name__.startswith("UNet2D") else "transformer"
             _save_half(network, new / part)
-            index = _model_index(network, scheduler, codec, info)
+            index = _model_index(network, scheduler, codec, info, prompts)
         scheduler.save_pretrained(new / "scheduler")
         if isinstance(codec, Vae):
             _save_half(codec.vae, new / "vae")
+        if prompts:
+            for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
+                _save_half(encoder, new / f"text_encoder{suffix}")
+                tokenizer.save_pretrained(new / f"tokenizer{suffix}")
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         digests = {str(p.relative_to(new)): _sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
@@ -321,7 +338,14 @@ def _local(path_or_hub_id: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(path_or_hub_id),
-                allow_patterns=["*.json", f"*{weights}.safetensors", f"*{weights}-*.safetensors", ADAPTER],
+                allow_patterns=[
+                    "*.json",
+                    "tokenizer*/*.txt",
+                    "text_encoder*/model*.safetensors",
+                    f"*{weights}.safetensors",
+                    f"*{weights}-*.safetensors",
+                    ADAPTER,
+                ],
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
@@ -393,11 +417,14 @@ def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
     return _PREDICTIONS[given]
 
 
-def _codec(folder: Path, info: Info | None) -> ImageCodec:
+def _codec(folder: Path, info: Info | None, dtype: torch.dtype = torch.float32) -> ImageCodec:
     for part in ("vae", "vqvae"):
         if (folder / part / "config.json").is_file():
-            return Vae(_load(folder / part, ("AutoencoderKL",)))
+            return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
     return PixelUnshuffle(info.patch if info else 1)
+
+
+GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
 
 
 def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
@@ -411,9 +438,11 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
     names = index.get("id2label") or {}
     labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
     extra = config.in_channels - codec.channels(3)
-    task = (
-        "sar-to-optical" if isinstance(codec, PixelUnshuffle) and extra > 0 else "class-to-image" if labels else "image"
-    )
+    task = "class-to-image" if labels else "image"
+    if type(network).__name__ == "UNet2DConditionModel":
+        task = "text-to-image"
+    elif isinstance(codec, PixelUnshuffle) and extra > 0:
+        task = "sar-to-optical"
     return Info(
         name=folder.name,
         task=task,
@@ -426,12 +455,14 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
         labels=labels,
         codec=codec.kind,
         patch=codec.factor,
+        guidance_scale=GUIDANCE.get(index.get("_class_name", ""), 1.0),
         sar={"channels": extra, "range": [-1, 1]} if task == "sar-to-optical" else None,
     )
 
 
-def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info) -> None:
+def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, prompts: PromptEncoder | None) -> None:
     """Refuse a network that the manifest does not describe; it would fail later, deep inside torch."""
+    _check_words(folder, network, info, prompts)
     config: Any = network.config
     channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
@@ -447,6 +478,20 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info) 
         )
 
 
+def _check_words(folder: Path, network: nn.Module, info: Info, prompts: PromptEncoder | None) -> None:
+    config: Any = network.config
+    if (info.task == "text-to-image") != (prompts is not None):
+        raise BadInput(f"{folder}: task", info.task, "text-to-image for a UNet2DConditionModel, and for no other")
+    if prompts is None:
+        return
+    if config.get("time_cond_proj_dim"):
+        raise BadInput(f"{folder}: time_cond_proj_dim", config.time_cond_proj_dim, "null: no embedded guidance scale")
+    kind = config.get("addition_embed_type")
+    if config.cross_attention_dim != prompts.width or kind != ("text_time" if prompts.xl else None):
+        given = f"{config.cross_attention_dim} wide, {kind} besides"
+        raise BadInput(f"{folder}: unet", given, f"a network that is told what its encoders say, {prompts.width} wide")
+
+
 def class_rows(network: nn.Module) -> int:
     """Rows of a network's class embedding. DiT has one more than the classes it counts, for the null class."""
     config: Any = network.config
@@ -458,6 +503,8 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
     """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
     if guidance_scale == 1:
         return denoiser
+    if info.task == "text-to-image":  # what no words say comes with the condition
+        return Guided(denoiser, guidance_scale, null_label=-1)
     if not info.labels or class_rows(denoiser.network) <= len(info.labels):
         raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
     return Guided(denoiser, guidance_scale, null_label=len(info.labels))
@@ -469,7 +516,9 @@ def size_multiple(network: nn.Module, codec: ImageCodec) -> int:
     return codec.factor * (config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))
 
 
-def _model_index(network: nn.Module, scheduler: Any, codec: ImageCodec, info: Info) -> dict[str, Any] | None:
+def _model_index(
+    network: nn.Module, scheduler: Any, codec: ImageCodec, info: Info, prompts: PromptEncoder | None
+) -> dict[str, Any] | None:
     """The stock pipeline that draws this folder's pictures; None where there is none and parts open one by one.
 
     For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
@@ -478,8 +527,18 @@ def _model_index(network: nn.Module, scheduler: Any, codec: ImageCodec, info: In
     import diffusers
 
     config: Any = network.config
-    parts = {"scheduler": scheduler}
-    if isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
+    parts, more = {"scheduler": scheduler}, dict[str, Any]()
+    if prompts is not None and isinstance(codec, Vae):
+        kind, parts["unet"], parts["vae"] = "StableDiffusionPipeline", network, codec.vae
+        for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
+            more[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
+            more[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
+        if prompts.xl:
+            kind, more["force_zeros_for_empty_prompt"] = "StableDiffusionXLPipeline", prompts.zeros_for_empty
+        else:
+            more |= {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+            more["requires_safety_checker"] = False
+    elif isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
         kind, parts["transformer"], parts["vae"] = "DiTPipeline", network, codec.vae
     elif (
         isinstance(codec, PixelUnshuffle)
@@ -492,7 +551,7 @@ def _model_index(network: nn.Module, scheduler: Any, codec: ImageCodec, info: In
     else:
         return None
     named = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    return {"_class_name": kind, "_diffusers_version": diffusers.__version__, **named}
+    return {"_class_name": kind, "_diffusers_version": diffusers.__version__, **more, **named}
 
 
 def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> Any:

@@ -280,7 +280,7 @@ def test_the_manifest_round_trips(tmp_path: Path) -> None:
     ("key", "value", "named"),
     [
         ("surprise", 1, "surprise"),
-        ("task", "text-to-image", "class-to-image"),
+        ("task", "text-to-video", "class-to-image"),
         ("sampler", "euler", "consistency"),
         ("role", "pupil", "student"),
         ("format", 2, "format"),

@@ -6,7 +6,7 @@ and samplers stay the library's own, so every backend draws what the library dra
 
     eager            the network as it was loaded: the reference, and what `determinism: "strict"` runs
     channels-last    NHWC memory format
-    bf16             the same under autocast to bfloat16
+    fp16, bf16       the same with weights and activations in half precision (CUDA)
     xformers         the same with xformers' attention (CUDA, where installed)
     compile          torch.compile for each shape: slow to prepare
     openvino         on a CPU, where installed; openvino-bf16 where the processor knows bfloat16
@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from distillers.process import usable_cores
 
-Inputs = tuple[Tensor, Tensor, Tensor | None]  # x (B, C, H, W), time (B,), label (B,) or None
-Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# x (B, C, H, W), time (B,), label (B,), and of text: hidden states (B, L, D), pooled (B, P), ids (B, 6); None where a
+# network is not told it. A decoder's are its latents alone, a text encoder's its tokens.
+Inputs = tuple[Tensor | None, ...]
+Way = Callable[..., Tensor]
 MISSED = 64  # shapes that are counted
 
 
@@ -45,6 +47,7 @@ class Backend:
         threads: of torch, on a CPU.
         open: from a network to what prepares a way for inputs of the given shapes. It leaves the network as it is.
         fallback: the exact backend of the same kind, for shapes that were not held against the tolerance.
+        unless: backends that are finer or faster; where one of them draws well enough, this one is not tried.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Backend:
     threads: int
     open: Callable[[nn.Module], Prepare]
     fallback: str | None = None
+    unless: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -64,7 +68,7 @@ class Backend:
 
 
 class Executed(nn.Module):
-    """A diffusers network whose calls go the way prepared for their shape; without one, through the network itself.
+    """A network whose calls go the way prepared for their shape; without one, through the network itself.
 
     It is called on the engine's thread only.
     """
@@ -77,17 +81,23 @@ class Executed(nn.Module):
         self.missed: dict[Any, tuple[int, Inputs]] = {}  # shapes without a way: how often they came, and one example
         self._seen: list[Inputs] | None = None
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
-        inputs = (sample, timestep, class_labels)
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Any:
+        added = added_cond_kwargs or {}
+        pooled, ids = added.get("text_embeds"), added.get("time_ids")
+        inputs = (sample, timestep, class_labels, encoder_hidden_states, pooled, ids)
         if self._seen is not None:
             self._seen.append(inputs)
         way = None if self.strict else self.ways.get(shape := signature(inputs))
         if way is None and not self.strict and (shape in self.missed or len(self.missed) < MISSED):
             self.missed[shape] = (self.missed.get(shape, (0, inputs))[0] + 1, inputs)
-        return SimpleNamespace(sample=(way or self._plain)(*inputs))
-
-    def _plain(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        return plain(self.network)(x, time, label)
+        return SimpleNamespace(sample=(way or plain(self.network))(*inputs))
 
     @contextmanager
     def recording(self) -> Iterator[list[Inputs]]:
@@ -102,15 +112,28 @@ class Executed(nn.Module):
 
 def signature(inputs: Inputs) -> Any:
     """What a way was prepared for."""
-    x, _, label = inputs
-    return (*x.shape, x.dtype, label is not None)
+    return tuple(None if part is None else (*part.shape, part.dtype) for part in inputs)
 
 
 def plain(network: nn.Module) -> Way:
-    """The network as it is; labels only for who takes them."""
+    """The network as it is, told only what there is to tell, in its own precision."""
+    dtype = next(network.parameters()).dtype
 
-    def run(x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        output: Tensor = network(x, time, **({} if label is None else {"class_labels": label})).sample
+    def run(
+        x: Tensor,
+        time: Tensor | None = None,
+        label: Tensor | None = None,
+        text: Tensor | None = None,
+        pooled: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        told: dict[str, Any] = {} if label is None else {"class_labels": label}
+        if text is not None:
+            told["encoder_hidden_states"] = text.to(dtype)
+        if pooled is not None:
+            told["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": ids}
+        given = (x.to(dtype) if x.is_floating_point() else x, *(() if time is None else (time,)))
+        output: Tensor = network(*given, **told).sample
         return output
 
     return run
@@ -118,16 +141,9 @@ def plain(network: nn.Module) -> Way:
 
 def candidates(device: str, slow: bool) -> list[Backend]:
     """The backends that exist for a device, the reference first; slow ones only on request."""
-    threads = usable_cores()
     if device.startswith("cuda"):
-        ways = [
-            Backend("eager", True, threads, eager),
-            Backend("channels-last", True, threads, channels_last),
-            Backend("bf16", False, threads, bf16),
-            *([Backend("xformers", True, threads, xformers)] if _has("xformers") else []),
-            *([Backend("compile", True, threads, compiled)] if slow else []),
-        ]
-        return ways + [Backend(f"{way.name}+graph", way.exact, threads, graph(way.open)) for way in ways]
+        return _on_cuda(slow)
+    threads = usable_cores()
     counts = sorted({threads, 1}, reverse=True)
     found = [Backend("eager", True, count, eager) for count in counts]
     found += [Backend("channels-last", True, count, channels_last) for count in counts]
@@ -138,6 +154,23 @@ def candidates(device: str, slow: bool) -> list[Backend]:
     if slow:
         found.append(Backend("compile", True, 1, compiled))
     return found
+
+
+def _on_cuda(slow: bool) -> list[Backend]:
+    """Recorded first, most promising first; each as it is only where it cannot be recorded."""
+    ways = [
+        Backend("fp16", False, 1, half(torch.float16)),
+        Backend("bf16", False, 1, half(torch.bfloat16), unless=("fp16+graph", "fp16")),
+        *([Backend("xformers", True, 1, xformers)] if _has("xformers") else []),
+        Backend("channels-last", True, 1, channels_last),
+        *([Backend("compile", True, 1, compiled)] if slow else []),
+    ]
+    reference = Backend("eager", True, 1, eager)
+    recorded = [
+        replace(way, name=f"{way.name}+graph", open=graph(way.open), fallback=None if way.exact else "eager+graph/1")
+        for way in [*ways, reference]
+    ]
+    return [reference, *recorded, *(replace(way, unless=(*way.unless, f"{way.name}+graph")) for way in ways)]
 
 
 def _has(module: str) -> bool:
@@ -160,21 +193,24 @@ def channels_last(network: nn.Module) -> Prepare:
     return lambda inputs: own
 
 
-def bf16(network: nn.Module) -> Prepare:
-    """NHWC, matrix products and convolutions in bfloat16."""
-    own = plain(_nhwc(network))
+def half(dtype: torch.dtype) -> Callable[[nn.Module], Prepare]:
+    """NHWC, weights and activations in a type of 16 bits; the time stays as exact as it is given."""
 
-    def way(x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return own(x, time, label).float()
+    def opened(network: nn.Module) -> Prepare:
+        own = plain(nn.Module.to(_nhwc(network), dtype))
 
-    return lambda inputs: way
+        return lambda inputs: lambda *given: own(*given).float()
+
+    return opened
 
 
 def xformers(network: nn.Module) -> Prepare:
     """NHWC, attention by xformers."""
     own: Any = _nhwc(network)
-    own.enable_xformers_memory_efficient_attention()
+    for part in own.modules():
+        if hasattr(part, "enable_xformers_memory_efficient_attention"):
+            part.enable_xformers_memory_efficient_attention()
+            break
     return lambda inputs: plain(own)
 
 
@@ -192,7 +228,8 @@ def compiled(network: nn.Module) -> Prepare:
 
 
 def _nhwc(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32
+    return nn.Module.to(copy.deepcopy(network), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def graph(open_: Callable[[nn.Module], Prepare]) -> Callable[[nn.Module], Prepare]:
@@ -204,29 +241,38 @@ def graph(open_: Callable[[nn.Module], Prepare]) -> Callable[[nn.Module], Prepar
         def recorded(inputs: Inputs) -> Way:
             run = prepare(inputs)
             held = tuple(None if part is None else part.clone() for part in inputs)
-            stream = torch.cuda.Stream(inputs[0].device)
+            stream = torch.cuda.Stream(next(part.device for part in inputs if part is not None))
             stream.wait_stream(torch.cuda.current_stream())
             with torch.inference_mode(), torch.cuda.stream(stream):
                 for _ in range(3):  # what is initialised on first use must not be recorded
-                    run(*held)  # type: ignore[arg-type]
+                    run(*held)
                 graph = torch.cuda.CUDAGraph()
                 # other threads go on using the device meanwhile
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    output = run(*held)  # type: ignore[arg-type]
+                    output = run(*held)
             torch.cuda.current_stream().wait_stream(stream)
-
-            def way(*given: Tensor | None) -> Tensor:
-                for place, value in zip(held, given, strict=True):
-                    if place is not None and value is not None:
-                        place.copy_(value)
-                graph.replay()
-                return output.clone()  # the next replay overwrites it
-
-            return way
+            return _Recorded(run, held, graph, output)
 
         return recorded
 
     return opened
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A replay. It reads the weights where they lay when it was recorded: `run` keeps them there."""
+
+    run: Way
+    held: Inputs
+    graph: Any
+    output: Tensor
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        for place, value in zip(self.held, given, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self.graph.replay()
+        return self.output.clone()  # the next replay overwrites it
 
 
 # -- OpenVINO ----------------------------------------------------------------------------------------------------------
@@ -246,7 +292,8 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
             with _converting, torch.no_grad():
                 warnings.filterwarnings("ignore", "Converting a tensor to a Python")  # constant for one shape
                 if network not in _converted:
-                    _converted[network] = ov.convert_model(_Positional(network), example_input=tuple(given))
+                    told = [part is not None for part in inputs]
+                    _converted[network] = ov.convert_model(_Positional(network, told), example_input=tuple(given))
                 model = _converted[network].clone()
             shapes = zip(model.inputs, given, strict=True)
             model.reshape({port: ov.PartialShape(list(part.shape)) for port, part in shapes})
@@ -258,8 +305,8 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
             }
             request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
-            def way(x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-                arrays = [part.contiguous().numpy() for part in (x, time, label) if part is not None]
+            def way(*parts: Tensor | None) -> Tensor:
+                arrays = [part.contiguous().numpy() for part in parts if part is not None]
                 # a copy: the request's own memory is written again by the next pass
                 return torch.from_numpy(request.infer(arrays, share_inputs=True)[0].copy())
 
@@ -271,11 +318,15 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
 
 
 class _Positional(nn.Module):
-    """What the tracer can follow: tensors in, a tensor out."""
+    """What the tracer can follow: tensors in, a tensor out. `told` says which of a way's inputs they are."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, told: Sequence[bool]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.told = network, list(told)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        return plain(self.network)(x, time, label)
+    def forward(
+        self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None,
+        e: Tensor | None = None, f: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        given = iter((a, b, c, d, e, f))
+        return plain(self.network)(*(next(given) if told else None for told in self.told))

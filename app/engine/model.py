@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OFTEN = 8  # passes after which a shape is worth preparing
 WAYS = 24  # shapes prepared for one network at most
+PROMPTS = ("a photograph of a forest", "a river from above, oil on canvas", "a red circle", "a street at night")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Order:
     """One picture to draw.
 
     Args:
+        prompt: for text-to-image models.
         sar: (channels, H, W) in [-1, 1], for translators.
         start: (3, H, W) in [-1, 1], a picture to begin from, noised to the time of the first step taken.
         partial: told, on the engine's thread, the index of a step but the last, and its picture (H, W, 3) uint8.
@@ -42,6 +44,7 @@ class Order:
 
     seed: int
     label: int | None = None
+    prompt: str | None = None
     sar: NDArray[np.float32] | None = None
     start: NDArray[np.float32] | None = None
     partial: Callable[[int, Pixels], None] | None = None
@@ -52,8 +55,12 @@ class Model:
     """A generator under its name. What can change after it is opened is how it is run, by `install`."""
 
     def __init__(self, name: str, folder: Path, generator: "Generator", device: str, max_steps: int) -> None:
+        import torch
+
         from app.engine.backends import Executed
 
+        if device.startswith("cuda"):  # float32 means float32; speed is for the backends that are held against it
+            torch.backends.cudnn.allow_tf32 = False
         self.name, self.folder, self.generator, self.device, self.max_steps = name, folder, generator, device, max_steps
         self.created = int((folder / "fewstep.json").stat().st_mtime)
         self.used = time.monotonic()  # by a request
@@ -67,6 +74,14 @@ class Model:
         for student in getattr(denoiser, "students", [denoiser]):
             student.network = Executed(student.network)
             self.executed.append(student.network)
+        self.students = len(self.executed)
+        codec: Any = generator.codec
+        if generator.prompts is not None:
+            self.executed.append(Executed(generator.prompts.towers))
+            generator.prompts.towers = self.executed[-1]  # type: ignore[assignment]
+        if hasattr(codec, "decoder"):
+            codec.decoder = Executed(codec.decoder)
+            self.executed.append(codec.decoder)
 
     @classmethod
     def open(cls, name: str, folder: Path, device: str, max_steps: int) -> "Model":
@@ -90,13 +105,16 @@ class Model:
         from distillers.generator import seeded_noise
 
         generator, shown = self.generator, {step for order in orders for step in order.shown}
-        self._set_threads(1 if strict and self.device == "cpu" else self.threads)
+        # beside a GPU there is nothing to share: waking threads costs more than they do
+        self._set_threads(1 if strict or self.device != "cpu" else self.threads)
         for executed in self.executed:
             executed.strict = strict
         with torch.inference_mode():
             labels = [order.label for order in orders if order.label is not None] or None
-            cond = generator.encode_condition(labels, self._stacked([order.sar for order in orders]), len(orders))
-            start = self._stacked([order.start for order in orders])
+            prompts = [order.prompt for order in orders if order.prompt is not None] or None
+            sars = _stacked([order.sar for order in orders])
+            cond = generator.encode_condition(labels, sars, len(orders), prompts)
+            start = _stacked([order.start for order in orders])
             factor, channels = generator.codec.factor, generator.codec.channels(3)
             height, width = orders[0].sar.shape[-2:] if orders[0].sar is not None else self.info.size
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
@@ -113,17 +131,11 @@ class Model:
                 cond,
                 steps,
                 noises,
-                start=None if start is None else generator.codec.encode(start),
+                start=None if start is None else generator.codec.encode(start.to(self.device)),
                 first=first,
                 watch=watch if shown else None,
             )
             return self._pixels(x0)
-
-    def _stacked(self, parts: "Sequence[NDArray[np.float32] | None]") -> "Tensor | None":
-        import torch
-
-        given = [part for part in parts if part is not None]
-        return torch.from_numpy(np.stack(given)).to(self.device) if given else None
 
     def _pixels(self, x0: "Tensor") -> Pixels:
         import torch
@@ -142,14 +154,14 @@ class Model:
     def _set_threads(self, threads: int | None) -> None:
         import torch
 
-        if threads and self.device == "cpu" and torch.get_num_threads() != threads:
+        if threads and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
     # -- how it is run: for `tuning` -------------------------------------------------------------------------------
 
     @property
     def networks(self) -> "list[nn.Module]":
-        """One, or each student's."""
+        """One, or each student's; then those that read its words and decode its latents."""
         return [executed.network for executed in self.executed]
 
     @property
@@ -165,12 +177,17 @@ class Model:
             height, width = self.info.size
             ramp = np.add.outer(np.linspace(-1, 1, height), np.linspace(-1, 1, width)) / 2
             sar = self.sees(ramp.astype(np.float32))
-        return [Order(seed, labels[seed % len(labels)] if labels else None, sar) for seed in range(count)]
+        return [
+            Order(seed, labels[seed % len(labels)] if labels else None, self._words(seed), sar) for seed in range(count)
+        ]
 
-    def inputs(self, size: int, student: int) -> "list[Inputs]":
-        """What a student's network is asked when so many pictures are drawn together."""
-        with self.executed[student].recording() as seen:
-            self.draw(self.fewest_steps, self.probes(size, student))
+    def _words(self, seed: int) -> str | None:
+        return None if self.generator.prompts is None else PROMPTS[seed % len(PROMPTS)]
+
+    def inputs(self, size: int, network: int) -> "list[Inputs]":
+        """What one of its networks is asked when so many pictures are drawn together."""
+        with self.executed[network].recording() as seen:
+            self.draw(self.fewest_steps, self.probes(size, network if network < self.students else 0))
         return seen
 
     @contextmanager
@@ -291,6 +308,7 @@ class Model:
             "students": max(1, len(info.shares)),
             "shares": info.shares or ([info.classes] if info.labels else []),  # positions in labels, by student
             "parameters_mb": round(self.bytes / 2**20, 3),
+            "reads_text": self.generator.prompts is not None,
             "size": {"height": info.size[0], "width": info.size[1]},
             "steps": self.steps,
             "max_steps": max(self.steps or [self.max_steps]),
@@ -318,6 +336,13 @@ class Model:
             return json.loads((self.folder / "report.json").read_text())
         except (OSError, ValueError):
             return None
+
+
+def _stacked(parts: "Sequence[NDArray[np.float32] | None]") -> "Tensor | None":
+    import torch
+
+    given = [part for part in parts if part is not None]
+    return torch.from_numpy(np.stack(given)) if given else None
 
 
 def device_name(device: str) -> str:

@@ -6,16 +6,17 @@ drawn to its end from there. `strength` is the share of the steps that are taken
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
-from app.engine.engine import Engine, Order
+from app.engine.engine import Engine
 from app.errors import ApiError, ErrorAnswer
 from app.images import decode_rgb
 from app.routes.answers import BINARY, RESPONSES, Direct, Reading, Work, engine_of, read, respond
-from app.routes.images import accepted_unless_streamed, check_size, drawing, labels, names, with_events
+from app.routes.images import accepted_unless_streamed, check_size, described, drawing, names, with_events
 from app.routes.streams import stream
 from app.routes.translations import from_sar
 from app.schemas import EditRequest, RealtimeRequest
@@ -73,14 +74,14 @@ async def from_picture(
             raise BadInput("size", size, f"{work.crop[1]}x{work.crop[0]}, the picture's, or auto")
         return work
     height, width = check_size(reading.model, size)
-    classes = labels(reading.model, body, reading.seeds)
+    orders = described(reading.model, body, reading.seeds)
     start = await engine.decode(decode_rgb, data, engine.settings.max_pixels)
     if start.shape[1:] != (height, width):
         given = f"a picture of {start.shape[2]}x{start.shape[1]} pixels"
         raise BadInput("image", given, f"{width}x{height} pixels, what {reading.model.name} draws; nothing is resized")
-    orders = [Order(seed, label, start=start) for seed, label in zip(reading.seeds, classes, strict=True)]
     taken = max(1, math.ceil(round(body.strength * reading.steps, 6)))
-    return Work(orders, height, width, (height, width), names(reading.model, classes), reading.steps - taken)
+    started = [replace(order, start=start) for order in orders]
+    return Work(started, height, width, (height, width), names(reading.model, orders), reading.steps - taken)
 
 
 async def _read_form(request: Request) -> tuple[bytes, dict[str, Any]]:

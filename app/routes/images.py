@@ -78,7 +78,7 @@ def drawing(body: Described, size: str | None = None) -> Callable[[Model], bool]
             return True
         try:
             check_size(model, size)
-            labels(model, body, [0])
+            described(model, body, [0])
         except BadInput:
             return False
         return True
@@ -90,14 +90,25 @@ def from_noise(reading: Reading, body: Described, size: str | None = None) -> Wo
     """Pictures from noise alone, or with a class. BadInput for a model that translates."""
     model = of_task(reading.model, translates=False)
     height, width = check_size(model, size)
-    classes = labels(model, body, reading.seeds)
-    orders = [Order(seed, label) for seed, label in zip(reading.seeds, classes, strict=True)]
-    return Work(orders, height, width, (height, width), names(model, classes))
+    orders = described(model, body, reading.seeds)
+    return Work(orders, height, width, (height, width), names(model, orders))
 
 
-def names(model: Model, classes: Sequence[int | None]) -> list[str | None]:
+def described(model: Model, body: Described, seeds: Sequence[int]) -> list[Order]:
+    """An order for every seed, of what the body says is in the picture."""
+    if model.generator.prompts is None:
+        return [Order(seed, label) for seed, label in zip(seeds, labels(model, body, seeds), strict=True)]
+    if body.label is not None:
+        raise BadInput("label", body.label, f"nothing: {model.name} draws what the prompt says")
+    from distillers.prompts import check_prompts
+
+    check_prompts([body.prompt or ""])
+    return [Order(seed, prompt=body.prompt or "") for seed in seeds]
+
+
+def names(model: Model, orders: Sequence[Order]) -> list[str | None]:
     """The classes in words."""
-    return [None if label is None else model.info.labels[label] for label in classes]
+    return [None if order.label is None else model.info.labels[order.label] for order in orders]
 
 
 def check_size(model: Model, size: str | None) -> tuple[int, int]:

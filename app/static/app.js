@@ -38,6 +38,7 @@ function show() {
   const made = model.teacher ? `${model.method} of ${model.teacher}` : `${model.method} ${model.role}`;
   at("about").textContent = `${model.task}, ${made}, ${model.size.width}x${model.size.height}`;
   at("class-row").hidden = !model.labels.length;
+  at("prompt-row").hidden = !model.reads_text;
   at("image-row").hidden = !translating;
   const scene = translating && isScene(at("image").files[0]);
   at("scene-fields").hidden = at("samples-row").hidden = !scene;
@@ -70,8 +71,14 @@ function order() {
     for (const [name, value] of Object.entries(fields)) body.append(name, value);
     return { path: "/v1/images/translations", options: { method: "POST", body }, fields, file };
   }
-  if (at("label").value) fields.label = Number(at("label").value);
+  describe(fields);
   return { path: "/v1/images/generations", options: json(fields), fields };
+}
+
+/** What is to be in the picture. */
+function describe(fields) {
+  if (chosen().reads_text) fields.prompt = at("prompt").value;
+  else if (at("label").value) fields.label = Number(at("label").value);
 }
 
 function json(fields) {
@@ -169,7 +176,7 @@ function orderNow() {
   const file = translates(chosen()) ? at("image").files[0] : undefined;
   if (translates(chosen()) && !file) throw new Error("choose a SAR picture first");
   if (isScene(file)) throw new Error("a GeoTIFF scene is not drawn live; a PNG picture is");
-  if (!file && at("label").value) fields.label = Number(at("label").value);
+  if (!file) describe(fields);
   return { fields, file };
 }
 

@@ -1,0 +1,118 @@
+"""Words as a text-to-image network is told them: CLIP's hidden states, by the encoders of a diffusers pipeline.
+
+One encoder gives Stable Diffusion its text; two give SDXL theirs side by side, with a pooled vector and the picture's
+size besides (Podell et al. 2023, sec. 2.1, 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers.errors import BadInput
+
+LONGEST = 2000  # characters; what is beyond an encoder's tokens is not seen by the network, as in diffusers
+
+
+class Towers(nn.Module):
+    """Tokens to one row for each prompt: hidden states of all encoders side by side, then the pooled vector, if any.
+
+    One tensor out, so that it runs as every other network does.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], penultimate: bool) -> None:
+        super().__init__()
+        self.encoders, self.penultimate = nn.ModuleList(encoders), penultimate
+        self.config: Any = encoders[0].config
+
+    def forward(self, *tokens: Tensor) -> Any:
+        """tokens: int64 (B, length) of each encoder; `.sample` is (B, length * width + pooled)."""
+        hidden: list[Tensor] = []
+        for encoder, ids in zip(self.encoders, tokens, strict=True):
+            found: Any = encoder(input_ids=ids, output_hidden_states=self.penultimate)
+            hidden.append(found.hidden_states[-2] if self.penultimate else found.last_hidden_state)
+        rows = [torch.cat(hidden, -1).flatten(1)]
+        if self.penultimate:
+            rows.append(found.text_embeds)  # the last encoder's
+        return SimpleNamespace(sample=torch.cat(rows, 1))
+
+
+class PromptEncoder(nn.Module):
+    """Prompts to the conditions "text" (B, length, width) and, for SDXL, "pooled" (B, P) and "ids" (B, 6).
+
+    Args:
+        tokenizers, encoders: CLIP's, one of each or two.
+        zeros_for_empty: SDXL's convention: an empty prompt is told as zeros.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], zeros_for_empty: bool = False) -> None:
+        super().__init__()
+        self.tokenizers, self.zeros_for_empty = list(tokenizers), zeros_for_empty
+        self.xl = len(encoders) == 2
+        self.towers = Towers([encoder.eval().requires_grad_(False) for encoder in encoders], self.xl)
+        self.length = int(self.towers.config.max_position_embeddings)
+        self.width = sum(tower.config.hidden_size for tower in self.encoders)
+
+    @property
+    def encoders(self) -> list[Any]:
+        """As they were loaded."""
+        towers: Any = getattr(self.towers, "network", self.towers)  # a server runs them in its own way
+        return list(towers.encoders)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Of B prompts, for pictures of size (H, W) in pixels. On the encoders' device."""
+        device = next(self.parameters()).device
+        given = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        tokens = [tokenizer(list(prompts), **given).input_ids.to(device) for tokenizer in self.tokenizers]
+        rows: Tensor = self.towers(*tokens).sample.float()
+        if self.zeros_for_empty:
+            rows = rows * torch.tensor([[float(bool(prompt))] for prompt in prompts], device=device)
+        text = rows[:, : self.length * self.width].unflatten(1, (self.length, self.width))
+        if not self.xl:
+            return {"text": text}
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)  # original, crop, target
+        return {"text": text, "pooled": rows[:, self.length * self.width :], "ids": ids.expand(len(prompts), -1)}
+
+
+def check_prompts(prompts: Sequence[str], count: int | None = None) -> None:
+    """BadInput for anything but one text per image."""
+    if count is not None and len(prompts) != count:
+        raise BadInput("prompts", f"{len(prompts)} of them", f"one text per image, {count}")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or len(prompt) > LONGEST:
+            given = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
+            raise BadInput("prompt", given, f"a text of at most {LONGEST} characters")
+
+
+def read_prompts(folder: Path, zeros_for_empty: bool, dtype: torch.dtype) -> PromptEncoder:
+    """The encoders and tokenizers of a pipeline's folder. BadInput where they are damaged or of another family."""
+    import transformers
+
+    tokenizers, encoders = [], []
+    for suffix in ("", "_2"):
+        place = folder / f"text_encoder{suffix}"
+        if not place.is_dir():
+            continue
+        try:
+            kind = transformers.AutoConfig.from_pretrained(place).architectures[0]
+            if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+                raise ValueError(f"an encoder of class {kind}")
+            encoder, report = getattr(transformers, kind).from_pretrained(
+                place, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"without {sorted(report['missing_keys'])[:3]}")
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
+        except Exception as error:  # as with networks, damage surfaces as several kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(str(place), reason, "CLIP's text encoder as safetensors, and its tokenizer") from None
+        encoders.append(encoder)
+    if not encoders:
+        raise BadInput(str(folder), "no text_encoder", "a pipeline with the encoder of its prompts")
+    return PromptEncoder(tokenizers, encoders, zeros_for_empty)
