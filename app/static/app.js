@@ -43,7 +43,7 @@ function show() {
   const scene = translating && isScene(at("image").files[0]);
   at("scene-fields").hidden = at("samples-row").hidden = !scene;
   at("n-row").hidden = scene;
-  at("measure").hidden = model.role !== "student";
+  at("measure").hidden = model.role !== "student" || !model.teacher;
   at("go").textContent = translating ? "Translate" : "Generate";
   const any = make("option", "drawn from the seed", { value: "" });
   at("label").replaceChildren(any, ...model.labels.map((name, i) => make("option", name, { value: i })));
