@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from distillers.evaluate import markdown_table
 from distillers.serving import BURST, BURST_LOAD, LEAVE
 
 Row = tuple[str, Mapping[str, Any]]  # a system's title and what was found of it
-COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9467bd", "#8c564b", "#e377c2")
+COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -219,7 +220,7 @@ def plot(found: Mapping[str, Any], path: Path, side: int = 330) -> None:
     panels = found["workloads"]
     sheet = Image.new("RGB", (len(panels) * (side + margin + 20) + legend, side + top + 60), "white")
     draw = ImageDraw.Draw(sheet)
-    colour = dict(zip(found["peers"], COLOURS, strict=False))
+    colour = dict(zip(found["peers"], cycle(COLOURS), strict=False))
     for i, one in enumerate(panels):
         left, bottom = i * (side + margin + 20) + margin, top + side
         shown = {name: figures["closed"] for name, figures in one["systems"].items() if _counts(figures)}

@@ -26,7 +26,7 @@ from distillers.generator import Generator
 from distillers.load import Asked, Broken, Gate, arrivals, closed, first_of_list, opened, parse, recovery, summary
 from distillers.servers import SYSTEMS, Unavailable, chosen, cpu_seconds, install, request, rss_mb, tree
 from distillers.serving import Plan, abba, measure, spread, trend, workload
-from distillers.standings import plot, soak_table, table
+from distillers.standings import COLOURS, plot, soak_table, table
 from distillers.teacher import Teacher
 from distillers.weights import Info
 
@@ -382,6 +382,15 @@ def test_a_wrong_picture_and_a_missing_peer_stand_in_the_report(measured: Path, 
     assert "* Ray: not measured: cannot be installed: no network" in page
     assert page.count("| fewstep, eager |") == 1  # of the constant picture alone
     plot(found, tmp_path / "still.png")
+
+
+def test_every_system_has_a_colour_of_its_own_and_one_more_is_drawn_too(tmp_path: Path) -> None:
+    assert len(set(COLOURS)) == len(COLOURS) >= len(SYSTEMS)
+    names = [str(i) for i in range(len(COLOURS) + 1)]
+    rates = {1: {"images_per_second": {"median": 5.0}}, 4: {"images_per_second": {"median": 9.0}}}
+    one = {"name": "a", "constant": True, "systems": {name: {"closed": rates, "gate": {"wrong": 0}} for name in names}}
+    plot({"workloads": [one], "peers": {name: {"title": name} for name in names}}, tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 1000
 
 
 @linux
