@@ -221,9 +221,8 @@ class Generator(nn.Module):
         """With those of no words beside them, where guidance leads away from them."""
         if self.info.guidance_scale == 1:
             return encoder(prompts, self.info.size)
-        both = encoder([*prompts, *[""] * len(prompts)], self.info.size)
-        n = len(prompts)
-        return {k: v[:n] for k, v in both.items()} | {f"null_{k}": v[n:] for k, v in both.items()}
+        both = encoder([*prompts, ""], self.info.size)
+        return {k: v[:-1] for k, v in both.items()} | {f"null_{k}": v[-1:].expand_as(v[:-1]) for k, v in both.items()}
 
     def _check_size(self, field: str, height: int, width: int) -> None:
         config: Any = self.denoiser.network.config

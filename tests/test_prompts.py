@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from test_app import until_ready
 from typer.testing import CliRunner
+from untrained_pipelines import BETAS, tokenizer
 
 from app.engine import tuning
 from app.engine.model import Model
@@ -29,17 +29,6 @@ from distillers.teacher import Teacher
 
 WORDS = ["a red barn", "two small cats at sea"]
 SIDE, WIDTH = 16, 32
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-
-
-def tokenizer(folder: Path) -> Any:
-    """CLIP's, that knows letters only."""
-    folder.mkdir(parents=True)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    known = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(known)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=20)
 
 
 def encoder(kind: type[Any], act: str) -> Any:
@@ -72,10 +61,10 @@ def pipeline(folder: Path, xl: bool) -> Any:
         **BETAS, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
     )
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler, "feature_extractor": None}
-    parts["tokenizer"] = tokenizer(folder / "words")
+    parts["tokenizer"] = tokenizer(folder / "words", 20)
     parts["text_encoder"] = encoder(transformers.CLIPTextModel, "quick_gelu")
     if xl:
-        parts["tokenizer_2"] = tokenizer(folder / "words_2")
+        parts["tokenizer_2"] = tokenizer(folder / "words_2", 20)
         parts["text_encoder_2"] = encoder(transformers.CLIPTextModelWithProjection, "gelu")
         made = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:

@@ -16,7 +16,6 @@ import torch
 import transformers
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-CROSS = ("CrossAttnDownBlock2D",) * 3
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -44,14 +43,14 @@ CLIP_G = {
 }  # fmt: skip
 
 
-def tokenizer(folder: Path) -> Any:
+def tokenizer(folder: Path, length: int = 77) -> Any:
     """CLIP's, that knows letters only."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
     known = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(known)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
 def clip(kind: Any, options: dict[str, Any]) -> Any:
