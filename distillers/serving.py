@@ -45,6 +45,7 @@ from distillers.servers import (
 RAW = "raw"
 POOL = 64  # different pictures that are asked for, in turn
 WARM_S = 0.3
+PICTURES = 100  # that a closed loop should see
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPTS = ("a forest", "a river at dawn", "a red barn in snow", "a street at night", "two ships", "a field of wheat")
 EXACT, TUNED = 1, 2  # levels of 255 that a pixel may differ by: torch sums in another order; FEWSTEP_TOLERANCE
@@ -65,7 +66,7 @@ class Plan:
     systems: Sequence[System]
     constant: bool = True  # one workload more: a constant picture of the first folder's size, and no forward pass
     rounds: int = 3
-    seconds: float = 0.5  # of each closed loop; twice that of each open one
+    seconds: float = 0.5  # of each closed loop, and up to four times that (see `lasting`); twice as long an open one
     callers: Sequence[int] = (1, 2, 4, 8, 16, 32)
     loads: Sequence[int] = (50, 80, 95, 120)  # percent
     burst: bool = True  # and callers who leave: in the last round of the first folder
@@ -293,6 +294,11 @@ def best(raw: Mapping[str, Any], encode: bool) -> Mapping[str, Any]:
     return max(raw["encoded" if encode else "forward"].values(), key=lambda found: found["images_per_second"])
 
 
+def lasting(plan: Plan, ceiling: float) -> float:
+    """Seconds of a closed loop: long enough for PICTURES at the pace of no server, within limits."""
+    return min(max(plan.seconds, PICTURES / ceiling), 4 * plan.seconds)
+
+
 def _raw_visit(raw: Talker, plan: Plan) -> dict[str, Any]:
     """Powers of two, and the largest batch."""
     sizes = sorted({*(1 << i for i in range(plan.batch.bit_length())), plan.batch})
@@ -326,14 +332,15 @@ def _visit(
         tell_pool(client, server, expected)
         client.ask(do="closed", callers=4, seconds=WARM_S, warm_s=0)
         found: dict[str, Any] = {"closed": {}, "open": {}}
+        seconds = lasting(plan, ceiling)
         cpu, served = cpu_seconds(server.pid), 0
         for callers in plan.callers:
-            one = client.ask(do="closed", callers=callers, seconds=plan.seconds, warm_s=0.1)
+            one = client.ask(do="closed", callers=callers, seconds=seconds, warm_s=0.1)
             served += one["served"]
             found["closed"][callers] = one
         found["cpu_ms"] = 1e3 * (cpu_seconds(server.pid) - cpu) / served if served else None
         for load in plan.loads if not server.workload.constant else ():
-            phases = [(ceiling * load / 100, 2 * plan.seconds)]
+            phases = [(ceiling * load / 100, 2 * seconds)]
             found["open"][load] = client.ask(do="open", phases=phases, seed=turn)
             server.settle()
         first = server.workload.folder == plan.folders[0] and not server.workload.constant

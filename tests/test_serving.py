@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from distillers.cli import app
 from distillers.codec import PixelUnshuffle
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.load import Asked, Broken, Gate, arrivals, closed, first_of_list, opened, parse, recovery, summary
+from distillers.load import Asked, Broken, Gate, arrivals, closed, first_of_list, opened, parse, rate, recovery, summary
 from distillers.servers import SYSTEMS, Unavailable, chosen, cpu_seconds, install, request, rss_mb, tree
 from distillers.serving import Plan, abba, measure, spread, trend, workload
 from distillers.standings import COLOURS, plot, soak_table, table
@@ -114,6 +115,18 @@ def test_closed_loop_keeps_its_connections_and_counts_only_its_seconds() -> None
     assert (found["failed"], found["wrong"], found["max_difference"]) == ({}, 0, 0)
 
 
+def test_a_rate_is_that_of_whole_batches_wherever_the_clock_starts_and_ends() -> None:
+    batches = [0.3 * turn + 0.001 * i for turn in range(12) for i in range(16)]
+    seen = {len([at for at in batches if start <= at <= start + 0.5]) / 0.5 for start in np.arange(0.32, 2, 0.05)}
+    assert min(seen) < 33 and max(seen) > 63  # what counting gives
+    for start in np.arange(0.32, 2, 0.05):
+        assert rate(batches, start, start + 0.5) == pytest.approx(16 / 0.3, rel=1e-9)
+    steady = list(np.arange(0, 3, 0.01))
+    assert rate(steady, 1, 2) == pytest.approx(100, rel=0.03)
+    assert rate(steady[:150], 1, 2) == pytest.approx(50, rel=0.03)  # silent from the middle on
+    assert rate(steady[:50], 1, 2) == rate([], 1, 2) == rate(steady, math.inf, math.inf) == 0
+
+
 def test_a_refusal_is_no_image_and_a_server_that_hangs_up_is_asked_again() -> None:
     counts: dict[str, int] = {}
 
@@ -129,7 +142,7 @@ def test_a_refusal_is_no_image_and_a_server_that_hangs_up_is_asked_again() -> No
     asked, start = run(go())
     found = summary(asked, 0.2, gate(0), start)
     assert found["failed"].keys() == {"503"} and counts["connections"] > 3
-    assert found["images_per_second"] == pytest.approx((found["asked"] - found["failed"]["503"]) / 0.2, abs=5)
+    assert found["images_per_second"] == pytest.approx((found["asked"] - found["failed"]["503"]) / 0.2, rel=0.2)
     nobody = summary(run(closed(1, [REQUEST], callers=1, seconds=0.1, warm_s=0))[0], 0.1, gate(0))
     assert nobody["failed"]["none"] > 0 and nobody["images_per_second"] == 0 and nobody["served"] == 0
 
