@@ -45,6 +45,7 @@ from distillers.servers import (
 RAW = "raw"
 POOL = 64  # different pictures that are asked for, in turn
 WARM_S = 0.3
+ALIKE = {"fewstep-eager": "fewstep", "diffusers": "fastapi"}  # one system, where there is no forward pass
 PICTURES = 100  # that a closed loop should see
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPTS = ("a forest", "a river at dawn", "a red barn in snow", "a street at night", "two ships", "a field of wheat")
@@ -239,9 +240,8 @@ def _contest(
 ) -> dict[str, Any]:
     """All systems on one workload."""
     raws: list[dict[str, Any]] = []
-    names = {one.name for one in plan.systems}  # without a forward pass ours has nothing to choose: it is one system
-    both = work.constant and {"fewstep", "fewstep-eager"} <= names
-    systems = [one for one in plan.systems if not (both and one.name == "fewstep-eager")]
+    names = {one.name for one in plan.systems}
+    systems = [one for one in plan.systems if not (work.constant and ALIKE.get(one.name) in names)]
     visits: dict[str, list[dict[str, Any]]] = {system.name: [] for system in systems}
     not_measured: dict[str, str] = {}
     up: dict[str, Server] = {}

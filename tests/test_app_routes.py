@@ -192,10 +192,11 @@ def test_a_deadline_that_passes_in_the_queue_is_504_and_draws_nothing(client: Te
             pool.submit(client.post, GENERATE, json=body),
             pool.submit(client.post, GENERATE, json=body | {"stream": True}),
         ]
+        while (waiting := engine_of(client).waiting()["plain"]) + sum(answer.done() for answer in late) < 2:
+            time.sleep(0.01)
         time.sleep(0.1)
         patient = pool.submit(client.post, GENERATE, json={"model": "plain", "timeout_ms": 60_000})
-        while not engine_of(client).waiting()["plain"]:
-            time.sleep(0.01)
+        wait_until_waiting(client, waiting + 1)
     for answer in late:
         assert error_of(answer.result(), 504)["code"] == "deadline_exceeded"
     assert patient.result().status_code == 200 and worker.turns == turns + 1
@@ -499,7 +500,7 @@ def drawn_by(address: str, model: str) -> float:
 def test_a_storm_of_callers_who_leave_costs_nothing_that_still_waited(address: str, stream: bool) -> None:
     port = int(address.rsplit(":", 1)[1])
     before = drawn_by(address, "plain")
-    long = sends(port, {"model": MANY, "label": 0, "steps": 250, "n": 4, "stream": True, "partial_images": 1})
+    long = sends(port, {"model": MANY, "label": 0, "steps": 500, "n": 4, "stream": True, "partial_images": 1})
     read_until(long, b"partial_image")  # it is being drawn
     leaving = [sends(port, {"model": "plain", "stream": stream, "seed": i}) for i in range(40)]
     time.sleep(0.3)

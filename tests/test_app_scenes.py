@@ -503,10 +503,10 @@ def test_one_job_at_a_time_and_a_full_queue_is_503(client: TestClient) -> None:
 
 
 def test_an_ended_job_expires_with_its_files(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast(Any, client.app).state.jobs.settings, "job_ttl", 0.3)
+    monkeypatch.setattr(cast(Any, client.app).state.jobs.settings, "job_ttl", 3)
     job = start(client).json()
     done = ended(client, job)
-    assert done["status"] == "done" and job["created"] <= done["expires"] <= time.time() + 0.3
+    assert done["status"] == "done" and job["created"] <= done["expires"] <= time.time() + 3
     until(lambda: client.get(f"/v1/jobs/{job['id']}").status_code == 404)
     assert not (scratch_of(client) / f"job-{job['id']}").exists()
 
@@ -563,7 +563,7 @@ def test_a_server_that_is_closed_ends_its_job_and_leaves_nothing(weights: Path, 
         until(lambda: client.get(f"/v1/jobs/{job['id']}").json()["progress"] > 0)
         assert len(list(tmp_path.iterdir())) == 1 and (next(tmp_path.iterdir()).stat().st_mode & 0o777) == 0o700
         closing = time.perf_counter()
-    assert time.perf_counter() - closing < 10 and os.listdir(tmp_path) == []
+    assert time.perf_counter() - closing < 30 and os.listdir(tmp_path) == []
 
 
 # --- the page's own
