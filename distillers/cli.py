@@ -609,7 +609,15 @@ def serve(
     if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("FEWSTEP_KEYS"):
         typer.echo("without FEWSTEP_KEYS whoever reaches this address may draw: see `fewstep key`", err=True)
     os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device
-    uvicorn.run("app.main:create_app", factory=True, host=host, port=port, log_level="info", server_header=False)
+    uvicorn.run(
+        "app.main:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        log_level="info",
+        server_header=False,
+        timeout_keep_alive=75,  # s; proxies keep theirs for 60, and lose a request on one that is being closed
+    )
 
 
 @app.command()

@@ -55,7 +55,7 @@ class System:
 
 
 UVICORN = ("-m", "uvicorn", "--factory", "app.main:create_app", "--host", "127.0.0.1", "--port", "{port}")
-QUIET = ("--no-access-log", "--log-level", "warning")
+QUIET = ("--no-access-log", "--log-level", "warning", "--timeout-keep-alive", "75")  # as `fewstep serve`
 FASTAPI = ("fastapi==0.165.0", "uvicorn[standard]==0.54.0")
 RAY = {"RAY_USAGE_STATS_ENABLED": "0"}
 RAY_FAST = {**RAY, "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

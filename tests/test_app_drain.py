@@ -121,6 +121,16 @@ def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> Non
         assert "Application shutdown complete" in output and "Traceback" not in output
 
 
+def test_a_connection_that_idles_is_kept(weights: Path) -> None:
+    """A proxy sends its next request over it; uvicorn by itself would have hung up after five seconds."""
+    request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+    with running(weights, "fewstep serve") as one, socket.create_connection(("127.0.0.1", one.port), 30) as kept:
+        for pause in (0, 7):
+            time.sleep(pause)
+            kept.sendall(request)
+            assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
     with running(weights, FEWSTEP_MAX_BATCH="1") as one, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60) for _ in range(8)]
