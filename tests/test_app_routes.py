@@ -500,7 +500,7 @@ def drawn_by(address: str, model: str) -> float:
 def test_a_storm_of_callers_who_leave_costs_nothing_that_still_waited(address: str, stream: bool) -> None:
     port = int(address.rsplit(":", 1)[1])
     before = drawn_by(address, "plain")
-    long = sends(port, {"model": MANY, "label": 0, "steps": 500, "n": 4, "stream": True, "partial_images": 1})
+    long = sends(port, {"model": MANY, "label": 0, "steps": 250, "n": 8, "stream": True, "partial_images": 1})
     read_until(long, b"partial_image")  # it is being drawn
     leaving = [sends(port, {"model": "plain", "stream": stream, "seed": i}) for i in range(40)]
     time.sleep(0.3)
