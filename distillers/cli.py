@@ -454,7 +454,9 @@ def benchmark_serving(
         bool, typer.Option("--constant/--no-constant", help="Also a constant picture without a forward pass.")
     ] = True,
     rounds: Annotated[int, typer.Option(help="All systems take turns so many times.")] = 3,
-    seconds: Annotated[float, typer.Option(help="Of each closed loop; of each open one twice that.")] = 0.5,
+    seconds: Annotated[
+        float, typer.Option(help="Of each closed loop, and up to four times that; twice as long an open one.")
+    ] = 0.5,
     concurrency: Annotated[str, typer.Option(help="Callers of the closed loops, with commas.")] = "1,2,4,8,16,32",
     load: Annotated[str, typer.Option(help="Percent of the raw loop that open loops ask.")] = "50,80,95,120",
     burst: Annotated[

@@ -450,7 +450,8 @@ def soak(
         backend = server.facts.get("backend")
     return {
         "setting": setting("cpu"), "model": work.name, "system": system.title, "steps": steps, "backend": backend,
-        "pinned": pinned, "load": load, "capacity": capacity, "rate": rate, "minutes": parts, "alive": alive,
+        "pinned": pinned, "load": load, "asked_minutes": minutes, "capacity": capacity, "rate": rate, "minutes": parts,
+        "alive": alive,
         "memory": {**trend(memory), "samples_mb": [round(mb, 2) for _, mb in memory[:: max(1, len(memory) // 600)]]},
     }  # fmt: skip
 

@@ -20,7 +20,18 @@ COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: for each workload the raw loop, the closed loop and the open loop; then how it was measured."""
     parts = [_workload(found, one) for one in found["workloads"]]
-    return "\n\n".join([*parts, _setting(found)]) + "\n"
+    return "\n\n".join([*parts, _setting(found), f"Measured by `{command(found)}`."]) + "\n"
+
+
+def command(found: Mapping[str, Any]) -> str:
+    """What measures the same again."""
+    plan = found["plan"]
+    words = ["fewstep benchmark serving", *(f"weights/{name}" for name in plan["folders"])]
+    told = {"systems": found["peers"], "concurrency": plan["callers"], "load": plan["loads"]}
+    words += [f"--{name} {','.join(map(str, values))}" for name, values in told.items()]
+    words += [f"--{name} {plan[name]}" for name in ("rounds", "seconds", "device", "dtype", "batch")]
+    words += [f"--no-{name}" for name in ("constant", "burst") if not plan[name]]
+    return " ".join(words if plan["pinned"] else [*words, "--unpinned"])
 
 
 def _workload(found: Mapping[str, Any], one: Mapping[str, Any]) -> str:
@@ -203,10 +214,13 @@ def soak_table(found: Mapping[str, Any]) -> str:
     slope = f"a line of {memory['mb_per_hour']:+.1f} MB an hour ({memory['rise_mb']:+.2f} MB in all)"
     levels = f"{memory['start_mb']:.0f} MB at first, {memory['median_mb']:.0f} MB in the second half"
     load = f"{found['load']} % of {found['capacity']:.0f} images/s, minutes: {len(found['minutes'])}"
+    again = ["fewstep benchmark soak", f"weights/{found['model']}", "--load", str(found["load"])]
+    again += ["--minutes", f"{found['asked_minutes']:g}", *(() if found["pinned"] else ["--unpinned"])]
     return f"""{found["system"]}, {found["model"]} at {load}. Memory is {verdict}:
 {levels}, {slope} through it.
 {checked} pictures checked, {wrong} wrong{"" if found["alive"] else "; the server has ended"}.
 {s["device"]}, torch {s["torch"]}, {s["date"]}.
+Measured by `{" ".join(again)}`.
 
 {markdown_table(columns, list(enumerate(found["minutes"])))}
 """

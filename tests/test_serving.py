@@ -378,6 +378,9 @@ def test_our_server_draws_what_the_raw_loop_draws_and_the_report_says_so(measure
     page = measured.with_suffix(".md").read_text()
     for text in ("### constant picture, 16x16", "### tiny, 16x16, steps: 1", "added ms", "at 50 %", "ABBA"):
         assert text in page
+    again = page.split("Measured by `fewstep ")[1].split("`")[0].replace("weights/tiny", str(measured.parent)).split()
+    refused = CliRunner().invoke(app, [*again, "--rounds", "0"])  # every word is one that the command knows
+    assert isinstance(refused.exception, BadInput) and "rounds" in str(refused.exception), refused.output
     with Image.open(measured.with_suffix(".png")) as image:
         assert image.width > 700
 
