@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,11 @@ def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> Non
 
 def test_a_connection_that_idles_is_kept(weights: Path) -> None:
     """A proxy sends its next request over it; uvicorn by itself would have hung up after five seconds."""
-    request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
-    with running(weights, "fewstep serve") as one, socket.create_connection(("127.0.0.1", one.port), 30) as kept:
+    with running(weights, "fewstep serve") as one, closing(HTTPConnection("127.0.0.1", one.port, 30)) as kept:
         for pause in (0, 7):
             time.sleep(pause)
-            kept.sendall(request)
-            assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
+            kept.request("GET", "/livez")  # over the same connection: it is opened again only after a told end
+            assert kept.getresponse().read() == b'{"status":"ok"}'
 
 
 def test_a_second_signal_ends_it_at_once(weights: Path) -> None:

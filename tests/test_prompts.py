@@ -151,7 +151,7 @@ def test_backends_run_words_network_and_decoder(stock: tuple[Any, Path], tmp_pat
     together = model.draw(1, probes)
     alone = np.concatenate([model.draw(1, [probe], strict=True) for probe in probes])
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 2
-    assert all(not executed.missed for executed in model.executed) or profile.buckets.keys() == {1}
+    assert all(not executed.missed for executed in model.executed) or 2 not in profile.buckets
 
 
 def test_a_prompt_is_drawn_over_http(stock: tuple[Any, Path], tmp_path: Path) -> None:
