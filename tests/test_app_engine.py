@@ -575,3 +575,13 @@ def test_the_dial(weights: Path) -> None:
         (weights / "student" / "report.json").unlink()
         most = choose(engine, models, 100)
         assert (most.model.name, most.steps) == ("teacher", 4) and most.quality is None
+
+
+def test_the_dial_goes_by_the_picture_that_was_drawn_at_load_until_backends_are_measured(weights: Path) -> None:
+    with running(weights) as engine:
+        model = engine.named("teacher")
+        assert model.profile is None and model.step_s is not None and 0 < model.step_s < 5
+        model.step_s = 0.010
+        assert choose(engine, [model], 105).steps == 10
+        with pytest.raises(BadInput, match="10 or more now"):
+            choose(engine, [model], 9)

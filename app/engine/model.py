@@ -65,6 +65,7 @@ class Model:
         self.created = int((folder / "fewstep.json").stat().st_mtime)
         self.used = time.monotonic()  # by a request
         self.profile: Profile | None = None  # None: not measured
+        self.step_s: float | None = None  # of one picture, as it was opened: what is known before backends are measured
         self.tuning = False
         self.siblings: Sequence[Model] = (self,)  # itself among the same weights on every device
         self.threads: int | None = None  # of torch; None: its own choice
@@ -227,13 +228,26 @@ class Model:
 
     def cost(self, steps: int, height: int, width: int, largest: int) -> Cost:
         """What passes of a shape cost, as far as it was measured: in proportion to steps and pixels."""
+        pixels = height * width / (self.info.size[0] * self.info.size[1])
         if self.profile is None or not self.profile.buckets:
-            return Cost(largest=largest)
+            return Cost(largest=largest) if self.step_s is None else Cost({}, largest, self.step_s * steps * pixels)
         share = steps / self.profile.steps
-        one = self.profile.buckets[1]
         if (height, width) == self.info.size:
             return Cost({n: s * share for n, s in self.profile.buckets.items() if n <= largest}, largest)
-        return Cost(largest=largest, guess=one * share * height * width / (self.info.size[0] * self.info.size[1]))
+        return Cost({}, largest, self.profile.buckets[1] * share * pixels)
+
+    def look(self) -> None:
+        """Draws what it is known by, and once more with a watch, for the first pass pays for more than itself.
+
+        Raises:
+            BadInput: it draws what it should not.
+        """
+        from distillers.golden import check
+
+        check(self.generator, self.folder)
+        steps, started = (self.steps or [1])[0], time.perf_counter()
+        self.draw(steps, self.probes(1))
+        self.step_s = (time.perf_counter() - started) / steps
 
     # -- what the outside may know ---------------------------------------------------------------------------------
 

@@ -157,8 +157,6 @@ class Store:
 
     def _open(self, slot: Slot) -> None:
         """Opens the folder beside what is served under its name, looks at what it draws, and only then exchanges."""
-        from distillers.golden import check
-
         started, slot.version, before = time.perf_counter(), version(slot.folder), slot.models
         try:
             fresh = []
@@ -166,7 +164,7 @@ class Store:
                 if self.closed:
                     return
                 model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps)
-                worker.run(partial(check, model.generator, slot.folder))
+                worker.run(model.look)
                 fresh.append(model)
             for model in fresh:
                 model.siblings = fresh
