@@ -47,6 +47,7 @@ POOL = 64  # different pictures that are asked for, in turn
 WARM_S = 0.3
 ALIKE = {"fewstep-eager": "fewstep", "diffusers": "fastapi"}  # one system, where there is no forward pass
 PICTURES = 100  # that a closed loop should see
+LONGEST = 4  # times what was asked for that it lasts for them
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPTS = ("a forest", "a river at dawn", "a red barn in snow", "a street at night", "two ships", "a field of wheat")
 EXACT, TUNED = 1, 2  # levels of 255 that a pixel may differ by: torch sums in another order; FEWSTEP_TOLERANCE
@@ -296,7 +297,7 @@ def best(raw: Mapping[str, Any], encode: bool) -> Mapping[str, Any]:
 
 def lasting(plan: Plan, ceiling: float) -> float:
     """Seconds of a closed loop: long enough for PICTURES at the pace of no server, within limits."""
-    return min(max(plan.seconds, PICTURES / ceiling), 4 * plan.seconds)
+    return min(max(plan.seconds, PICTURES / ceiling), LONGEST * plan.seconds)
 
 
 def _raw_visit(raw: Talker, plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from distillers.evaluate import markdown_table
-from distillers.serving import BURST, BURST_LOAD, LEAVE, PICTURES
+from distillers.serving import BURST, BURST_LOAD, LEAVE, LONGEST, PICTURES
 
 Row = tuple[str, Mapping[str, Any]]  # a system's title and what was found of it
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
@@ -81,13 +81,13 @@ def _closed(one: Mapping[str, Any], rows: Sequence[Row]) -> str:
     forward, encoded = (one["raw"][kind]["best"]["median"] for kind in ("forward", "encoded"))
     callers = list(rows[0][1]["closed"])
 
-    def at(count: int) -> Any:
+    def rate(count: int) -> Any:
         return (f"{count}", lambda row: _rate(row[1]["closed"][count]), "")
 
     def lone(row: Row) -> float:
         return float(row[1]["closed"][callers[0]]["latency_ms"]["p50"]["median"])
 
-    columns: list[Any] = [("images/s at so many callers", lambda row: row[0], ""), *map(at, callers)]
+    columns: list[Any] = [("images/s at so many callers", lambda row: row[0], ""), *map(rate, callers)]
     columns += [("best", lambda row: _figure(row[1]["best"]), "")]
     if callers[0] == 1:
         columns += [
@@ -180,7 +180,7 @@ def _setting(found: Mapping[str, Any]) -> str:
     ]
     late = f" The client sent 99 % of its requests within {max(lates):.2f} ms of their time." if lates else ""
     named = "".join(f", {name} {version}" for name, version in peers.items())
-    longest = 4 * plan["seconds"]
+    longest = LONGEST * plan["seconds"]
     return f"""{where}{named}; load average {s["load_average"]["before"]:.2f} before.
 Rounds: {plan["rounds"]}, systems in ABBA order; medians, with quartiles behind them; {plan["seconds"]:g} to
 {longest:g} s for each closed loop, as {PICTURES} pictures take, and twice that for each open one. Same weights, same

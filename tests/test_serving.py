@@ -142,7 +142,9 @@ def test_a_refusal_is_no_image_and_a_server_that_hangs_up_is_asked_again() -> No
     asked, start = run(go())
     found = summary(asked, 0.2, gate(0), start)
     assert found["failed"].keys() == {"503"} and counts["connections"] > 3
-    assert found["images_per_second"] == pytest.approx((found["asked"] - found["failed"]["503"]) / 0.2, rel=0.2)
+    assert found["images_per_second"] == pytest.approx(
+        (found["asked"] - found["failed"]["503"]) / 0.2, rel=0.4
+    )  # half as many again with them
     nobody = summary(run(closed(1, [REQUEST], callers=1, seconds=0.1, warm_s=0))[0], 0.1, gate(0))
     assert nobody["failed"]["none"] > 0 and nobody["images_per_second"] == 0 and nobody["served"] == 0
 
