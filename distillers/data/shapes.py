@@ -24,6 +24,7 @@ COLOURS = {
     "cyan": (0.08, 0.78, 0.86),
 }
 SIZES = {"tiny": 0.10, "small": 0.14, "large": 0.21}  # radius; the second object is one size below the first
+ALONE = (0.24, 0.42)  # radius of the object in a picture of one: below, a form of 32 px is three pixels wide
 SHADES = {"dark": 0.10, "mid": 0.45, "light": 0.88}
 RELATIONS = ("left of", "right of", "above", "below")
 LABELS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
@@ -41,13 +42,14 @@ Ints = NDArray[np.int64]
 class Scenes:
     """What is in N pictures. Fields of the second object mean nothing where `second` is False.
 
-    shape, colour, size: (N,2) positions in SHAPES, COLOURS, SIZES. centre: (N,2,2) as (object, x/y). relation: (N,) of
-    the first to the second. shade: (N,) position in SHADES; grey: (N,) the background itself in [0,1].
+    shape, colour, size: (N,2) positions in SHAPES, COLOURS, SIZES. radius: (N,2). centre: (N,2,2) as (object, x/y).
+    relation: (N,) of the first to the second. shade: (N,) position in SHADES; grey: (N,) the background in [0,1].
     """
 
     shape: Ints
     colour: Ints
     size: Ints
+    radius: Floats
     centre: Floats
     second: NDArray[np.bool_]
     relation: Ints
@@ -67,13 +69,16 @@ class Scenes:
 
 
 class CaptionedShapes:
-    """A shape (labels: 4 shapes in 6 colours), in half of the pictures with a smaller one beside it.
+    """Pictures of a coloured shape (labels: 4 shapes in 6 colours).
+
+    `objects` is how many a picture shows at most. 2: in half of the pictures a smaller shape stands beside the one that
+    the label names. 1: the named shape alone, with a radius of 0.24 to 0.42 of the side, so that its form can be seen.
 
     Endless: item i is a pure function of (seed, split, i) for every i >= 0; `len` is a nominal 10,000. `draw` takes its
     pictures from the same distribution, by `rng` alone. `shade` puts every picture on a "dark", "mid" or "light"
     background and leaves it as it is otherwise: another style. `limit` keeps the first so many items, all that `draw`
-    then shows: a handful of examples. BadInput: size below 8, unknown split or shade, negative seed or index, limit
-    below 1.
+    then shows: a handful of examples. BadInput: size below 8, unknown split or shade, objects other than 1 and 2,
+    negative seed or index, limit below 1.
     """
 
     name = "shapes"
@@ -86,12 +91,15 @@ class CaptionedShapes:
         split: str = "train",
         shade: str | None = None,
         limit: int | None = None,
+        objects: int = 2,
     ) -> None:
         check_split(split)
+        if objects not in (1, 2):
+            raise BadInput("objects", objects, "1 or 2")
         if shade is not None and shade not in SHADES:
             raise BadInput("shade", shade, " | ".join(SHADES))
         self.size, self.seed, self.split = check_size(size), check_whole("seed", seed, 0), split
-        self.shade, self.limit = shade, None if limit is None else check_whole("limit", limit, 1)
+        self.objects, self.shade, self.limit = objects, shade, None if limit is None else check_whole("limit", limit, 1)
 
     def __len__(self) -> int:
         return NOMINAL if self.limit is None else self.limit
@@ -115,7 +123,7 @@ class CaptionedShapes:
     def _scenes(self, u: NDArray[np.float64]) -> Scenes:
         if self.shade is not None:
             u[:, _SHADE] = (list(SHADES).index(self.shade) + 0.5) / len(SHADES)
-        return scenes(u)
+        return scenes(u, self.objects)
 
     def caption(self, index: int) -> str:
         """Picture `index` in words."""
@@ -131,17 +139,22 @@ class CaptionedShapes:
         return {"image": image, "label": torch.from_numpy(what.colour[:, 0] * len(SHAPES) + what.shape[:, 0])}
 
 
-def scenes(u: NDArray[np.float64]) -> Scenes:
-    """Uniform numbers (N,14) to pictures. Objects fit and stay apart by construction; nothing is drawn twice."""
+def scenes(u: NDArray[np.float64], objects: int = 2) -> Scenes:
+    """Uniform numbers (N,14) to pictures of so many objects at most, which fit and stay apart by construction."""
     shape, colour = _choose(u[:, 0:2], len(SHAPES)), _choose(u[:, 2:4], len(COLOURS))
     first = 1 + _choose(u[:, 4], 2)
     size = np.stack([first, first - 1], axis=1)
-    second, relation, shade = u[:, 5] < 0.5, _choose(u[:, 6], len(RELATIONS)), _choose(u[:, _SHADE], len(SHADES))
+    second = u[:, 5] < (0.5 if objects == 2 else 0)
+    relation, shade = _choose(u[:, 6], len(RELATIONS)), _choose(u[:, _SHADE], len(SHADES))
     radius = np.array(list(SIZES.values()))[size]
+    if objects == 1:
+        radius = np.repeat(ALONE[0] + (ALONE[1] - ALONE[0]) * u[:, 4:5], 2, axis=1)
     alone = _between(_MARGIN + radius[:, :1], u[:, 8:10])
     centre = np.where(second[:, None, None], _beside(radius, relation, u[:, 8:12]), alone[:, None, :])
     grey = np.array(list(SHADES.values()))[shade] + 0.06 * (2 * u[:, 12] - 1)
-    return Scenes(shape, colour, size, centre.astype(np.float32), second, relation, shade, grey.astype(np.float32))
+    return Scenes(
+        shape, colour, size, radius, centre.astype(np.float32), second, relation, shade, grey.astype(np.float32)
+    )
 
 
 def _choose(u: NDArray[np.float64], count: int) -> Ints:
@@ -173,7 +186,7 @@ def paint(what: Scenes, size: int) -> Floats:
     """The pictures, float32 (N,size,size,3) in [0,1]. Edges are antialiased by the signed distance in pixels."""
     n, palette = len(what.shape), np.array(list(COLOURS.values()), dtype=np.float32)
     image = np.broadcast_to(what.grey[:, None, None, None], (n, size, size, 3)).copy()
-    radius = np.array(list(SIZES.values()), dtype=np.float32)[what.size]
+    radius = what.radius.astype(np.float32)
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     for which in (0, 1):
         for kind, name in enumerate(SHAPES):

@@ -2,7 +2,9 @@
 
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho,
 "Progressive Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance:
-Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022.
+Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; normally distributed logarithms of the noise level: Karras
+et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, table 1, which on the flow path is the
+logit-normal time of Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
+from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.losses import SNR_CAP, denoising
 from distillers.teacher import Teacher
@@ -20,12 +23,22 @@ from distillers.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Distiller):
-    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2, t uniform. Without the cap this is the velocity loss."""
+    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2. Without the cap this is the velocity loss."""
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
-    last_time_share: float = 0.0  # of samples at t_max, where the condition alone tells; for one that tells little
+    log_std: float = 0.0  # of ln(sigma/alpha) at the times trained at; 0 = times are uniform
+    log_mean: float = 0.0  # of the same; 0 is the logit-normal's middle, t = 1/2 on the flow path
+    last_time_share: float = 0.0  # of samples at t_max, the only time that a one-step student is called at
     sampling_steps: int = 50  # network calls when the teacher is served
+
+    def __post_init__(self) -> None:
+        for name in ("snr_cap", "log_std"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"diffusion.{name}", getattr(self, name), "0 or more")
+        for name in ("label_dropout", "last_time_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"diffusion.{name}", getattr(self, name), "0 to 1")
 
     def networks(self, teacher: Teacher) -> Networks:
         return Networks({"student": trainable_copy(teacher.denoiser)})
@@ -38,8 +51,12 @@ class Diffusion(Distiller):
             null = denoiser.network.config.num_class_embeds - 1
             dropped = torch.rand(len(x0), device=x0.device) < self.label_dropout
             cond = {**cond, "label": cond["label"].masked_fill(dropped, null)}
-        # x_t = alpha x0 + sigma eps at a uniform time (Ho et al. 2020, Algorithm 1)
-        t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
+        # x_t = alpha x0 + sigma eps at a random time (Ho et al. 2020, Algorithm 1)
+        if self.log_std:  # ln(sigma/alpha) ~ N(mean, std^2) (Karras et al. 2022)
+            ratio = self.log_mean + self.log_std * torch.randn(len(x0), device=x0.device, dtype=torch.float64)
+            t = schedule.time_at_ratio(ratio.exp())
+        else:
+            t = schedule.t_min + torch.rand(len(x0), device=x0.device) * (schedule.t_max - schedule.t_min)
         if self.last_time_share:
             t = t.masked_fill(torch.rand(len(x0), device=x0.device) < self.last_time_share, schedule.t_max)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
