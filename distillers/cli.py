@@ -67,9 +67,26 @@ def distill(
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput("device", device, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
     make(plan, folder, "cpu" if _device(device) == "cpu" else None)
-    if not PartialState().is_main_process:
+    is_main = PartialState().is_main_process
+    PartialState().destroy_process_group()
+    if not is_main:
         return
     typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="The OUT folder of a `fewstep distill`.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The weights folder to make.", show_default=False)],
+    which: Annotated[str, typer.Option(help="last, or best: by the watch's Frechet distance.")] = "last",
+) -> None:
+    """Publish a training as it stands, whether it is still running, was stopped or has ended.
+
+    Example: `fewstep publish runs/eurosat-teacher weights/eurosat-teacher --which best`.
+    """
+    from distillers.job import publish_run
+
+    typer.echo(f"{out}: {publish_run(run, out, which)}; samples in {out / 'grid.png'}")
 
 
 @app.command()
@@ -313,7 +330,7 @@ def evaluate(
 
     from distillers.calibration import calibrate
     from distillers.evaluate import evaluate as measure
-    from distillers.features import load_features
+    from distillers.features import feature_space, load_features
     from distillers.generator import Generator
     from distillers.progress import drawing_bar
     from distillers.publish import held_out, write_card
@@ -330,9 +347,7 @@ def evaluate(
     beside = weights.parent / (generator.info.teacher or "")
     source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
     against = Generator.from_pretrained(source, _device(device)) if source and teacher_counts else None
-    space = load_features(
-        features or ("shapes" if generator.info.data == "shapes" else "eurosat-landcover"), weights.parent
-    )
+    space = load_features(features or feature_space(generator.info.data), weights.parent)
     with drawing_bar() as show:
         report = measure(
             generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,

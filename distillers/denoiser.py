@@ -6,7 +6,8 @@ data, velocity or flow, and how it is told the time, is said here once. It knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class Denoiser(nn.Module):
 
         handles = [modules[name].register_forward_hook(keep(name)) for name in set(layers)]
         try:
-            self.output(x_t, t, cond)
+            with uncompiled(self.network):  # compiled code would not call the hooks
+                self.output(x_t, t, cond)
         except _AllKept:
             pass
         finally:
@@ -105,6 +107,16 @@ class Denoiser(nn.Module):
 
 class _AllKept(Exception):
     """Leaves a network's forward pass when its wanted activations are there."""
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Run a network's own code inside the block, whatever `nn.Module.compile` made of it before."""
+    compiled, network._compiled_call_impl = network._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
 
 
 def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

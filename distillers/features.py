@@ -182,6 +182,11 @@ class InceptionFeatures(nn.Module):
 Features = FeatureNet | InceptionFeatures
 
 
+def feature_space(data: str) -> str:
+    """The name of the feature space in which generators of this data set are measured unless another is asked for."""
+    return "shapes" if data == "shapes" else "eurosat-landcover"
+
+
 def load_features(name: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Features:
     """A feature space by name ("eurosat-landcover", "shapes", "inception", "inception:PATH") or by folder.
 

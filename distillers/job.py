@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distillers.data import ImageData
 from distillers.denoiser import Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.methods.multi_student import NAME, MultiStudent
-from distillers.publish import publish
+from distillers.publish import publish, splits
 from distillers.recipe import Recipe
-from distillers.trainer import train
+from distillers.trainer import begin, newest_checkpoint, train
+from distillers.watch import best_iteration
 from distillers.weights import MANIFEST, Info
 
 
@@ -76,17 +78,60 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     """One training, published by the first process while the others wait."""
     from accelerate import PartialState
 
-    whole, method = recipe.open_data(), recipe.distiller()
+    whole, method, settings = recipe.open_data(), recipe.distiller(), recipe.settings()
     teacher = recipe.open_teacher(whole)
     data = method.data(whole, teacher)
     generator = train(
-        method, teacher, data, recipe.settings(), folder / "training", description=recipe.table(), device=device
-    )
+        method, teacher, data, settings, folder / "training", description=recipe.table(), device=device,
+        held_out=method.data(_held_out(recipe), teacher) if settings.watch_every else None,
+    )  # fmt: skip
     if isinstance(method, MultiStudent) and method.students > 1:
         generator.info = replace(generator.info, shares=[method.share(teacher)])
     if PartialState().is_main_process:
         publish(generator, recipe, data, folder)
     PartialState().wait_for_everyone()
+
+
+def _held_out(recipe: Recipe) -> ImageData:
+    """The test split of a recipe's data; the training data themselves where there is none."""
+    try:
+        return splits(recipe)[0]
+    except BadInput:
+        return recipe.open_data()
+
+
+def publish_run(run: Path, folder: Path, which: str = "last") -> str:
+    """Publish the averaged weights of a training from its newest checkpoint, without training on.
+
+    Args:
+        run: the folder of a `distill`, or its training/ folder.
+        which: "last", or "best" by the watch.
+
+    Returns:
+        What was published, in words.
+
+    Raises:
+        BadInput: no checkpoint there, no watched weights, or a student of several, which `merge` needs whole.
+    """
+    if which not in ("last", "best"):
+        raise BadInput("which", which, "last or best")
+    place = run / "training" if (run / "training").is_dir() else run
+    found = newest_checkpoint(place)
+    if found is None:
+        raise BadInput("run", str(run), "the folder of a training with a checkpoint")
+    about = json.loads((found / "about.json").read_text())
+    recipe = Recipe.from_table(about["description"])
+    if recipe.method == NAME:
+        raise BadInput("run", str(run), f"a training of another method: students of {NAME} are published when they end")
+    whole, method = recipe.open_data(), recipe.distiller()
+    teacher = recipe.open_teacher(whole)
+    state = begin(method, teacher, recipe.settings(), place, description=recipe.table(), device="cpu")
+    done = state.resume()
+    if which == "best":
+        done = best_iteration(place)
+    state.close()
+    publish(state.generator(which), recipe, method.data(whole, teacher), folder, iteration=done)  # type: ignore[arg-type]
+    return f"the averages of iteration {done} of {recipe.settings().iterations}"
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:

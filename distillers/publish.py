@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -43,10 +44,16 @@ from 64 patches of SEN1-2 and from VH made into VV; no place was learnt with bot
 COLUMNS = 10  # of grid.png
 
 
-def publish(generator: Generator, recipe: Recipe, data: ImageData | None, folder: Path) -> None:
-    """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole."""
+def publish(
+    generator: Generator, recipe: Recipe, data: ImageData | None, folder: Path, *, iteration: int | None = None
+) -> None:
+    """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole.
+
+    iteration: where the training stood, if it had not ended; the recipe and the card say so.
+    """
     with weights.staged(folder) as new:
-        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions()}))
+        stood = {} if iteration is None else {"iteration": iteration}
+        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions() | stood}))
         teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
         generator.save_pretrained(new)
         seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
@@ -103,7 +110,7 @@ def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageDa
     return open_data(kind, **{**options, "split": "test"}), open_data(kind, **{**options, "split": "train"})
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     """What the recipe was run with."""
     packages = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")
     found = {name: metadata.version(name) for name in packages if _installed(name)}
@@ -230,7 +237,7 @@ def write_card(folder: Path) -> None:
         "",
         "## How it was made",
         "",
-        f"`fewstep distill {info.name}/recipe.toml`:",
+        f"`fewstep distill {info.name}/recipe.toml`{_stood(recipe)}:",
         "",
         "```toml",
         recipe.strip(),
@@ -238,6 +245,13 @@ def write_card(folder: Path) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))
+
+
+def _stood(recipe: str) -> str:
+    table = tomllib.loads(recipe)
+    if not (iteration := table.get("versions", {}).get("iteration")):
+        return ""
+    return f", published at iteration {iteration} of {table['train']['iterations']}"
 
 
 def _calibration(folder: Path) -> list[str]:

@@ -16,9 +16,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from distillers.data import ImageData
 from distillers.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.errors import BadInput
+from distillers.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Compile, Execution, Rehearsal, run_as
 from distillers.generator import Generator
 from distillers.progress import progress_bar
 from distillers.teacher import Teacher
+from distillers.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,15 +55,20 @@ class TrainSettings:
     clip: float = 1.0  # gradient norm per player
     ema: float = 0.999  # decay of the evaluation average; 0 = none
     precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
+    compile: Compile = "auto"  # torch.compile: auto = where the training is long enough and it is measured to be faster
     seed: int = 0
     checkpoint_every: int = 500  # iterations
     sample_every: int = 0  # iterations between sample grids; 0 = only at the end
     samples: int = 16
+    watch_every: int = 0  # iterations between figures of quality on held-out data; 0 = none
+    watch_samples: int = 256  # pictures for each of them
+    watch_steps: int = 0  # network calls per picture; 0 = the generator's fewest, 20 for a teacher
+    publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
     log_every: int = 50
     tracker: str = "tensorboard"  # any name accelerate knows, or "none"
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "batch", "accumulation", "checkpoint_every", "samples", "log_every")
+        counts = ("iterations", "batch", "accumulation", "checkpoint_every", "samples", "watch_samples", "log_every")
         for name in (*counts, "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
@@ -75,9 +83,11 @@ class TrainSettings:
             raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
         if not 0 <= self.ema < 1:
             raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
-        for name in ("warmup", "sample_every", "weight_decay"):
+        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
+        if self.publish == "best" and not (self.watch_every and self.ema):
+            raise BadInput("train.publish", "best", "last, or train.watch_every and train.ema above 0")
         if not 0 <= self.seed < 2**32:
             raise BadInput("train.seed", self.seed, "0 to 4294967295")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -100,15 +110,17 @@ def train(
     *,
     description: dict[str, Any] | None = None,
     device: str | None = None,
+    held_out: ImageData | None = None,
 ) -> Generator:
     """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
 
     Args:
-        out: run folder: checkpoints/, samples/, logs/, cost.json.
+        out: run folder: checkpoints/, samples/, logs/, cost.json; with a watch also watch.jsonl and best.pt.
         description: recorded in each checkpoint; a checkpoint of another description is refused.
+        held_out: what the watch compares with; the training data where there is nothing else.
 
     Returns:
-        The generator with the averaged weights, on CPU.
+        The generator with the averaged weights, on CPU: the last ones, or the best where `settings.publish` says so.
 
     Raises:
         TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
@@ -117,12 +129,17 @@ def train(
     from rich.progress import TextColumn
 
     tracker = _tracker(settings.tracker)
-    pauses = (settings.log_every, settings.sample_every, settings.checkpoint_every)
+    pauses = (settings.log_every, settings.sample_every, settings.watch_every, settings.checkpoint_every)
     out.mkdir(parents=True, exist_ok=True)
     run = begin(distiller, teacher, settings, out, description=description, device=device, tracker=tracker)
     accelerator, start = run.accelerator, run.resume()
     if tracker and accelerator.is_main_process:
         accelerator.init_trackers("fewstep")
+    if start == 0:
+        accelerator.print(f"networks run {run.choose_execution(data)}")
+    watch = None
+    if settings.watch_every and accelerator.is_main_process:
+        watch = Watch(held_out or data, settings.watch_samples, settings.watch_steps, out)
     try:
         with (
             _Termination() as termination,
@@ -145,6 +162,9 @@ def train(
                         progress.console.print(f"iteration {done} of {settings.iterations}: loss {shown}")
                 if settings.sample_every and done % settings.sample_every == 0 and not last:
                     run.draw_samples(done, data)
+                if watch and (done % settings.watch_every == 0 or last):
+                    found = run.watch(done, watch)
+                    progress.console.print(f"iteration {done} of {settings.iterations}: {found}")
                 if done % settings.checkpoint_every == 0 or last or stop:
                     run.save(done)
                 if stop and not last:
@@ -154,8 +174,8 @@ def train(
         run.write_cost(settings.iterations)
         run.draw_samples(settings.iterations, data)
     finally:
-        accelerator.end_training()
-    return run.generator()
+        run.close()
+    return run.generator(settings.publish)
 
 
 def begin(
@@ -227,6 +247,9 @@ class Run:
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
+        self.waited = 0.0  # s of these that iterations waited for data
+        self.execution = Execution()
+        self._loader, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
@@ -244,15 +267,105 @@ class Run:
     # --- one iteration -----------------------------------------------------------------------------------------------
     def iteration(self, i: int, data: ImageData) -> None:
         """Draw a batch, play its turns, follow with the averages."""
-        s, process = self.settings, self.accelerator.process_index
-        torch.manual_seed(_mix(s.seed, i, process))
-        pictures = data.draw(s.batch, np.random.default_rng((s.seed, i, process)))
-        batch = self.teacher.encode_batch(pictures, self.accelerator.device)
-        micro = [{k: v.chunk(s.accumulation)[j] for k, v in batch.items()} for j in range(s.accumulation)]
+        s = self.settings
+        micro = self._micro_batches(i, data)
         self.play([self.distiller.step(self.nets, part, i / s.iterations) for part in micro], self.rate(i))
         decay = min(s.ema, (1 + i) / (10 + i))  # a short memory at first, so that the start is forgotten
         for name, average in self.averages.items():
             follow(average, self.nets[name], decay)
+
+    def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
+        """Iteration i's batch in the network's terms, cut for accumulation. The next one is drawn in a thread."""
+        s, process = self.settings, self.accelerator.process_index
+        torch.manual_seed(_mix(s.seed, i, process))
+        started = time.perf_counter()
+        for k in (i, i + 1):
+            if k not in self._ahead and k < max(s.iterations, i + 1):
+                rng = np.random.default_rng((s.seed, k, process))
+                self._ahead[k] = self._loader.submit(data.draw, s.batch, rng)
+        pictures = self._ahead.pop(i).result()
+        self.waited += time.perf_counter() - started
+        batch = self.teacher.encode_batch(pictures, self.accelerator.device)
+        return [{k: v.chunk(s.accumulation)[j] for k, v in batch.items()} for j in range(s.accumulation)]
+
+    def close(self) -> None:
+        """End the loader's thread and the trackers. The process group stays, for whoever publishes waits in it."""
+        self._loader.shutdown(cancel_futures=True)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    # --- how networks are run ----------------------------------------------------------------------------------------
+    def choose_execution(self, data: ImageData) -> str:
+        """Measure eager, channels-last and compiled networks, and run them in the fastest way that agrees.
+
+        "auto" leaves short trainings eager, where compiling would take longer than it saves.
+
+        Returns:
+            What was chosen and why, in words.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        chosen: list[Any] = [*self._fastest(data)] if self.accelerator.is_main_process else [None, None]
+        broadcast_object_list(chosen)
+        self.execution, why = chosen
+        run_as(self.nets, self.execution)
+        return f"{self.execution} ({why})"
+
+    def _fastest(self, data: ImageData) -> tuple[Execution, str]:
+        s = self.settings
+        if s.compile == "never":
+            return Execution(), "as train.compile says"
+        short = Execution(), "the training is too short for compiling to pay"
+        if s.compile == "auto" and s.iterations < SHORT:
+            return short
+        plain = self.rehearse(data)
+        if s.compile == "auto" and plain.seconds * s.accumulation * s.iterations < PAYS_AFTER:
+            return short
+        times, said = {Execution(): plain.seconds}, []
+        for candidate in (Execution(channels_last=True), Execution(compiled=True)):
+            if candidate.compiled:
+                candidate = replace(candidate, channels_last=min(times, key=times.__getitem__).channels_last)
+            try:
+                found = self.rehearse(data, candidate)
+            except Exception as error:  # no compiler, or code that it cannot compile: many kinds of error
+                said.append(f"{candidate} failed: {str(error).strip().splitlines()[0]}")
+                continue
+            if trouble := plain.disagreement(found):
+                said.append(f"{candidate} disagrees with eager: {trouble}")
+                continue
+            times[candidate] = found.seconds
+            said.append(f"{candidate} takes {found.seconds / plain.seconds:.2f} of eager's time")
+        compiled = [e for e in times if e.compiled]
+        if s.compile == "always" and compiled:
+            return compiled[0], "; ".join(said)
+        best = min(times, key=times.__getitem__)
+        return best if times[best] * LEAST_GAIN < plain.seconds else Execution(), "; ".join(said)
+
+    def rehearse(self, data: ImageData, execution: Execution | None = None) -> Rehearsal:
+        """Play the turns of iteration 0 with networks run in this way; no network is changed by it."""
+        run_as(self.nets, execution or Execution())
+        before = {name: value.clone() for name, value in self.nets.state_dict().items()}
+        seconds, turns = [], list[tuple[str, float, Tensor]]()
+        for _ in range(4):  # the first warms up
+            batch, turns = self._micro_batches(0, data)[0], []
+            started = time.perf_counter()
+            steps = self.distiller.step(self.nets, batch, 0.0)
+            while True:
+                with self.accelerator.autocast():
+                    turn = next(steps, None)
+                if turn is None:
+                    break
+                player, loss = turn
+                self.nets[player].zero_grad()
+                self.accelerator.backward(loss)
+                parts = [p.grad.float().flatten() for p in self.nets[player].parameters() if p.grad is not None]
+                turns.append((player, float(loss.detach()), torch.cat(parts)))
+            seconds.append(time.perf_counter() - started)
+            self.nets.load_state_dict(before)
+        for name in self.optimizers:
+            self.nets[name].zero_grad()
+        run_as(self.nets, Execution())
+        return Rehearsal(turns, min(seconds[1:]))
 
     def play(self, steps: list[Iterator[Turn]], rate: float) -> None:
         """Advance all micro-batches turn by turn; after each turn move that turn's player, and it only.
@@ -319,7 +432,8 @@ class Run:
             raise TrainingStopped(
                 f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
                 f"last good checkpoint: {self._latest() or 'none yet'}. "
-                "Start again in another folder with a lower train.learning_rate or train.clip."
+                "Start again in another folder with a lower train.learning_rate or train.clip"
+                + (', or train.compile = "never".' if self.execution.compiled else ".")
             )
         return means
 
@@ -329,8 +443,10 @@ class Run:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
 
-    def generator(self) -> Generator:
-        """The method's generator with averaged weights, on CPU."""
+    def generator(self, which: Literal["last", "best"] = "last") -> Generator:
+        """The method's generator with averaged weights, on CPU: the last ones, or the watch's best."""
+        if which == "best":
+            self._load_best()
         nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
 
@@ -343,8 +459,7 @@ class Run:
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
-        nets = Networks({**self.nets, **self.averages})
-        generator = self.distiller.generator(nets, self.teacher).eval()
+        generator = self._averaged()
         count = min(count, len(data))
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
         labels = batch["label"].tolist() if generator.info.labels else None
@@ -353,6 +468,33 @@ class Run:
             self.nets[net].train()
         grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
         np.save(folder / f"{done:06d}.npy", to_pixels(pictures))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": to_pixels(pictures)}, step=done, dataformats="NHWC")
+
+    def _averaged(self) -> Generator:
+        nets = Networks({**self.nets, **self.averages})
+        return self.distiller.generator(nets, self.teacher).eval()
+
+    @torch.no_grad()
+    def watch(self, done: int, watch: Watch) -> str:
+        """Measure the averaged weights on held-out data, log the figures, keep the weights if they are the best."""
+        figures, best = watch.measure(self._averaged(), done)
+        for net in self.optimizers:
+            self.nets[net].train()
+        self.accelerator.log({f"watch/{name}": value for name, value in figures.items()}, step=done)
+        if best and self.averages:
+            state = {name: net.state_dict() for name, net in self.averages.items()}
+            torch.save(state, self.out / ".best")
+            (self.out / ".best").rename(self.out / "best.pt")
+        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + (" (best)" if best else "")
+
+    def _load_best(self) -> None:
+        file = self.out / "best.pt"
+        if not file.is_file():
+            raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
+        for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
+            self.averages[name].load_state_dict(values)
 
     # --- what it costs -----------------------------------------------------------------------------------------------
     def start_clock(self) -> None:
@@ -377,6 +519,8 @@ class Run:
             "iterations": done,
             "batch": self.settings.batch * self.accelerator.num_processes,  # images per iteration
             "seconds": self.seconds,
+            "waited_for_data": self.waited,  # seconds of these
+            "execution": str(self.execution),
             "peak_memory_mb": self.peak_mb,
             "device": device_name(device),
             "threads": torch.get_num_threads(),
@@ -407,8 +551,8 @@ class Run:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "peak_memory_mb")}
-        about = {"iteration": done, "description": self.description, **spent}
+        spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "waited_for_data", "peak_memory_mb")}
+        about = {"iteration": done, "description": self.description, "execution": asdict(self.execution), **spent}
         (temporary / "about.json").write_text(json.dumps(about))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -432,6 +576,8 @@ class Run:
         for name, values in state["optimizers"].items():
             self.optimizers[name].load_state_dict(values)
         self.seconds, self.peak_mb = about.get("seconds", 0.0), about.get("peak_memory_mb", 0.0)
+        self.waited, self.execution = about.get("waited_for_data", 0.0), Execution(**about.get("execution", {}))
+        run_as(self.nets, self.execution)
         if self.accelerator.is_main_process:
             self._prune()
         return int(about["iteration"])
@@ -445,8 +591,12 @@ class Run:
         return sorted(p for p in self.checkpoints.glob("[0-9]*") if (p / "about.json").is_file())
 
     def _latest(self) -> Path | None:
-        found = self._all()
-        return found[-1] if found else None
+        return newest_checkpoint(self.out)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; None if there is none."""
+    return max((p for p in out.glob("checkpoints/[0-9]*") if (p / "about.json").is_file()), default=None)
 
 
 class _Termination:

@@ -2,9 +2,9 @@
 
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho,
 "Progressive Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance:
-Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; normally distributed logarithms of the noise level: Karras
-et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, table 1, which on the flow path is the
-logit-normal time of Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
+Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; lognormal noise levels: Karras et al., "Elucidating the
+Design Space of Diffusion-Based Generative Models", 2022, table 1; on the flow path they are the logit-normal times of
+Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
 """
 
 from __future__ import annotations

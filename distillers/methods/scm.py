@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distillers.denoiser import Cond, Denoiser
+from distillers.denoiser import Cond, Denoiser, uncompiled
 from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -146,7 +146,10 @@ def derivative_along(
     # torch's forward derivative of GroupNorm takes contiguous maps only, and attention leaves others
     hooks = [m.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),)) for m in norms]
     try:
-        with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        with (
+            torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH),
+            uncompiled(denoiser.network),  # compiled code has no forward derivative
+        ):  # fmt: skip
             return _value_and_slope(f, (x_t, t), (dx, dt))
     finally:
         for hook in hooks:
