@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillers import weights
+from distillers import conditions, weights
 from distillers.codec import ImageCodec
 from distillers.denoiser import Cond, Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.prompts import PromptEncoder, check_prompts
+from distillers.radiometry import Radiometry
 from distillers.schedule import VariancePreserving
 from distillers.weights import Info, Parts
 
@@ -207,14 +208,15 @@ class Generator(nn.Module):
                 raise BadInput("labels", wrong or list(labels), allowed)
             return {"label": torch.tensor(list(labels), device=device)}
         if info.task == "sar-to-optical":
-            channels = (info.sar or {}).get("channels", 1)
+            seen = Radiometry.of(info.sar)
+            channels = seen.channels
             if sar is None or sar.ndim != 4 or sar.shape[1] != channels or (count is not None and len(sar) != count):
                 given = None if sar is None else tuple(sar.shape)
                 raise BadInput("sar", given, f"shape ({count or 'B'}, {channels}, H, W) in [-1, 1]")
             self._check_size("sar", *sar.shape[-2:])
             if not bool((sar.abs() <= 1 + 1e-3).all()):  # also refuses NaN
                 raise BadInput("sar", f"{sar.min()} to {sar.max()}", "values in [-1, 1]")
-            return {"sar": self.codec.encode(sar.to(device, torch.float32))}
+            return {"sar": conditions.encode(sar.to(device, torch.float32), seen, self.codec)}
         return None
 
     def _words(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Cond:

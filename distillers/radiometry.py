@@ -11,7 +11,7 @@ Knows arrays and the manifest's words; files are read in `scene.py` and `data/`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,12 +35,22 @@ ADVICE = "say what they are: --units db | linear | amplitude | dn"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Levels:
+    """The local means of backscatter that a network is told beside the pixels, as phases: see `conditions.encode`."""
+
+    cells: tuple[int, ...] = (5, 17)  # sides of the windows, odd, in positions of the network
+    frequencies: int = 6  # of sine and cosine, each twice the one before
+
+
+@dataclass(frozen=True, kw_only=True)
 class Radiometry:
     """How one model sees backscatter; the manifest's `sar`.
 
     form "db": each of `bands` is clipped to clip_db[band] and brought to [-1, 1] linearly; a band that is not there is
     0 everywhere. form "amplitude": one band, amplitude over its white, clipped, brought to [-1, 1]; absolute levels
-    play no part. `white_db`: the level that the white of digital numbers is taken for ("db" only).
+    play no part. `white_db`: the level that the white of digital numbers is taken for ("db" only). `levels`: the
+    network is told local means and which bands are there. `calibrated`: after the bands follows a plane of 1 where
+    levels are absolute (decibels, power, amplitude) and -1 where they hang on the scene's own white ("db" only).
     """
 
     form: Literal["db", "amplitude"] = "amplitude"
@@ -48,6 +58,8 @@ class Radiometry:
     bands: tuple[str, ...] = ()
     clip_db: dict[str, tuple[float, float]] = field(default_factory=dict)
     white_db: dict[str, float] = field(default_factory=dict)
+    levels: Levels | None = None
+    calibrated: bool = False
     range: Any = None  # a remark
 
     @classmethod
@@ -61,15 +73,26 @@ class Radiometry:
             first = error.errors()[0]
             raise BadInput(f"sar.{'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
         named = set(found.bands)
-        whole = len(found.bands) == found.channels and named <= set(found.clip_db) and named <= set(found.white_db)
+        whole = len(found.bands) == found.band_count and named <= set(found.clip_db) and named <= set(found.white_db)
         ranges = all(low < high for low, high in found.clip_db.values())
         if found.channels < 1 or (found.form == "db" and not (whole and ranges)):
             raise BadInput("sar", dict(sar or {}), "a clip_db range and a white_db level for each of its bands")
+        if found.calibrated and found.form != "db":
+            raise BadInput("sar.calibrated", True, 'form "db": amplitudes always hang on their own white')
+        if (told := found.levels) and not (told.frequencies > 0 and all(n > 0 and n % 2 for n in told.cells)):
+            raise BadInput("sar.levels", asdict(told), "odd numbers of cells, 1 frequency or more")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        told = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items() if value}
+        told: dict[str, Any] = {key: value for key, value in asdict(self).items() if value}
+        if self.levels:
+            told["levels"]["cells"] = list(self.levels.cells)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
+
+    @property
+    def band_count(self) -> int:
+        """How many of the channels are backscatter."""
+        return self.channels - self.calibrated
 
     def anchored(self, units: str) -> bool:
         """Whether levels hang on the scene's own white, for want of an absolute one."""
@@ -79,10 +102,11 @@ class Radiometry:
         """The decibels that a scene's white becomes, where it is anchored."""
         return self.white_db[band] if self.form == "db" else 0.0
 
-    def unit(self, decibels: Mapping[str, Array]) -> NDArray[np.float32]:
+    def unit(self, decibels: Mapping[str, Array], calibrated: bool | NDArray[np.bool_] = False) -> NDArray[np.float32]:
         """(channels, H, W) in [-1, 1] from decibels (H, W) by band, anchored already; NaN is 0.
 
-        Form "db" takes any of its bands; "amplitude" takes one, whatever its name.
+        Form "db" takes any of its bands; "amplitude" takes one, whatever its name. `calibrated` says whether levels are
+        absolute, to a model that is told so.
         """
         if self.form == "amplitude":
             (values,) = decibels.values()
@@ -94,6 +118,8 @@ class Radiometry:
             if band in decibels:
                 low, high = self.clip_db[band]
                 out[i] = (np.clip(decibels[band], low, high) - low) * (2 / (high - low)) - 1
+        if self.calibrated:
+            out[-1] = np.where(calibrated, 1, -1)
         return np.nan_to_num(out, copy=False, nan=0.0)
 
     def picture(self, grey: Array, band: str) -> NDArray[np.float32]:
@@ -114,7 +140,7 @@ class Radiometry:
         """
         if self.form == "amplitude":
             return ((unit[0] + 1) / 2).astype(np.float32), ""
-        i = next((i for i in range(len(unit)) if np.any(unit[i])), 0)
+        i = next((i for i in range(self.band_count) if np.any(unit[i])), 0)
         band, (low, high) = self.bands[i], self.clip_db[self.bands[i]]
         seen = (unit[i] + 1) / 2 * (high - low) + low - self.level(band)
         return np.minimum(10 ** (seen / 20), 1).astype(np.float32), band
@@ -129,8 +155,9 @@ SENTINEL1_DB = Radiometry(
     clip_db={"VV": (-25.0, 0.0), "VH": (-32.5, 0.0)},
     white_db={"VV": -5.3, "VH": -13.0},
 )
+SENTINEL1 = replace(SENTINEL1_DB, channels=3, levels=Levels(), calibrated=True)
 AMPLITUDE = Radiometry(range="uint8 amplitude / its 99 % quantile, to [-1, 1]")
-NAMED = {"amplitude": AMPLITUDE, "sentinel1-db": SENTINEL1_DB}
+NAMED = {"amplitude": AMPLITUDE, "sentinel1-db": SENTINEL1_DB, "sentinel1": SENTINEL1}
 
 
 def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:

@@ -205,7 +205,8 @@ class Source:
             for band, numbers in zip(self.bands, values, strict=True)
         }
         pad = ((0, below), (0, right))
-        return np.pad(self.radiometry.unit(heard), ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
+        seen = self.radiometry.unit(heard, calibrated=not self.radiometry.anchored(self.units))
+        return np.pad(seen, ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
 
 
 def _metres(raster: Any) -> tuple[float | None, float | None]:

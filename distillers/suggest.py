@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillers import conditions
 from distillers.denoiser import Cond, Denoiser
 from distillers.distiller import rebuilt
 from distillers.errors import BadInput
 from distillers.evaluate import Column, device_name, latencies, markdown_table
+from distillers.radiometry import Radiometry
 from distillers.teacher import Teacher
 
 SIZES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4)  # of the teacher's widths
@@ -149,7 +151,7 @@ Input = tuple[Tensor, Tensor, Cond | None]
 def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
     """(x_t, t, cond) at each of NOISES, without data: unit noise at t_max; below it, what the teacher makes of it."""
     denoiser, schedule = teacher.denoiser, teacher.denoiser.schedule
-    rng = torch.Generator().manual_seed(0)
+    rng, info, codec = torch.Generator().manual_seed(0), teacher.info, teacher.codec
     example, cond = teacher.example()
     shape = (INPUTS, *example.shape[1:])
     told = (
@@ -158,7 +160,8 @@ def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
     if told and "label" in told:
         told["label"] = torch.arange(INPUTS) % len(teacher.info.labels)
     if told and "sar" in told:
-        told["sar"] = torch.randn(told["sar"].shape, generator=rng)
+        noise = torch.randn(INPUTS, codec.channels(info.sar_channels), *example.shape[-2:], generator=rng)
+        told["sar"] = conditions.encode(codec.decode(noise), Radiometry.of(info.sar), codec)
     told = told and {key: value.to(device) for key, value in told.items()}
     t = torch.tensor(schedule.t_max, dtype=torch.float64, device=device)
     noise = torch.randn(shape, generator=rng).to(device)

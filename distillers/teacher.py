@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillers import weights
-from distillers.codec import ImageCodec, PixelUnshuffle
+from distillers import conditions, weights
+from distillers.codec import ImageCodec
 from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
+from distillers.radiometry import Radiometry
 from distillers.schedule import Prediction, from_config
 from distillers.weights import Info
 
@@ -51,10 +52,9 @@ class Teacher:
         from diffusers import UNet2DModel
 
         channels = codec.channels(3)
-        sar = (info.sar or {}).get("channels", 0) if info.task == "sar-to-optical" else 0
         options = {
             "sample_size": info.size[0] // codec.factor,
-            "in_channels": channels + codec.channels(1) * sar if isinstance(codec, PixelUnshuffle) else channels,
+            "in_channels": channels + info.condition_channels(codec),
             "out_channels": channels,
             **network,
         }
@@ -78,7 +78,7 @@ class Teacher:
         if info.task == "class-to-image":
             return x0, {"label": torch.zeros(1, dtype=torch.long)}
         if info.task == "sar-to-optical":
-            return x0, {"sar": torch.zeros(1, self.codec.channels(info.sar_channels), *side)}
+            return x0, {"sar": torch.zeros(1, info.condition_channels(self.codec), *side)}
         return x0, None
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
@@ -89,5 +89,5 @@ class Teacher:
         if self.info.task == "class-to-image":
             encoded["label"] = batch["label"].to(device)
         if self.info.task == "sar-to-optical":
-            encoded["sar"] = self.codec.encode(batch["sar"].to(device))
+            encoded["sar"] = conditions.encode(batch["sar"].to(device), Radiometry.of(self.info.sar), self.codec)
         return encoded

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from distillers import conditions
 from distillers.adapter import fused, has_lora, lora_rank, lora_state
 from distillers.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.denoiser import Denoiser, Guided, Routed
 from distillers.errors import BadInput
 from distillers.prompts import PromptEncoder, read_prompts
+from distillers.radiometry import Radiometry
 from distillers.schedule import (
     NoiseSchedule,
     Prediction,
@@ -157,6 +159,10 @@ class Info:
     def sar_channels(self) -> int:
         """Pixel channels of the SAR input; 0 for models that take none."""
         return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
+
+    def condition_channels(self, codec: ImageCodec) -> int:
+        """Channels that stand beside the noisy image at the network's input, what SAR becomes there; 0 without SAR."""
+        return conditions.channels(Radiometry.of(self.sar), codec) if self.task == "sar-to-optical" else 0
 
     def write(self, folder: Path) -> None:
         entries = asdict(self)
@@ -467,7 +473,7 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, 
     channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
         raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
-    expected = channels + (codec.channels(sar) if sar else 0)
+    expected = channels + info.condition_channels(codec)
     if config.in_channels != expected or (config.out_channels or expected) not in (channels, 2 * channels):
         given = f"{config.in_channels} in, {config.out_channels} out"
         raise BadInput(f"{folder}: channels", given, f"{expected} in, {channels} out (or twice that: learned variance)")

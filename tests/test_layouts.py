@@ -541,7 +541,7 @@ def test_holes_are_zero_to_the_model_and_poor_crops_are_left_out(tmp_path: Path)
     assert (pairs.items([4])["sar"][0][:, 8:12, 2] == 0).all()  # no data in one is none in both
     drawn, again = pairs.draw(200, rng(2)), pairs.draw(200, rng(2))
     assert torch.equal(drawn["sar"], again["sar"]) and torch.equal(drawn["image"], again["image"])
-    crops = pairs._crops(500, rng(2))  # before they are sorted out
+    crops, _ = pairs._crops(500, rng(2))  # before they are sorted out
     assert (np.isnan(crops).any(-1).mean((1, 2)) > 0.1).mean() > 0.3
     heard = [picture for picture in drawn["sar"] if (picture != 0).any((1, 2)).all()]  # both bands left in
     assert len(heard) > 50 and max(float((picture == 0).all(0).float().mean()) for picture in heard) <= 0.1

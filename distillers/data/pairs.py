@@ -22,6 +22,7 @@ from distillers.data.pixels import (
     check_indices,
     check_size,
     check_split,
+    check_whole,
     dihedral,
     existing_folder,
     read_image,
@@ -49,6 +50,10 @@ STRETCH_DB = (
 MEAN_BELOW_WHITE_DB = 7.3  # of the pictures whose white is their 99 % quantile, measured on sentinel-pairs
 CLIPPED_DB = 2.0  # how far, on average, clipped numbers lie beyond
 GAIN_DB = 1.5  # between calibrations, orbits and seasons
+CALIBRATED_GAIN_DB = 0.3  # between calibrated scenes of one place
+SLOPE = 0.15  # by how much decibels are stretched or flattened about their median
+NOISE_DB = 1.5  # the strongest additional speckle
+OTHERWISE = 0.3  # of crops are shown as the kind of levels that they are not
 RATIO_DB, RATIO_SPREAD_DB = 7.7, 2.0  # VV over VH on land: TerraMind's means, -12.6 and -20.3 dB
 SPECKLE_DB = 1.5  # the share of a second polarisation's speckle that the first does not have
 HOLES = 0.1  # of a crop's pixels may have no data
@@ -67,6 +72,11 @@ class SarOpticalPairs:
     decibels, `bands` names the polarisations of pictures ("VH" if not said, "VV" or "VV,VH") and `units` what their
     values are: those of `radiometry.UNITS`, or "stretched-db" (8 bits, decibels stretched to them, as SEN1-2 has); then
     `draw` also varies the levels, adds a simulated second polarisation and leaves polarisations out: see `simulated`.
+
+    A radiometry that tells absolute levels from others ("sentinel1") makes `draw` vary them more: see `varied`.
+    `balance` sorts ground into that many classes by its mean colour, so that water or towns, which cover little, are
+    drawn more often than their share of the area; 0 draws by area. `colours` = {gain: [r, g, b], offset: [r, g, b]}
+    brings the optical pictures of one source to the brightness of another: gain * level + offset, levels of 0 to 255.
 
     Rasters (layouts geotiff and sen12ms) say their bands by description, else `bands` does, as in
     `radiometry.name_bands`. Units "auto" are "dn" for 8 bits, else decided by the values of SAMPLED rasters, for all
@@ -94,6 +104,8 @@ class SarOpticalPairs:
         nodata: float | None = None,
         optical_scale: float = 10_000.0,
         optical_offset: float = 0.0,
+        colours: Mapping[str, Sequence[float]] | None = None,
+        balance: int = 0,
     ) -> None:
         self.path, self.size, self.dihedral = existing_folder(path), check_size(size), dihedral
         check_split(split)
@@ -102,6 +114,7 @@ class SarOpticalPairs:
             raise BadInput("units", units, " | ".join(("auto", *UNITS, STRETCHED)))
         if not optical_scale > 0:
             raise BadInput("optical_scale", optical_scale, "above 0")
+        self.balance, self.colours = check_whole("balance", balance, 0), _colours(colours)
         self.name, self.nodata, self.optical = self.path.name, nodata, (optical_scale, optical_offset)
         self.layout, pairs = find_pairs(self.path, split, layout)
         self.pairs = [pairs[i] for i in spread(len(pairs), limit)]
@@ -121,9 +134,16 @@ class SarOpticalPairs:
         else float16: 8-bit SAR as it is, other SAR in decibels (at the model's white where it has no level of its own),
         NaN where there are no data."""
         read = self._read_rasters if self.layout in RASTERS else _read_pair
-        found = [read(pair, self.size) for pair in self.pairs]
+        found = [self._recoloured(read(pair, self.size)) for pair in self.pairs]
         kind = np.uint8 if all(scene.dtype == np.uint8 for scene in found) else np.float16
         return [scene.astype(kind, copy=False) for scene in found]
+
+    def _recoloured(self, scene: NDArray[Any]) -> NDArray[Any]:
+        """The scene with its optical levels brought to another source's brightness."""
+        if self.colours is not None:
+            levels = self.colours[0] * scene[..., -3:].astype(np.float32) + self.colours[1]
+            scene[..., -3:] = np.clip(np.rint(levels), 0, 255)
+        return scene
 
     @cached_property
     def units(self) -> str:
@@ -211,6 +231,47 @@ class SarOpticalPairs:
         ]
 
     @cached_property
+    def _ground(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """((n, 3) pair, top, left of every tile with data half a crop apart, sorted by class; where each class starts,
+        and the end; how likely each class is).
+
+        Classes are clusters of mean colours. One is as likely as the root of its size: by size, open sea would never
+        be drawn; all alike, three tiles of one class would be seen thousands of times.
+        """
+        from scipy.cluster.vq import kmeans2
+
+        s, step = self.size, self.size // 2
+        found, means = [], []
+        for k, scene in enumerate(self.scenes):
+            for top in range(0, scene.shape[0] - s + 1, step):
+                for left in range(0, scene.shape[1] - s + 1, step):
+                    tile = scene[top : top + s, left : left + s]
+                    if _holes(tile[None])[0] <= HOLES:
+                        found.append((k, top, left))
+                        means.append(np.nanmean(tile[::4, ::4, -3:], (0, 1), dtype=np.float64))
+        if len(found) < self.balance:
+            raise BadInput("balance", self.balance, f"at most the {len(found)} tiles with data of {self.path}")
+        _, kinds = kmeans2(np.array(means), self.balance, minit="++", seed=0)
+        counts = np.bincount(kinds, minlength=self.balance)
+        order = np.argsort(kinds, kind="stable")
+        return np.array(found)[order], np.append(0, np.cumsum(counts)), np.sqrt(counts) / np.sqrt(counts).sum()
+
+    @cached_property
+    def _anchors(self) -> dict[str, NDArray[np.float64]]:
+        """By band (pairs,): the dB that put the white of a calibrated pair where digital numbers have it."""
+        if not self.calibrated:
+            return {}
+        return {
+            band: np.array(
+                [
+                    self.radiometry.level(band) - white_of(self._decibels(s[..., i], band, None), "db")
+                    for s in self.scenes
+                ]
+            )
+            for i, band in enumerate(self.bands)
+        }
+
+    @cached_property
     def _regions(self) -> dict[str, str]:
         return {name: str(entry["region"]) for name, entry in metadata(self.path).items() if "region" in entry}
 
@@ -221,24 +282,41 @@ class SarOpticalPairs:
         return len(self._tiles)
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` random crops (a pair is as likely as its area), both turned alike; a pure function of `rng`."""
-        crops = self._crops(n, rng)
+        """`n` random crops, both turned alike; a pure function of `rng`.
+
+        A pair is as likely as its area, or a class of ground as the root of its area (`balance`).
+        """
+        crops, chosen = self._crops(n, rng)
         while (poor := _holes(crops) > HOLES).any():
             if not self._tiles:
                 raise BadInput("path", str(self.path), f"pairs with {self.size} x {self.size} px of data")
-            crops[poor] = self._crops(int(poor.sum()), rng)
-        return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng)
+            crops[poor], chosen[poor] = self._crops(int(poor.sum()), rng)
+        return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng, chosen)
 
-    def _crops(self, n: int, rng: np.random.Generator) -> NDArray[Any]:
-        area = np.array([scene.shape[0] * scene.shape[1] for scene in self.scenes], dtype=np.float64)
-        chosen, where = rng.choice(len(area), size=n, p=area / area.sum()), rng.random((n, 2))
+    def _crops(self, n: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """((n,S,S,C+3), (n,) the pair of each)."""
+        places = self._balanced(n, rng) if self.balance else self._anywhere(n, rng)
         crops = np.empty((n, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
-        for i, k in enumerate(chosen):
-            scene = self.scenes[k]
-            top = int(where[i, 0] * (scene.shape[0] - self.size + 1))
-            left = int(where[i, 1] * (scene.shape[1] - self.size + 1))
-            crops[i] = scene[top : top + self.size, left : left + self.size]
-        return crops
+        for i, (k, top, left) in enumerate(places):
+            crops[i] = self.scenes[k][top : top + self.size, left : left + self.size]
+        return crops, places[:, 0]
+
+    def _anywhere(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """(n, 3) pair, top, left."""
+        shapes = np.array([scene.shape[:2] for scene in self.scenes])
+        area = shapes.prod(1).astype(np.float64)
+        chosen, where = rng.choice(len(area), size=n, p=area / area.sum()), rng.random((n, 2))
+        return np.column_stack([chosen, (where * (shapes[chosen] - self.size + 1)).astype(np.int64)])
+
+    def _balanced(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """(n, 3) pair, top, left: a tile of a class, shifted by up to half a crop, within its pair."""
+        tiles, starts, likely = self._ground
+        kinds, where = rng.choice(self.balance, size=n, p=likely), rng.random((n, 3))
+        places = tiles[(starts[kinds] + where[:, 0] * np.diff(starts)[kinds]).astype(np.int64)]
+        room = np.array([scene.shape[:2] for scene in self.scenes])[places[:, 0]] - self.size
+        places[:, 1:] += np.rint((where[:, 1:] - 0.5) * self.size).astype(np.int64)
+        places[:, 1:] = places[:, 1:].clip(0, room)
+        return places
 
     def items(self, indices: Sequence[int]) -> Batch:
         """The tiles of these positions as they are."""
@@ -247,14 +325,26 @@ class SarOpticalPairs:
         empty = np.empty((0, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
         return self._batch(np.stack(tiles) if tiles else empty)
 
-    def _batch(self, crops: NDArray[Any], rng: np.random.Generator | None = None) -> Batch:
-        """(n,S,S,C+3) in the model's terms; with `rng` as training draws them."""
+    @cached_property
+    def calibrated(self) -> bool:
+        """Whether SAR levels are absolute."""
+        return self.units in ("db", "linear", "amplitude") and not self.radiometry.anchored(self.units)
+
+    def _batch(
+        self, crops: NDArray[Any], rng: np.random.Generator | None = None, pairs: NDArray[np.int64] | None = None
+    ) -> Batch:
+        """(n,S,S,C+3) in the model's terms; with `rng` as training draws them, of these pairs."""
         image, sar = to_tensor(np.nan_to_num(crops[..., -3:]).astype(np.uint8)), crops[..., :-3]
         if self.radiometry.form == "amplitude" and self._eight_bits:
             return {"image": image, "sar": to_tensor(sar).nan_to_num_(0)}
         heard = {band: self._decibels(sar[..., i], band, rng) for i, band in enumerate(self.bands)}
-        varied = heard if rng is None or self.radiometry.form == "amplitude" else simulated(heard, rng)
-        seen = self.radiometry.unit(varied)
+        absolute: bool | NDArray[np.bool_] = self.calibrated
+        if rng is not None and pairs is not None and self.radiometry.calibrated:
+            anchors = {band: shifts[pairs] for band, shifts in self._anchors.items()}
+            heard, absolute = varied(heard, self.calibrated, anchors, rng)
+        elif rng is not None and self.radiometry.form == "db":
+            heard = simulated(heard, rng)
+        seen = self.radiometry.unit(heard, absolute)
         return {"image": image, "sar": torch.from_numpy(seen.swapaxes(0, 1).copy())}
 
     def _decibels(self, values: NDArray[Any], band: str, rng: np.random.Generator | None) -> NDArray[np.float32]:
@@ -303,10 +393,13 @@ class MixedPairs:
         size: int = 64,
         dihedral: bool = True,
         radiometry: str | Mapping[str, Any] = "sentinel1-db",
+        balance: int = 0,
     ) -> None:
         if not sources:
             raise BadInput("sources", sources, "one table or more, each with a path")
-        own: dict[str, Any] = {"split": split, "size": size, "dihedral": dihedral, "radiometry": radiometry}
+        own: dict[str, Any] = {
+            "split": split, "size": size, "dihedral": dihedral, "radiometry": radiometry, "balance": balance
+        }  # fmt: skip
         self.parts, shares, self.size = [], [], size
         for i, source in enumerate(sources):
             options = {**source}
@@ -358,7 +451,48 @@ def described(radiometry: str | Mapping[str, Any]) -> Radiometry:
     return Radiometry.of(radiometry)
 
 
-def simulated(heard: Mapping[str, NDArray[np.floating]], rng: np.random.Generator) -> dict[str, NDArray[np.floating]]:
+def _colours(given: Mapping[str, Sequence[float]] | None) -> NDArray[np.float32] | None:
+    """(2, 3): the gain and the offset of red, green and blue."""
+    if given is None:
+        return None
+    allowed = "{ gain = [r, g, b], offset = [r, g, b] }: numbers, in levels of 0 to 255"
+    try:
+        found = np.array([given["gain"], given.get("offset", (0, 0, 0))], np.float32)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadInput("colours", given, allowed) from None
+    if found.shape != (2, 3) or not np.isfinite(found).all() or set(given) - {"gain", "offset"}:
+        raise BadInput("colours", given, allowed)
+    return found
+
+
+def varied(
+    heard: Mapping[str, NDArray[np.floating]],
+    calibrated: bool,
+    anchors: Mapping[str, NDArray[np.floating]],
+    rng: np.random.Generator,
+) -> tuple[dict[str, NDArray[np.floating]], NDArray[np.bool_]]:
+    """Make backscatter (n,S,S) in dB by band look like that of other scenes: (bands, (n,1,1) shown as absolute).
+
+    Contrasts are stretched about the crop's median, speckle of random strength is added, then all of `simulated`.
+    A share of crops is shown as the kind that they are not, so that neither kind of levels stands for the ground that
+    its sources happen to show: calibrated ones by `anchors`, the dB (n,) by band that put their scene's white where
+    digital numbers have it; others as they are, for their white is put where Sentinel-1's mean over land then is.
+    """
+    (n, *_) = shape = next(iter(heard.values())).shape
+    other = rng.random((n, 1, 1)) < OTHERWISE
+    slope, strength = rng.uniform(1 - SLOPE, 1 + SLOPE, (n, 1, 1)), rng.uniform(0, NOISE_DB / SPECKLE_DB, (n, 1, 1))
+    gain = np.where(other | (not calibrated), GAIN_DB, CALIBRATED_GAIN_DB)
+    bands = {}
+    for band, values in heard.items():
+        middle = np.nanmedian(values[:, ::4, ::4], (1, 2), keepdims=True)  # a sixteenth of the pixels tells it
+        values = middle + slope * (values - middle) + strength * _speckle(shape, rng)
+        bands[band] = values + np.where(other, anchors[band][:, None, None], 0) if band in anchors else values
+    return simulated(bands, rng, gain), other != calibrated
+
+
+def simulated(
+    heard: Mapping[str, NDArray[np.floating]], rng: np.random.Generator, gain_db: float | NDArray[np.floating] = GAIN_DB
+) -> dict[str, NDArray[np.floating]]:
     """Backscatter as a calibrated raster might have it, from pairs of one polarisation or two, each (n,S,S) in dB.
 
     Levels shift by a random gain, for the pairs' own are not calibrated. Where there is one polarisation, the other is
@@ -375,7 +509,7 @@ def simulated(heard: Mapping[str, NDArray[np.floating]], rng: np.random.Generato
         without = {other: drawn < 0.4, real: drawn > 0.75}
     else:
         without = {"VV": drawn < 0.25, "VH": drawn > 0.75}
-    gain = rng.normal(0, GAIN_DB, (n, 1, 1))
+    gain = rng.normal(0, 1, (n, 1, 1)) * gain_db
     return {band: np.where(without[band], np.nan, values + gain) for band, values in bands.items()}
 
 

@@ -3,6 +3,7 @@
 Knows files and arrays; what backscatter means is `distillers.radiometry`. rasterio is imported when a raster is met.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ def _read(raster: Any, indexes: list[int], path: Path) -> tuple[NDArray[Any], ND
 def _open(path: Path) -> Any:
     rasterio = _rasterio(path)
     try:
-        return rasterio.open(path)
+        with warnings.catch_warnings():  # where a place is needed, its absence is refused
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            return rasterio.open(path)
     except rasterio.errors.RasterioError as error:
         raise BadInput(str(path), str(error), "a complete, readable raster") from None
 
