@@ -293,7 +293,7 @@ def evaluate(
         int, typer.Option(help="Translators: calibrate the deviation of so many samples; 0 to leave that out.")
     ] = 0,
     features: Annotated[
-        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE or a folder.")
+        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE, efficientnet or a folder.")
     ] = None,
     mean_of: Annotated[
         int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
@@ -306,6 +306,8 @@ def evaluate(
 ) -> None:
     """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
 
+    Of an autoencoder: how near its reconstructions come. No space that a loss of the training compared in is taken.
+
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
     pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
@@ -317,9 +319,13 @@ def evaluate(
     from distillers.generator import Generator
     from distillers.progress import drawing_bar
     from distillers.publish import held_out, write_card
+    from distillers.weights import draws
 
     if out is not None and out.suffix != ".json":
         raise BadInput("out", str(out), "a name that ends in .json")
+    if not draws(weights):
+        _evaluate_autoencoder(weights, n, path, features, out, _device(device))
+        return
     generator = Generator.from_pretrained(weights, _device(device))
     if pairs is None:
         data, train = held_out(weights, path)
@@ -330,9 +336,7 @@ def evaluate(
     beside = weights.parent / (generator.info.teacher or "")
     source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
     against = Generator.from_pretrained(source, _device(device)) if source and teacher_counts else None
-    space = load_features(
-        features or ("shapes" if generator.info.data == "shapes" else "eurosat-landcover"), weights.parent
-    )
+    space = load_features(features or _space(generator.info.data), weights.parent)
     with drawing_bar() as show:
         report = measure(
             generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
@@ -358,6 +362,37 @@ def evaluate(
         curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
         target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
     typer.echo(page)
+
+
+def _evaluate_autoencoder(
+    weights: Path, n: int, path: Path | None, features: str | None, out: Path | None, device: str
+) -> None:
+    """The report of a folder that reconstructs and draws nothing."""
+    import json
+
+    from distillers.autoencoder import Autoencoder
+    from distillers.evaluate import evaluate_reconstruction
+    from distillers.features import load_features
+    from distillers.progress import drawing_bar
+    from distillers.publish import held_out, write_card
+
+    autoencoder = Autoencoder.from_pretrained(weights, device)
+    data, train = held_out(weights, path)
+    space = load_features(features or _space(autoencoder.info.data), weights.parent)
+    with drawing_bar() as show:
+        report = evaluate_reconstruction(autoencoder, data, n=n, features=space, train=train, progress=show)
+    target, page = out or weights / "report.json", report.markdown()
+    target.write_text(json.dumps({**report.to_dict(), "markdown": page}, indent=2) + "\n")
+    if out is None:
+        write_card(weights)
+    else:
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}")
+    typer.echo(page)
+
+
+def _space(data: str) -> str:
+    """The feature space that a data set is measured in unless another is asked for."""
+    return "shapes" if data == "shapes" else "eurosat-landcover"
 
 
 @app.command()
@@ -608,6 +643,10 @@ def serve(
 
     if not weights.is_dir():
         raise BadInput("weights", str(weights), "an existing folder of weights folders")
+    if (weights / "fewstep.json").is_file():
+        raise BadInput(
+            "weights", str(weights), f"the folder that it lies in ({weights.resolve().parent}): all are served"
+        )
     if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("FEWSTEP_KEYS"):
         typer.echo("without FEWSTEP_KEYS whoever reaches this address may draw: see `fewstep key`", err=True)
     os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device

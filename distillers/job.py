@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distillers.autoencoder import Autoencoder
 from distillers.denoiser import Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.latents import encoded_once
 from distillers.methods.multi_student import NAME, MultiStudent
 from distillers.publish import publish
 from distillers.recipe import Recipe
@@ -79,13 +81,16 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     whole, method = recipe.open_data(), recipe.distiller()
     teacher = recipe.open_teacher(whole)
     data = method.data(whole, teacher)
-    generator = train(
-        method, teacher, data, recipe.settings(), folder / "training", description=recipe.table(), device=device
+    seen = encoded_once(data, teacher.codec)
+    made = train(
+        method, teacher, seen, recipe.settings(), folder / "training", description=recipe.table(), device=device
     )
     if isinstance(method, MultiStudent) and method.students > 1:
-        generator.info = replace(generator.info, shares=[method.share(teacher)])
+        made.info = replace(made.info, shares=[method.share(teacher)])
     if PartialState().is_main_process:
-        publish(generator, recipe, data, folder)
+        if isinstance(made, Autoencoder):
+            made.standardise(data)
+        publish(made, recipe, data, folder)
     PartialState().wait_for_everyone()
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.errors import BadInput
@@ -100,7 +101,7 @@ def train(
     *,
     description: dict[str, Any] | None = None,
     device: str | None = None,
-) -> Generator:
+) -> Generator | Autoencoder:
     """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
 
     Args:
@@ -108,7 +109,7 @@ def train(
         description: recorded in each checkpoint; a checkpoint of another description is refused.
 
     Returns:
-        The generator with the averaged weights, on CPU.
+        The generator or the autoencoder with the averaged weights, on CPU.
 
     Raises:
         TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
@@ -222,7 +223,7 @@ class Run:
             if name not in players:
                 raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
         self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
-        students = [name for name in players if name.startswith("student")]
+        students = [name for name in players if name.startswith(distiller.leaves)]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
@@ -329,14 +330,17 @@ class Run:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
 
-    def generator(self) -> Generator:
-        """The method's generator with averaged weights, on CPU."""
+    def generator(self) -> Generator | Autoencoder:
+        """The method's generator, or its autoencoder, with averaged weights, on CPU."""
         nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
 
     @torch.no_grad()
     def draw_samples(self, done: int, data: ImageData) -> None:
-        """Samples of fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`."""
+        """Draw fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`.
+
+        An autoencoder shows the same items reconstructed.
+        """
         if not self.accelerator.is_main_process:
             return
         from distillers.pictures import grid_png, to_pixels
@@ -347,8 +351,7 @@ class Run:
         generator = self.distiller.generator(nets, self.teacher).eval()
         count = min(count, len(data))
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
-        labels = batch["label"].tolist() if generator.info.labels else None
-        pictures = generator.sample(range(len(batch["image"])), labels=labels, sar=batch.get("sar"))
+        pictures = generator.shown(batch)
         for net in self.optimizers:
             self.nets[net].train()
         grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")

@@ -3,14 +3,15 @@
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho,
 "Progressive Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance:
 Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; normally distributed logarithms of the noise level: Karras
-et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, table 1, which on the flow path is the
-logit-normal time of Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
+et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, table 1, which on the flow path is
+the logit-normal time of Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ from distillers.teacher import Teacher
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Distiller):
     """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2. Without the cap this is the velocity loss."""
+
+    taught: ClassVar[bool] = False
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
