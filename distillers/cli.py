@@ -324,6 +324,10 @@ def evaluate(
     if out is not None and out.suffix != ".json":
         raise BadInput("out", str(out), "a name that ends in .json")
     if not draws(weights):
+        given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
+        for name, value in given.items():
+            if value:
+                raise BadInput(name, value, "nothing: an autoencoder draws nothing that this could be asked of")
         _evaluate_autoencoder(weights, n, path, features, out, _device(device))
         return
     generator = Generator.from_pretrained(weights, _device(device))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from distillers import cli, weights
+from distillers import publish as publishing
 from distillers.autoencoder import Autoencoder
 from distillers.codec import Vae
 from distillers.cost import measure
@@ -438,6 +439,25 @@ def test_the_command_writes_the_report_and_the_card(
     told = json.loads((copy / "report.json").read_text())
     assert told["task"] == "autoencoder" and told["markdown"].strip() in (copy / "README.md").read_text()
 
+    for option, value in {"steps": "1", "samples": "8", "mean-of": "4", "teacher": "x", "pairs": "x"}.items():
+        found = CliRunner().invoke(cli.app, [*words, f"--{option}", value]).exception
+        assert isinstance(found, BadInput) and found.field == option
+
+
+def test_the_grid_shows_what_was_held_out_where_there_is_such(
+    folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, shown = Autoencoder.from_pretrained(folder), list[dict[str, Tensor]]()
+    monkeypatch.setattr(publishing, "side_by_side", lambda rows, path, zoom: shown.append(rows))
+    for place, split in ((pictures, "train"), (pictures / "train", None)):
+        data = {"path": str(place), "size": SIDE, **({"split": split} if split else {})}
+        recipe = Recipe.from_table(table(pictures, data=data))
+        publishing.reconstructions(one, recipe, recipe.open_data(), tmp_path / "grid.png")
+    assert [next(iter(rows)) for rows in shown] == ["originals, held out", "originals, learnt from"]
+    held_out = open_data("images", path=str(pictures), split="test", size=SIDE)
+    torch.testing.assert_close(next(iter(shown[0].values()))[:2], held_out.items([0, 1])["image"])
+    torch.testing.assert_close(shown[1]["reconstructions"], one.reconstruct(next(iter(shown[1].values()))))
+
 
 def test_nobody_is_judged_by_what_the_training_looked_through(folder: Path, space: FeatureNet) -> None:
     one, held_out = Autoencoder.from_pretrained(folder), open_data("shapes", size=SIDE, split="test")
@@ -587,4 +607,5 @@ def test_the_shipped_network_is_small() -> None:
     assert isinstance(one, Method)
     vae = one.networks(absent(recipe.data["size"]))["autoencoder"]
     assert sum(p.numel() for p in vae.parameters()) < 8e6
+    assert one.groups == 4 and Method(channels=(128, 256)).groups == 32 and Method(channels=(8, 10)).groups == 1
     assert one.factor == 8 and vae.config.latent_channels == 8  # 16 x 16 x 8
