@@ -310,7 +310,7 @@ def evaluate(
         int, typer.Option(help="Translators: calibrate the deviation of so many samples; 0 to leave that out.")
     ] = 0,
     features: Annotated[
-        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE or a folder.")
+        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE, efficientnet or a folder.")
     ] = None,
     mean_of: Annotated[
         int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
@@ -323,6 +323,8 @@ def evaluate(
 ) -> None:
     """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
 
+    Of an autoencoder: how near its reconstructions come. No space that a loss of the training compared in is taken.
+
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
     pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
@@ -334,9 +336,17 @@ def evaluate(
     from distillers.generator import Generator
     from distillers.progress import drawing_bar
     from distillers.publish import held_out, write_card
+    from distillers.weights import draws
 
     if out is not None and out.suffix != ".json":
         raise BadInput("out", str(out), "a name that ends in .json")
+    if not draws(weights):
+        given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
+        for name, value in given.items():
+            if value:
+                raise BadInput(name, value, "nothing: an autoencoder draws nothing that this could be asked of")
+        _evaluate_autoencoder(weights, n, path, features, out, _device(device))
+        return
     generator = Generator.from_pretrained(weights, _device(device))
     if pairs is None:
         data, train = held_out(weights, path)
@@ -372,6 +382,32 @@ def evaluate(
     else:
         curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
         target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
+    typer.echo(page)
+
+
+def _evaluate_autoencoder(
+    weights: Path, n: int, path: Path | None, features: str | None, out: Path | None, device: str
+) -> None:
+    """The report of a folder that reconstructs and draws nothing."""
+    import json
+
+    from distillers.autoencoder import Autoencoder
+    from distillers.evaluate import evaluate_reconstruction
+    from distillers.features import feature_space, load_features
+    from distillers.progress import drawing_bar
+    from distillers.publish import held_out, write_card
+
+    autoencoder = Autoencoder.from_pretrained(weights, device)
+    data, train = held_out(weights, path)
+    space = load_features(features or feature_space(autoencoder.info.data), weights.parent)
+    with drawing_bar() as show:
+        report = evaluate_reconstruction(autoencoder, data, n=n, features=space, train=train, progress=show)
+    target, page = out or weights / "report.json", report.markdown()
+    target.write_text(json.dumps({**report.to_dict(), "markdown": page}, indent=2) + "\n")
+    if out is None:
+        write_card(weights)
+    else:
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}")
     typer.echo(page)
 
 
@@ -623,6 +659,10 @@ def serve(
 
     if not weights.is_dir():
         raise BadInput("weights", str(weights), "an existing folder of weights folders")
+    if (weights / "fewstep.json").is_file():
+        raise BadInput(
+            "weights", str(weights), f"the folder that it lies in ({weights.resolve().parent}): all are served"
+        )
     if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("FEWSTEP_KEYS"):
         typer.echo("without FEWSTEP_KEYS whoever reaches this address may draw: see `fewstep key`", err=True)
     os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device

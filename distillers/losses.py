@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distillers.codec import ImageCodec
 from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
+from distillers.features import EfficientNetFeatures
 from distillers.generator import Generator
 from distillers.schedule import NoiseSchedule, VariancePreserving, like
 from distillers.teacher import Teacher
@@ -244,12 +245,29 @@ def feature_distance(denoiser: Denoiser, a: Tensor, b: Tensor, cond: Cond | None
     seen = denoiser.features(a, t, cond, layers)
     with torch.no_grad():
         wanted = denoiser.features(b, t, cond, layers)
+    return unit_length_distance(seen, wanted)
+
+
+def unit_length_distance(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and positions of the squared difference of activations, each scaled to unit length.
+
+    Zhang et al. 2018, eq. 1, with all channels weighted alike. Layers are maps (B, C, H, W), tokens (B, N, C) or
+    vectors (B, C); result (B,).
+    """
     distances = []
     for ours, theirs in zip(seen, wanted, strict=True):
         channels = 1 if ours.ndim == 4 else -1
         gap = F.normalize(ours.float(), dim=channels) - F.normalize(theirs.float(), dim=channels)
         distances.append(gap.square().sum(channels).reshape(len(gap), -1).mean(1))
     return torch.stack(distances).mean(0)
+
+
+def perceptual_distance(network: EfficientNetFeatures, a: Tensor, b: Tensor) -> Tensor:
+    """The same form on EfficientNet's maps of pictures (B, 3, H, W) in [-1, 1]; only a carries a gradient. -> (B,)."""
+    seen = network.stages(a)
+    with torch.no_grad():
+        wanted = network.stages(b)
+    return unit_length_distance(seen, wanted)
 
 
 class Lpips(nn.Module):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distillers import weights
+from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -29,6 +30,7 @@ from distillers.recipe import Recipe
 from distillers.schedule import VariancePreserving
 
 ATTRIBUTION = {
+    "avatars": "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0.",
     "eurosat": "EuroSAT (Helber et al. 2019, MIT). Contains modified Copernicus Sentinel data.",
     "sentinel-pairs+sen12-pairs": "Contains modified Copernicus Sentinel data (Sentinel-1 GRD VH and Sentinel-2 "
     "L1C of 2020; SEN1-2, Schmitt et al. 2018, CC-BY).",
@@ -45,7 +47,12 @@ COLUMNS = 10  # of grid.png
 
 
 def publish(
-    generator: Generator, recipe: Recipe, data: ImageData | None, folder: Path, *, iteration: int | None = None
+    generator: Generator | Autoencoder,
+    recipe: Recipe,
+    data: ImageData | None,
+    folder: Path,
+    *,
+    iteration: int | None = None,
 ) -> None:
     """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole.
 
@@ -56,6 +63,11 @@ def publish(
         (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions() | stood}))
         teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
         generator.save_pretrained(new)
+        if isinstance(generator, Autoencoder):
+            if data is not None:
+                reconstructions(generator, recipe, data, new / "grid.png")
+            write_card(new)
+            return
         seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
         picture(generator, teacher, seen, new)
         write_golden(generator, new)
@@ -140,6 +152,17 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData | N
             grid_png(torch.from_numpy(grey)[None, None] * 2 - 1, columns=1, path=folder / "examples" / name, gap=0)
 
 
+def reconstructions(autoencoder: Autoencoder, recipe: Recipe, data: ImageData, path: Path) -> None:
+    """A PNG of originals above their reconstructions, from the held-out split where the data have one."""
+    try:
+        data, name = splits(recipe)[0], "originals, held out"
+    except BadInput:
+        name = "originals, learnt from"
+    originals = data.items(_columns(data))["image"]
+    rows = {name: originals, "reconstructions": autoencoder.reconstruct(originals)}
+    side_by_side(rows, path, zoom=max(1, 96 // originals.shape[-1]))
+
+
 def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | None, path: Path) -> None:
     """A PNG with a labelled row for each (model, steps), on the same noises and conditions; SAR above, truth below.
 
@@ -207,7 +230,7 @@ def write_card(folder: Path) -> None:
         "---",
         "library_name: diffusers",
         "license: apache-2.0",
-        "tags: [diffusion, few-step, " + info.method + ", " + info.task + "]",
+        "tags: [" + ", ".join(dict.fromkeys(["diffusion", "few-step", info.method, info.task])) + "]",
         "---",
         "",
         f"# {info.name}",
@@ -270,6 +293,13 @@ def _what(info: weights.Info) -> str:
         "text-to-image": "pictures of what a text says",
     }
     size = "x".join(map(str, info.size))
+    if info.task == weights.AUTOENCODER:
+        side = "x".join(str(n // info.patch) for n in info.size)
+        looked = f" Its loss compared the features of {', '.join(info.trained_with)}." if info.trained_with else ""
+        return (
+            f"An autoencoder: pictures of {size} px to latents of {side} positions and back. It draws nothing by "
+            f"itself; a diffusion model trains in its latents.{looked}"
+        )
     if info.role == "teacher":
         return f"A diffusion teacher: {kind[info.task]}, {size} px, {info.default_steps} steps by default."
     counts = ", ".join(map(str, sorted(info.step_times)))
@@ -285,6 +315,16 @@ def _names(info: weights.Info, share: Sequence[int]) -> str:
 
 
 def _use(info: weights.Info, stock: bool) -> list[str]:
+    if info.task == weights.AUTOENCODER:
+        return [
+            "# plain diffusers, no line of ours; pictures are (B, 3, H, W) in [-1, 1]",
+            "from diffusers import AutoencoderKL",
+            "",
+            f'vae = AutoencoderKL.from_pretrained("{info.name}", subfolder="vae")',
+            "scale, shift = vae.config.scaling_factor, vae.config.shift_factor",
+            "latents = (vae.encode(pictures).latent_dist.mean - shift) * scale  # mean 0, variance 1",
+            "pictures = vae.decode(latents / scale + shift).sample",
+        ]
     label = info.classes[0] if info.classes else None
     if stock:
         labels = f", class_labels={label}" if info.task == "class-to-image" else ""
@@ -298,6 +338,8 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
             f'pipe(num_inference_steps={info.default_steps}{labels}).images[0].save("sample.png")',
         ]
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
+    if info.codec == "vae":
+        patch = "; pixels are `vae.decode(x0 / vae.config.scaling_factor + vae.config.shift_factor).sample`"
     parts = f"each folder in {weights.STUDENTS}/" if len(info.shares) > 1 else "UNet2DModel"
     lines = [
         f"# parts open with stock classes: {parts} and the scheduler{patch}",
@@ -354,4 +396,6 @@ def _limits(info: weights.Info) -> str:
             f"{info.sar}. Trained on two regions and one season: expect wrong colours elsewhere."
             + (RADIOMETRY if (info.sar or {}).get("form") == "db" else "")
         )
+    if info.task == weights.AUTOENCODER:
+        return "A small network trained briefly on one kind of picture; others come back worse."
     return "A small network trained briefly; it shows the method, not the state of the art."

@@ -2,11 +2,11 @@
 
 name = "eurosat-consistency"        # the folder it makes
 method = "consistency"              # a file in distillers/methods
-teacher = "weights/eurosat-teacher" # folder or hub id; absent for method = "diffusion"
+teacher = "weights/eurosat-teacher" # folder or hub id; absent for "diffusion" and "autoencoder", which learn from data
 [data]                              # kind = "images" | "pairs" | "shapes" | "preferences", and that kind's options
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
-[model]                             # only for method = "diffusion": task, patch, prediction, schedule, network
+[model]                             # only for "diffusion": task, patch or autoencoder, prediction, schedule, network
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from distillers import methods
-from distillers.codec import PixelUnshuffle
+from distillers.codec import ImageCodec, PixelUnshuffle
 from distillers.data import ImageData, open_data
 from distillers.distiller import Distiller
 from distillers.errors import BadInput
@@ -29,7 +29,7 @@ from distillers.radiometry import Radiometry
 from distillers.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.trainer import TrainSettings
-from distillers.weights import Info
+from distillers.weights import AUTOENCODER, Info, read_autoencoder
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -40,6 +40,7 @@ class ModelSettings:
 
     task: Literal["image", "class-to-image", "sar-to-optical"] = "image"
     patch: int = 1  # pixel-unshuffle factor
+    autoencoder: str | None = None  # in whose latents it works, in place of `patch`: a folder or hub id with a vae/
     prediction: Prediction = "v"
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp"})
     network: dict[str, Any] = field(default_factory=dict)  # options of diffusers' UNet2DModel
@@ -48,6 +49,10 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.patch < 1:
             raise BadInput("model.patch", self.patch, "1 or more")
+        if self.autoencoder is not None and self.patch > 1:
+            raise BadInput("model.patch", self.patch, "absent: the autoencoder has its own factor")
+        if self.autoencoder is not None and self.task == "sar-to-optical":
+            raise BadInput("model.autoencoder", self.autoencoder, f"absent for {self.task}: no autoencoder knows SAR")
         if self.schedule.get("name", "vp") != "vp":
             raise BadInput("model.schedule.name", self.schedule["name"], "vp, which diffusers' schedulers can sample")
 
@@ -91,9 +96,9 @@ class Recipe:
         if not isinstance(table.get("name"), str) or not table["name"]:
             raise BadInput("name", table.get("name"), "the name of the folder to make")
         teacher = table.get("teacher")
-        if method == "diffusion" and teacher is not None:
-            raise BadInput("teacher", teacher, "absent: diffusion trains from data")
-        if method != "diffusion" and not (isinstance(teacher, str) and teacher):
+        if not kind.taught and teacher is not None:
+            raise BadInput("teacher", teacher, f"absent: {method} trains from data")
+        if kind.taught and not (isinstance(teacher, str) and teacher):
             raise BadInput("teacher", teacher, "a folder or hub id")
         recipe = cls(
             name=table["name"],
@@ -133,7 +138,7 @@ class Recipe:
         return open_data(str(options.pop("kind", "images")), **options)
 
     def open_teacher(self, data: ImageData, device: str = "cpu") -> Teacher:
-        """The teacher of the recipe, described under the recipe's name; for diffusion an untrained one."""
+        """The teacher of the recipe, described under the recipe's name; an untrained one for diffusion, else none."""
         if self.teacher is not None:
             teacher = Teacher.from_pretrained(self.teacher, device)
             info = replace(
@@ -153,23 +158,35 @@ class Recipe:
             if info.task not in (allowed := methods.find(self.method).tasks):
                 raise BadInput("teacher", f"{self.teacher}, a teacher of {info.task}", " or ".join(allowed))
             return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
-        model = self.model_settings()
-        if model.task == "class-to-image" and not data.labels:
-            raise BadInput("model.task", model.task, "image: the data have no class folders")
-        info = Info(
+        untrained = Info(
             name=self.name,
-            task=model.task,
+            task=AUTOENCODER,
             method=self.method,
             role="teacher",
             data=data.name,
             sampler="ddim",
             size=(data.size, data.size),
+        )
+        if methods.find(self.method).tasks == (AUTOENCODER,):
+            return Teacher.absent(untrained)
+        model = self.model_settings()
+        if model.task == "class-to-image" and not data.labels:
+            raise BadInput("model.task", model.task, "image: the data have no class folders")
+        codec: ImageCodec = PixelUnshuffle(model.patch)
+        seen: list[str] = []
+        if model.autoencoder is not None:
+            codec, about = read_autoencoder(model.autoencoder, device)
+            seen = about.trained_with if about else []
+        info = replace(
+            untrained,
+            task=model.task,
             labels=list(data.labels) if model.task == "class-to-image" else [],
-            patch=model.patch,
+            codec=codec.kind,
+            patch=codec.factor,
+            trained_with=seen,
             sar=_radiometry(model, data) if model.task == "sar-to-optical" else None,
         )
         torch.manual_seed(self.settings().seed)
-        codec = PixelUnshuffle(model.patch)
         return _fitting(Teacher.random(info, model.network, model.schedule, model.prediction, codec), data)
 
 

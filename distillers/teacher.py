@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from distillers import conditions, weights
-from distillers.codec import ImageCodec
+from distillers.codec import ImageCodec, PixelUnshuffle
 from distillers.denoiser import Cond, Denoiser
 from distillers.errors import BadInput
 from distillers.radiometry import Radiometry
-from distillers.schedule import Prediction, from_config
+from distillers.schedule import Prediction, RectifiedFlow, from_config
 from distillers.weights import Info
 
 
@@ -67,6 +67,11 @@ class Teacher:
             raise BadInput("network", network, f"options of diffusers' UNet2DModel ({error})") from None
         return cls(Denoiser(unet, from_config(schedule), prediction), codec, info)
 
+    @classmethod
+    def absent(cls, info: Info) -> Teacher:
+        """No network, and pictures as they are: for a method that builds its own, which only needs to know `info`."""
+        return cls(Denoiser(nn.Identity(), RectifiedFlow(), "x0"), PixelUnshuffle(1), info)
+
     def guided(self, guidance_scale: float) -> nn.Module:
         """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
         return weights.guided(self.denoiser, self.info, guidance_scale)
@@ -82,8 +87,14 @@ class Teacher:
         return x0, None
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-        """A batch of pictures (see `distillers.data`) in the network's terms: "x0", "loser", the condition."""
-        encoded: Cond = {"x0": self.codec.encode(batch["image"].to(device))}
+        """A batch of pictures (see `distillers.data`) in the network's terms: "x0", "loser", the condition.
+
+        "latent" stands for "image" where `Latents` has encoded it before.
+        """
+        if "latent" in batch:
+            encoded: Cond = {"x0": batch["latent"].to(device, torch.float32)}
+        else:
+            encoded = {"x0": self.codec.encode(batch["image"].to(device))}
         if "loser" in batch:
             encoded["loser"] = self.codec.encode(batch["loser"].to(device))
         if self.info.task == "class-to-image":

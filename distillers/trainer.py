@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.errors import BadInput
@@ -111,7 +112,7 @@ def train(
     description: dict[str, Any] | None = None,
     device: str | None = None,
     held_out: ImageData | None = None,
-) -> Generator:
+) -> Generator | Autoencoder:
     """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
 
     Args:
@@ -120,7 +121,8 @@ def train(
         held_out: what the watch compares with; the training data where there is nothing else.
 
     Returns:
-        The generator with the averaged weights, on CPU: the last ones, or the best where `settings.publish` says so.
+        The generator or the autoencoder with the averaged weights, on CPU: the last ones, or the best where
+        `settings.publish` says so.
 
     Raises:
         TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
@@ -242,7 +244,7 @@ class Run:
             if name not in players:
                 raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
         self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
-        students = [name for name in players if name.startswith("student")]
+        students = [name for name in players if name.startswith(distiller.leaves)]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
@@ -443,8 +445,8 @@ class Run:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
 
-    def generator(self, which: Literal["last", "best"] = "last") -> Generator:
-        """The method's generator with averaged weights, on CPU: the last ones, or the watch's best."""
+    def generator(self, which: Literal["last", "best"] = "last") -> Generator | Autoencoder:
+        """The method's generator, or its autoencoder, with averaged weights, on CPU: the last or the watch's best."""
         if which == "best":
             self._load_best()
         nets = Networks({**self.nets, **self.averages})
@@ -452,7 +454,10 @@ class Run:
 
     @torch.no_grad()
     def draw_samples(self, done: int, data: ImageData) -> None:
-        """Samples of fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`."""
+        """Draw fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`.
+
+        An autoencoder shows the same items reconstructed.
+        """
         if not self.accelerator.is_main_process:
             return
         from distillers.pictures import grid_png, to_pixels
@@ -462,8 +467,7 @@ class Run:
         generator = self._averaged()
         count = min(count, len(data))
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
-        labels = batch["label"].tolist() if generator.info.labels else None
-        pictures = generator.sample(range(len(batch["image"])), labels=labels, sar=batch.get("sar"))
+        pictures = generator.shown(batch)
         for net in self.optimizers:
             self.nets[net].train()
         grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
@@ -472,7 +476,7 @@ class Run:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": to_pixels(pictures)}, step=done, dataformats="NHWC")
 
-    def _averaged(self) -> Generator:
+    def _averaged(self) -> Generator | Autoencoder:
         nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval()
 

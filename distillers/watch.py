@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluate import evaluate
+from distillers.evaluate import evaluate, evaluate_reconstruction
 from distillers.features import feature_space, load_features
 from distillers.generator import Generator
 
@@ -38,16 +39,20 @@ class Watch:
             allowed = f"more than the {self.features.num_features} features of {self.features.card.name}, and that many"
             raise BadInput("train.watch_samples", self.n, f"{allowed} held-out pictures (there are {len(data)})")
 
-    def measure(self, generator: Generator, iteration: int) -> tuple[dict[str, float], bool]:
-        """The figures of a generator after so many iterations, and whether its Frechet distance is the least so far.
+    def measure(self, model: Generator | Autoencoder, iteration: int) -> tuple[dict[str, float], bool]:
+        """Measure a model after so many iterations; say whether its Frechet distance is the least so far.
 
-        Figures: "frechet", "kid_mean"; "psnr" in dB for translators; "asked" for shapes, the share of pictures that
-        show what was asked for.
+        Of an autoencoder the reconstructions are measured. Figures: "frechet", "kid_mean"; "psnr" in dB for translators
+        and autoencoders; "asked" for shapes, the share of pictures that show what was asked for.
         """
-        info = generator.info
-        steps = self.steps or (min(info.step_times) if info.step_times else TEACHER_STEPS)
-        report = evaluate(generator, self.data, n=self.n, features=self.features, steps=[steps], latency_repeats=0)
-        row = next(row for row in report.rows if row.role == info.role and row.steps == steps)
+        info = model.info
+        if isinstance(model, Autoencoder):
+            steps = 1
+            report = evaluate_reconstruction(model, self.data, n=self.n, features=self.features, latency_repeats=0)
+        else:
+            steps = self.steps or (min(info.step_times) if info.step_times else TEACHER_STEPS)
+            report = evaluate(model, self.data, n=self.n, features=self.features, steps=[steps], latency_repeats=0)
+        row = next(row for row in report.rows if row.role not in ("real", "baseline"))
         figures = {name: value for name in FIGURES if (value := getattr(row, name, None)) is not None}
         past = [entry for entry in history(self.out) if entry["iteration"] < iteration]  # a run resumed repeats some
         best = all(figures["frechet"] < entry["frechet"] for entry in past)

@@ -4,7 +4,8 @@ A folder is a diffusers pipeline (safetensors only) plus `fewstep.json`, which s
 the published step counts and their times, the labels' names, how the picture is laid out, and a sha256 of each part. A
 folder without `fewstep.json` is any diffusers pipeline and opens as a teacher. A student that is an adapter is saved
 twice: added to its teacher's weights, which is what opens and is served, and alone, for those who have the teacher.
-Students that answer for a share of the labels each lie in students/0, students/1, ..., each a network folder.
+Students that answer for a share of the labels each lie in students/0, students/1, ..., each a network folder. A folder
+of the task "autoencoder" holds a vae/ alone: it reconstructs pictures and draws none, so `read` refuses it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from distillers.schedule import (
 
 MANIFEST = "fewstep.json"
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
-TASKS = ("image", "class-to-image", "sar-to-optical", "text-to-image")
+AUTOENCODER = "autoencoder"
+TASKS = ("image", "class-to-image", "sar-to-optical", "text-to-image", AUTOENCODER)
 SAMPLERS = ("consistency", "ddim")
 ROLES = ("teacher", "student")
 PIPELINES = (
@@ -84,6 +86,7 @@ class Info:
     teacher: str | None = None
     sar: dict[str, Any] | None = None  # what the model sees of SAR: `Radiometry` in words
     shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
+    trained_with: list[str] = field(default_factory=list)  # feature spaces that a loss compared in: no report may
     lora: Lora | None = None  # set by `write` if the folder holds an adapter
     sha256: dict[str, str] = field(default_factory=dict)
     format: int = 1
@@ -166,7 +169,7 @@ class Info:
 
     def write(self, folder: Path) -> None:
         entries = asdict(self)
-        for name in ("lora", "shares"):  # unknown to folders and readers older than they are
+        for name in ("lora", "shares", "trained_with"):  # unknown to folders and readers older than they are
             if not entries[name]:
                 del entries[name]
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
@@ -188,6 +191,37 @@ def find(root: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
+def draws(folder: Path) -> bool:
+    """Whether a published folder draws pictures. All but autoencoders do; of a broken one `read` says what is wrong."""
+    try:
+        return bool(_json(folder / MANIFEST).get("task") != AUTOENCODER)
+    except BadInput:
+        return True
+
+
+def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> tuple[Vae, Info | None]:
+    """Open the autoencoder of a folder or hub id, whatever else lies beside its vae/; and the manifest, if it has one.
+
+    Raises:
+        BadInput: no such folder, no AutoencoderKL in it, missing or damaged weights.
+    """
+    folder = _local(path_or_hub_id)
+    info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    if info:
+        verify(folder, info)
+    codec = _codec(folder, info)
+    if not isinstance(codec, Vae):
+        raise BadInput("autoencoder", str(path_or_hub_id), "a folder or hub id with an AutoencoderKL in vae/")
+    return codec.to(device), info
+
+
+def write_autoencoder(folder: Path, codec: Vae, info: Info) -> None:
+    """Save an autoencoder and its manifest as a folder; stock `AutoencoderKL.from_pretrained` opens its vae/. fp16."""
+    with staged(folder) as new:
+        _save_half(codec.vae, new / "vae")
+        replace(info, sha256=_digests(new)).write(new)
+
+
 def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
     """Open a weights folder or any supported diffusers pipeline (folder or hub id).
 
@@ -199,6 +233,9 @@ def read(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     if index.get("_class_name") not in (None, *PIPELINES):
         raise BadInput(f"{folder}: pipeline", index["_class_name"], ", ".join(PIPELINES))
     info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    if info and info.task == AUTOENCODER:
+        allowed = "a folder that draws pictures; this one reconstructs them, for a recipe's model.autoencoder"
+        raise BadInput(f"{folder}: task", info.task, allowed)
     if info:
         verify(folder, info)
     places = _networks(folder, index, info)
@@ -259,8 +296,7 @@ def write(
                 tokenizer.save_pretrained(new / f"tokenizer{suffix}")
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        digests = {str(p.relative_to(new)): _sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
-        replace(info, sha256=digests, lora=lora).write(new)
+        replace(info, sha256=_digests(new), lora=lora).write(new)
 
 
 @contextmanager
@@ -322,6 +358,10 @@ def verify(folder: Path, info: Info) -> None:
             raise BadInput(str(path), "missing", "the file listed in fewstep.json")
         if _sha256(path) != digest:
             raise BadInput(str(path), "a file with another sha256", f"sha256 {digest} as listed in fewstep.json")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -49,7 +49,10 @@ def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
 
 @torch.no_grad()
 def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
-    """Network and scheduler opened one by one, where no stock pipeline exists; pixels are pixel_shuffle of x0."""
+    """Network and scheduler opened one by one, where no stock pipeline exists; pixels are pixel_shuffle of x0.
+
+    Or what the autoencoder in vae/ decodes, where there is one.
+    """
     labels = labels_of(about) if about["task"] == "class-to-image" else [None] * COUNT
     places = [folder / "unet"] * COUNT
     if len(about.get("shares", [])) > 1:  # each image by the student that has its class
@@ -63,7 +66,9 @@ def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
     patch, (height, width) = about["patch"], about["size"]
-    shape = (COUNT, 3 * patch**2, height // patch, width // patch)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval() if (folder / "vae").is_dir() else None
+    channels = vae.config.latent_channels if vae else 3 * patch**2
+    shape = (COUNT, channels, height // patch, width // patch)
     sar = ramp(about["sar"]["channels"], height, width) if about["task"] == "sar-to-optical" else None
     streams = generators()
     x = torch.stack([torch.randn(shape[1:], generator=stream) for stream in streams])
@@ -77,7 +82,9 @@ def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
             ]
         )[:, : shape[1]]
         x = scheduler.step(output, t, x, generator=streams).prev_sample
-    return ((F.pixel_shuffle(x, patch) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    scale, shift = (vae.config.scaling_factor, vae.config.shift_factor) if vae else (1.0, 0.0)
+    pixels = vae.decode(x / scale + shift).sample if vae else F.pixel_shuffle(x, patch)
+    return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ class Paired:
         return {**batch, "sar": batch["image"].mean(1, keepdim=True)}
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", [name for name in methods.names() if name != "autoencoder"])
 def test_every_method_is_written_down_and_plays_again(name: str, data: ImageData) -> None:
     kind = methods.find(name)
     task = "class-to-image" if "class-to-image" in kind.tasks else kind.tasks[0]

@@ -23,7 +23,8 @@ from distillers.schedule import VariancePreserving
 from distillers.weights import Info
 
 ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weights"))
-FOLDERS = weights.find(ROOT)
+FOLDERS = {name: folder for name, folder in weights.find(ROOT).items() if weights.draws(folder)}
+AUTOENCODERS = {name: folder for name, folder in weights.find(ROOT).items() if name not in FOLDERS}
 FOLDER_MEGABYTES, ALL_MEGABYTES = 25, 60  # they travel with the repository
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
 
@@ -33,6 +34,12 @@ pytestmark = pytest.mark.skipif(not FOLDERS, reason="weights/ holds no published
 @pytest.fixture(params=FOLDERS)
 def folder(request: pytest.FixtureRequest) -> Path:
     return FOLDERS[request.param]
+
+
+@pytest.fixture(params=FOLDERS | AUTOENCODERS)
+def whichever(request: pytest.FixtureRequest) -> Path:
+    """Also a folder that draws nothing."""
+    return (FOLDERS | AUTOENCODERS)[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +75,29 @@ def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> N
     assert stock[1] == ""
 
 
-def test_every_weight_is_half_precision_and_listed(folder: Path) -> None:
-    info = Info.read(folder)
-    weights.verify(folder, info)
-    tensors = [path for path in published(folder) if path.suffix == ".safetensors"]
-    assert tensors and {str(path.relative_to(folder)) for path in tensors} <= set(info.sha256)
+def test_every_weight_is_half_precision_and_listed(whichever: Path) -> None:
+    info = Info.read(whichever)
+    weights.verify(whichever, info)
+    tensors = [path for path in published(whichever) if path.suffix == ".safetensors"]
+    assert tensors and {str(path.relative_to(whichever)) for path in tensors} <= set(info.sha256)
     for path in tensors:
         with safe_open(path, "pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         assert kinds == {"F16"}
 
 
-def test_nothing_that_runs_on_opening_is_in_the_folder(folder: Path) -> None:
+def test_nothing_that_runs_on_opening_is_in_the_folder(whichever: Path) -> None:
     allowed = {".safetensors", ".json", ".md", ".png", ".toml"}
-    assert {path.suffix for path in published(folder)} <= allowed
+    assert {path.suffix for path in published(whichever)} <= allowed
 
 
-def test_the_folders_are_small(folder: Path) -> None:
-    assert sum(path.stat().st_size for path in published(folder)) < FOLDER_MEGABYTES * 1e6
+def test_the_folders_are_small(whichever: Path) -> None:
+    assert sum(path.stat().st_size for path in published(whichever)) < FOLDER_MEGABYTES * 1e6
 
 
 def test_all_folders_together_are_small() -> None:
-    assert sum(path.stat().st_size for one in FOLDERS.values() for path in published(one)) < ALL_MEGABYTES * 1e6
+    folders = (FOLDERS | AUTOENCODERS).values()
+    assert sum(path.stat().st_size for one in folders for path in published(one)) < ALL_MEGABYTES * 1e6
 
 
 def test_the_manifest_makes_sense(folder: Path) -> None:
@@ -125,24 +133,24 @@ def test_it_draws_at_its_default_steps(folder: Path) -> None:
     assert float((pictures.abs() == 1).float().mean()) < 0.9  # not saturated
 
 
-def test_the_recipe_makes_this_folder(folder: Path) -> None:
-    recipe, info = Recipe.load(folder / "recipe.toml"), Info.read(folder)
+def test_the_recipe_makes_this_folder(whichever: Path) -> None:
+    recipe, info = Recipe.load(whichever / "recipe.toml"), Info.read(whichever)
     assert (recipe.name, recipe.method) == (info.name, info.method)
     assert (Path(recipe.teacher).name if recipe.teacher else None) == info.teacher
 
 
-def test_the_card_names_measured_numbers_only(folder: Path) -> None:
+def test_the_card_names_measured_numbers_only(whichever: Path) -> None:
     """Beside the recipe and the manifest, every number on the card is one that report.json prints."""
-    card, info = (folder / "README.md").read_text(), Info.read(folder)
+    card, info = (whichever / "README.md").read_text(), Info.read(whichever)
     assert card.startswith("---\n") and f"# {info.name}\n" in card and "license:" in card
-    assert (folder / "grid.png").is_file() and "(grid.png)" in card
+    assert (whichever / "grid.png").is_file() and "(grid.png)" in card
     measured = card.split("## Measured\n")[1].split("\n## ")[0].strip()
-    report = folder / "report.json"
+    report = whichever / "report.json"
     if report.is_file():
         printed = json.loads(report.read_text())["markdown"].strip()
-        if (folder / "calibration.json").is_file():
-            printed += "\n\n" + json.loads((folder / "calibration.json").read_text())["markdown"].strip()
-            assert all((folder / name).is_file() for name in re.findall(r"!\[\w+\]\((.+?)\)", measured))
+        if (whichever / "calibration.json").is_file():
+            printed += "\n\n" + json.loads((whichever / "calibration.json").read_text())["markdown"].strip()
+            assert all((whichever / name).is_file() for name in re.findall(r"!\[\w+\]\((.+?)\)", measured))
         without_pictures = re.sub(r"!\[\w+\]\(.+?\)", "", measured)
         assert without_pictures.split() == printed.split()
     else:
@@ -152,8 +160,8 @@ def test_the_card_names_measured_numbers_only(folder: Path) -> None:
     assert {int(number) for number in re.findall(r"(?<![\w.-])\d+(?![\w.-])", told.split("---\n", 2)[2])} <= known
 
 
-def test_no_path_of_the_training_machine_is_published(folder: Path) -> None:
-    for path in published(folder):
+def test_no_path_of_the_training_machine_is_published(whichever: Path) -> None:
+    for path in published(whichever):
         if path.suffix in (".json", ".md", ".toml"):
             assert not re.search(r'"(/|[A-Z]:\\)|/(home|root|Users|tmp)/', path.read_text()), path
 

@@ -120,7 +120,11 @@ def test_overrides_keep_their_types(teacher_table: dict[str, Any], tmp_path: Pat
         ("train.batch.size=3", "train.batch", "integer"),
         ("name.x=3", "name.x", "name is a value"),
         ("name=", "name", "the name of the folder"),
-        ("diffusion.dropout=0.1", "diffusion.dropout", "label_dropout, last_time_share, sampling_steps"),
+        (
+            "diffusion.dropout=0.1",
+            "diffusion.dropout",
+            "label_dropout, last_time_share, log_mean, log_std, sampling_steps",
+        ),
         ("diffusion.label_dropout=often", "diffusion.label_dropout", "number"),
         ("consistency.points=4", "consistency", "diffusion, method, model"),
         ("method=alchemy", "method", "consistency, diffusion"),

@@ -125,9 +125,9 @@ class Store:
 
     def _scan(self) -> None:
         """Folders that came, changed or went."""
-        from distillers.weights import find
+        from distillers.weights import draws, find
 
-        found = find(self.settings.weights)
+        found = {name: folder for name, folder in find(self.settings.weights).items() if draws(folder)}
         for name, folder in sorted(found.items()):
             if name not in self.slots:
                 self.slots = {**self.slots, name: Slot(name, folder)}  # others may be iterating over the old one

@@ -81,23 +81,30 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def operations(self) -> tuple[int, ...]:
+        """How images may be turned when they are drawn, in the numbers of `pixels.dihedral`."""
+        return tuple(range(8)) if self.dihedral else (0, 4) if self.flip else (0,)
+
+    def chosen(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and operations, (n,) each, of the `n` images that `draw` gives for this `rng`."""
+        index, ways = rng.integers(len(self), size=n), self.operations
+        way = rng.integers(len(ways), size=n) if len(ways) > 1 else np.zeros(n, dtype=np.int64)
+        return index, np.array(ways)[way]
+
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         """`n` images at random with replacement, augmented; a pure function of `rng`."""
-        index = rng.integers(len(self), size=n)
-        pixels = self.pixels[index]
-        if self.dihedral:
-            pixels = dihedral(pixels, rng.integers(8, size=n))
-        elif self.flip:
-            pixels = dihedral(pixels, 4 * rng.integers(2, size=n))
-        return self._batch(pixels, index)
+        return self.turned(*self.chosen(n, rng))
+
+    def turned(self, index: np.ndarray, operation: np.ndarray) -> Batch:
+        """The images of these positions, each turned by its operation."""
+        return {"image": to_tensor(dihedral(self.pixels[index], operation)), **self.conditions(index)}
 
     def items(self, indices: Sequence[int]) -> Batch:
         """The images of these positions as they are."""
         index = check_indices(indices, len(self))
-        return self._batch(self.pixels[index], index)
+        return {"image": to_tensor(self.pixels[index]), **self.conditions(index)}
 
-    def _batch(self, pixels: Pixels, index: np.ndarray) -> Batch:
-        batch = {"image": to_tensor(pixels)}
-        if self.labels:
-            batch["label"] = torch.from_numpy(self._classes[index])
-        return batch
+    def conditions(self, index: np.ndarray) -> Batch:
+        """What is told of the images of these positions beside their pixels: "label", where there are classes."""
+        return {"label": torch.from_numpy(self._classes[index])} if self.labels else {}

@@ -56,7 +56,7 @@ class MultiStudent(Distiller):
         if self.matching and not (0 <= self.matching < 1 and self.untrained):
             allowed = "0 up to, not including, 1; 0 for a student that starts trained"
             raise BadInput(f"{NAME}.matching", self.matching, allowed)
-        bases = [name for name in methods.names() if name not in (NAME, "diffusion")]
+        bases = [name for name in methods.names() if name != NAME and methods.find(name).taught]
         if self.base not in bases or not set(self.tasks) & set(methods.find(self.base).tasks):
             raise BadInput(f"{NAME}.base", self.base, "a method for classes: " + ", ".join(bases))
         for name, own in (("start", self.start), ("network", self.network)):
@@ -126,7 +126,9 @@ class MultiStudent(Distiller):
         yield "student", denoising(student, x_t, t, told, cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        return self.method.generator(nets, teacher)
+        made = self.method.generator(nets, teacher)
+        assert isinstance(made, Generator)  # a method for classes draws
+        return made
 
 
 # --- which classes belong together -----------------------------------------------------------------------------------

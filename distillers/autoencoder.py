@@ -1,0 +1,72 @@
+"""What `method = "autoencoder"` makes: pictures to latents and back, as one folder. It draws nothing by itself.
+
+The network is a stock diffusers `AutoencoderKL`; a diffusion model trains in its latents (`model.autoencoder` of a
+recipe) and publishes it along with itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distillers import weights
+from distillers.codec import Vae
+from distillers.errors import BadInput
+from distillers.weights import AUTOENCODER, Info
+
+if TYPE_CHECKING:
+    from distillers.data import ImageData
+
+BATCH = 64  # pictures at a time
+
+
+class Autoencoder(nn.Module):
+    """An autoencoder and its manifest."""
+
+    def __init__(self, codec: Vae, info: Info) -> None:
+        super().__init__()
+        self.codec, self.info = codec, info
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+        """Open a folder that `save_pretrained` wrote. Raises BadInput for any other."""
+        codec, info = weights.read_autoencoder(folder, device)
+        if info is None or info.task != AUTOENCODER:
+            raise BadInput("weights", str(folder), f"a folder whose fewstep.json says the task {AUTOENCODER}")
+        return cls(codec, info)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vae/ (fp16 safetensors) and the manifest."""
+        weights.write_autoencoder(Path(folder), self.codec, self.info)
+
+    @torch.no_grad()
+    def reconstruct(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] through the latents' means and back, float32 on the CPU in [-1, 1]."""
+        device = next(self.parameters()).device
+        parts = [self.codec.decode(self.codec.encode(part.to(device))) for part in pictures.split(BATCH)]
+        return torch.cat(parts).float().clamp(-1, 1).cpu()
+
+    def shown(self, items: dict[str, Tensor]) -> Tensor:
+        """Reconstruct the pictures of real items."""
+        return self.reconstruct(items["image"])
+
+    def standardise(self, data: ImageData, pictures: int = 4096) -> None:
+        """Measure the mean and deviation of the data's latents and write them into the network's configuration.
+
+        Afterwards the codec's latents have mean 0 and variance 1 over all pictures, channels and positions, as a
+        diffusion process wants them (Rombach et al. 2022, appendix G, who measured the deviation alone).
+
+        Args:
+            pictures: at most so many, evenly spread over the data.
+        """
+        vae, count = self.codec.vae, min(pictures, len(data))
+        vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+        plain, device = Vae(vae), next(vae.parameters()).device
+        places = [i * len(data) // count for i in range(count)]
+        parts = [places[i : i + BATCH] for i in range(0, count, BATCH)]
+        latents = torch.cat([plain.encode(data.items(part)["image"].to(device)).cpu() for part in parts]).double()
+        vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+        self.codec = Vae(vae)

@@ -1,0 +1,149 @@
+"""A variational autoencoder with few, almost undisturbed latents: how the space of latent diffusion is trained.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, sec. 3.1 and appendix G; the
+adaptive weight of its adversary: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, eq. 7;
+judged by patches: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017; the distance
+of features: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, eq. 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillers.autoencoder import Autoencoder as Product
+from distillers.codec import Vae
+from distillers.discriminator import PatchDiscriminator, standing_still
+from distillers.distiller import Batch, Distiller, Networks, Turn, frozen
+from distillers.errors import BadInput
+from distillers.features import EFFICIENTNET, EfficientNetFeatures
+from distillers.losses import judged_fake, judged_real, perceptual_distance
+from distillers.teacher import Teacher
+from distillers.weights import AUTOENCODER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder(Distiller):
+    """E |x - x'| + w_p d(x, x') + w_kl KL(q(z|x) || N(0, I)) + w_a lambda L_adv(x'), and a discriminator of x and x'.
+
+    All but the adversary are means over the values of a picture: the KL is its sum over the latents divided by the
+    number of the picture's values, which is the ratio that the paper's sums have.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = (AUTOENCODER,)
+    taught: ClassVar[bool] = False
+    leaves: ClassVar[str] = "autoencoder"
+
+    channels: tuple[int, ...] = (32, 64, 128, 128)  # by resolution from the picture's down; halvings lie between them
+    latent_channels: int = 8  # of a latent, whose sides are the picture's over 2^(len(channels) - 1)
+    layers: int = 1  # residual blocks per resolution; the decoder has one more
+    kl_weight: float = 1e-6  # w_kl; latents are scaled afterwards, so this only keeps them from running away
+    perceptual_weight: float = 0.0  # w_p, of EfficientNet-Lite0's maps; reports may then not measure in that space
+    adversarial_weight: float = 0.5  # w_a; 0 = no discriminator
+    adversarial_start: float = 0.3  # progress at which the discriminator and its loss enter
+    adversarial_loss: Literal["hinge", "non-saturating"] = "hinge"  # what both players descend
+    discriminator_channels: int = 64  # of its first layer
+
+    def __post_init__(self) -> None:
+        for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"autoencoder.{name}", getattr(self, name), "0 or more")
+        if not 0 <= self.adversarial_start <= 1:
+            raise BadInput("autoencoder.adversarial_start", self.adversarial_start, "0 to 1")
+        for name in ("latent_channels", "layers"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"autoencoder.{name}", getattr(self, name), "1 or more")
+        if not self.channels or min(self.channels) < 1:
+            raise BadInput("autoencoder.channels", self.channels, "one number of 1 or more for each resolution")
+        if self.discriminator_channels < 8 or self.discriminator_channels % 8:
+            raise BadInput("autoencoder.discriminator_channels", self.discriminator_channels, "a multiple of 8")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side that become one position of the latents."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def groups(self) -> int:
+        """Groups of the normalisation: four channels each at the narrowest, as Rombach et al. have it.
+
+        A group forgets its mean, and with it the colour of a flat ground: at two channels each too much is forgotten.
+        """
+        common = math.gcd(*self.channels)
+        return common // 4 if common % 4 == 0 else 1
+
+    def networks(self, teacher: Teacher) -> Networks:
+        from diffusers import AutoencoderKL
+
+        (side, _), levels = teacher.info.size, len(self.channels)
+        if side % self.factor:
+            raise BadInput("data.size", side, f"a multiple of {self.factor}: autoencoder.channels halve it so far")
+        vae: nn.Module = AutoencoderKL(  # type: ignore[assignment]
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=self.channels, layers_per_block=self.layers, latent_channels=self.latent_channels,
+            norm_num_groups=self.groups, mid_block_add_attention=False, sample_size=side,
+            scaling_factor=1.0,
+        )  # fmt: skip
+        nets = Networks({"autoencoder": vae})
+        if self.adversarial_weight:
+            nets["discriminator"] = PatchDiscriminator(self.discriminator_channels)
+        if self.perceptual_weight:
+            nets["perceptual"] = frozen(EfficientNetFeatures())
+        return nets
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        vae, x = nets["autoencoder"], batch["x0"]
+        posterior = vae.encode(x).latent_dist
+        made = vae.decode(posterior.sample()).sample.float()
+        reconstruction = (made - x).abs().mean()
+        if self.perceptual_weight:
+            reconstruction = reconstruction + self.perceptual_weight * perceptual_distance(
+                nets["perceptual"], made, x
+            ).mean()  # fmt: skip
+        prior = divergence(posterior.mean, posterior.logvar).mean() / x[0].numel()
+        loss = reconstruction + self.kl_weight * prior
+        if not self.adversarial_weight or progress < self.adversarial_start:
+            yield "autoencoder", loss
+            return
+        judge = nets["discriminator"]
+        with standing_still(judge):
+            adversary = self._fooled(judge(made))
+        weight = adaptive_weight(reconstruction, adversary, vae.decoder.conv_out.weight)
+        yield "autoencoder", loss + self.adversarial_weight * weight * adversary
+        yield "discriminator", self._told(judge(x), judge(made.detach()))
+
+    def _fooled(self, fake: Tensor) -> Tensor:
+        return -fake.mean() if self.adversarial_loss == "hinge" else judged_real(fake)
+
+    def _told(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Half the sum over both kinds, as Esser et al. have it for either loss."""
+        if self.adversarial_loss == "hinge":
+            return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        return (judged_real(real) + judged_fake(fake)) / 2
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Product:
+        seen = [EFFICIENTNET] if self.perceptual_weight else []
+        info = replace(teacher.info, codec=Vae.kind, patch=self.factor, trained_with=seen)
+        return Product(Vae(copy.deepcopy(nets["autoencoder"])), info)  # a copy, for a codec is frozen
+
+
+def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample, summed over its latents. (B, ...), (B, ...) -> (B,)."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> Tensor:
+    """lambda = ||d reconstruction / d last|| / (||d adversary / d last|| + 1e-6), at most 1e4, without a gradient.
+
+    Both losses pull the decoder's last layer equally hard then (Esser et al. 2021, eq. 7; the bound is their code's).
+    """
+    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversary)]
+    return (pulls[0] / (pulls[1] + 1e-6)).clamp(max=1e4).detach()
