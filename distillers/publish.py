@@ -226,11 +226,12 @@ def write_card(folder: Path) -> None:
     info = weights.Info.read(folder)
     recipe = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
     report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
+    tags = [info.task] if info.task == weights.AUTOENCODER else ["diffusion", "few-step", info.method, info.task]
     lines = [
         "---",
         "library_name: diffusers",
         "license: apache-2.0",
-        "tags: [" + ", ".join(dict.fromkeys(["diffusion", "few-step", info.method, info.task])) + "]",
+        "tags: [" + ", ".join(tags) + "]",
         "---",
         "",
         f"# {info.name}",

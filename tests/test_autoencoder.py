@@ -304,7 +304,7 @@ def test_the_folder_is_whole(folder: Path) -> None:
     assert set(info.sha256) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     weights.verify(folder, info)
     card = (folder / "README.md").read_text()
-    assert "AutoencoderKL.from_pretrained" in card and "8x8 positions" in card
+    assert "AutoencoderKL.from_pretrained" in card and "8x8 positions" in card and "tags: [autoencoder]" in card
     with Image.open(folder / "grid.png") as grid:
         assert grid.height > 2 * 96 and grid.width > 10 * 96  # two rows of ten, enlarged
     assert Recipe.load(folder / "recipe.toml").method == "autoencoder"
