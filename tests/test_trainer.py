@@ -249,9 +249,11 @@ def test_two_processes_are_one_with_both_batches(
         """What processes 0 and 1 draw, in one batch."""
 
         name, size, labels, items, __len__ = data.name, data.size, data.labels, data.items, data.__len__
+        drawn = 0
 
         def draw(self, n: int, rng: np.random.Generator) -> Batch:
-            halves = [data.draw(n // 2, np.random.default_rng((1, len(alone.seen), process))) for process in (0, 1)]
+            halves = [data.draw(n // 2, np.random.default_rng((1, self.drawn, process))) for process in (0, 1)]
+            self.drawn += 1
             return {k: torch.cat([half[k] for half in halves]) for k in halves[0]}
 
     alone = Regression()

@@ -1,0 +1,182 @@
+"""How networks are run in a training: measured, agreeing with eager, recorded; batches drawn ahead."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import TINY, Duel, Regression, settings, values
+from torch import nn
+
+from distillers.data import Batch, ImageData, open_data
+from distillers.execution import Execution, Rehearsal, run_as
+from distillers.recipe import Recipe
+from distillers.teacher import Teacher
+from distillers.trainer import Run, begin, train
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the path")
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return open_data("shapes", size=8)
+
+
+@pytest.fixture(scope="module")
+def teacher(data: ImageData) -> Teacher:
+    return Recipe.from_table(TINY).open_teacher(data)
+
+
+def played(loss: float = 1.0, gradient: float = 1.0) -> Rehearsal:
+    return Rehearsal([("student", loss, torch.full((4,), gradient))], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (played(), None),
+        (played(loss=1.01, gradient=1.1), None),
+        (played(loss=1.2), "loss is 1.2 where it is 1"),
+        (played(gradient=1.5), "gradient differs by 50%"),
+        (played(loss=float("nan")), "not finite"),
+        (played(gradient=float("inf")), "not finite"),
+    ],
+)
+def test_passes_that_differ_by_more_than_rounding_are_named(other: Rehearsal, said: str | None) -> None:
+    found = played().disagreement(other)
+    assert found is None if said is None else found and said in found
+
+
+def test_a_rehearsal_changes_no_network(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    """Not the players', and not the target that follows after the last turn."""
+    run = begin(Regression(), teacher, settings(), tmp_path, device="cpu")
+    with torch.no_grad():
+        next(run.nets["target"].parameters()).add_(1)  # following would now move it
+    before = {name: values(net) for name, net in run.nets.items()}
+    found = run.rehearse(data)
+    assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], values(run.nets[name]), strict=True))
+    assert [player for player, *_ in found.turns] == ["student"] and found.seconds > 0
+    assert all(p.grad is None for p in run.nets["student"].parameters())
+
+
+def test_every_turn_is_compared(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    found = begin(Duel(), teacher, settings(), tmp_path, device="cpu").rehearse(data)
+    assert [player for player, *_ in found.turns] == ["critic", "critic", "student"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "disagree", "expected"),
+    [
+        ({"eager": 1.0, "eager, channels last": 0.7, "compiled, channels last": 0.5}, "", "compiled, channels last"),
+        ({"eager": 1.0, "eager, channels last": 1.2, "compiled": 0.5}, "", "compiled"),
+        ({"eager": 1.0, "eager, channels last": 0.99, "compiled, channels last": 1.1}, "", "eager"),  # within the noise
+        ({"eager": 1.0, "eager, channels last": 1.2, "compiled": 0.5}, "compiled", "eager"),
+        (
+            {"eager": 1e-3, "eager, channels last": 1e-4, "compiled, channels last": 1e-4},
+            "",
+            "eager",
+        ),  # a short training
+    ],
+)
+def test_the_fastest_way_that_agrees_is_taken(
+    seconds: dict[str, float], disagree: str, expected: str, teacher: Teacher, data: ImageData, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def rehearse(run: Run, data: ImageData, execution: Execution | None = None) -> Rehearsal:
+        name = str(execution or Execution())
+        return replace(played(gradient=9.0 if name == disagree else 1.0), seconds=seconds[name])
+
+    monkeypatch.setattr(Run, "rehearse", rehearse)
+    run = begin(Regression(), teacher, settings(iterations=100_000), tmp_path, device="cpu")
+    said = run.choose_execution(data)
+    assert str(run.execution) == expected and said.startswith(expected + " (")
+
+
+def test_code_that_cannot_be_compiled_stays_eager(
+    teacher: Teacher, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no working C++ compiler\nand more")
+
+    monkeypatch.setattr(nn.Module, "compile", broken)
+    run = begin(Regression(), teacher, settings(compile="always"), tmp_path, device="cpu")
+    assert "compiled failed: no working C++ compiler" in run.choose_execution(data)
+    assert not run.execution.compiled and run.rehearse(data).turns
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_training_agrees_and_resumes_to_the_same_bits(
+    teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    def run(folder: str, iterations: range) -> Run:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        one = begin(Regression(), teacher, settings(iterations=4, compile="always"), tmp_path / folder, device="cpu")
+        assert one.resume() == iterations.start
+        if not iterations.start:
+            said = one.choose_execution(data)
+            assert one.execution.compiled, said
+        for i in iterations:
+            one.iteration(i, data)
+        one.save(iterations.stop)
+        return one
+
+    whole = run("whole", range(4))
+    run("parts", range(2))
+    resumed = run("parts", range(2, 4))
+    assert resumed.execution == whole.execution and "compiled" in resumed.cost(4)["execution"]
+    for a, b in zip(values(whole.nets["student"]), values(resumed.nets["student"]), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():  # features are seen through hooks, which compiled code would not call
+        x0 = torch.zeros(1, 3, 8, 8)
+        seen = whole.nets["student"].features(x0, torch.tensor(500.0), {"label": torch.zeros(1, dtype=torch.long)})
+    assert len(seen) == 1
+
+
+def test_networks_keep_their_names_however_they_run(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    run = begin(Regression(), teacher, settings(), tmp_path, device="cpu")
+    names = list(run.nets.state_dict())
+    run_as(run.nets, Execution(compiled=True, channels_last=True))
+    assert list(run.nets.state_dict()) == names
+    weight = run.nets["student"].network.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    run_as(run.nets, Execution())
+    assert run.nets["student"].network._compiled_call_impl is None
+
+
+class Slow:
+    """Data that say which thread asked, and that take a while."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data, self.threads = data, list[str]()
+        self.name, self.size, self.labels, self.items = data.name, data.size, data.labels, data.items
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        self.threads.append(threading.current_thread().name)
+        return self.data.draw(n, rng)
+
+
+def test_batches_are_drawn_ahead_and_none_too_many(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    slow = Slow(data)
+    train(Regression(), teacher, slow, settings(iterations=5), tmp_path, device="cpu")
+    assert len(slow.threads) == 5 and all(name.startswith("data") for name in slow.threads)
+    told = json.loads((tmp_path / "cost.json").read_text())
+    assert 0 <= told["waited_for_data"] <= told["seconds"] and told["execution"] == "eager"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def test_an_error_of_the_data_is_the_trainings(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    class Broken(Slow):
+        def draw(self, n: int, rng: np.random.Generator) -> Batch:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(Regression(), teacher, Broken(data), settings(), tmp_path, device="cpu")
