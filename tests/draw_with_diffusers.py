@@ -24,6 +24,23 @@ def ramp(channels: int, height: int, width: int) -> torch.Tensor:
     return row.contiguous()
 
 
+def condition(sar: torch.Tensor, about: dict, patch: int) -> torch.Tensor:
+    """What stands beside the noisy image: SAR's pixels and, where fewstep.json has them, its levels."""
+    planes = int(about.get("calibrated", False))  # beside the bands
+    bands = sar[:, : sar.shape[1] - planes]
+    told = [F.pixel_unshuffle(bands, patch)]
+    if "levels" in about:
+        cells = F.avg_pool2d(bands, patch)
+        for n in about["levels"]["cells"]:
+            mean = F.avg_pool2d(cells, n, stride=1, padding=n // 2, count_include_pad=False)
+            for wave in (torch.sin, torch.cos):
+                told += [wave(torch.pi * 2**k * mean / 2) for k in range(about["levels"]["frequencies"])]
+        told.append((bands != 0).flatten(2).any(2).float()[:, :, None, None].expand_as(cells))
+    if planes:
+        told.append(F.avg_pool2d(sar[:, -planes:], patch))
+    return torch.cat(told, dim=1)
+
+
 def labels_of(about: dict) -> list[int]:
     """COUNT classes: of several students the first class of each in turn, of a lone one its own; else 0, 1, ..."""
     shares = about.get("shares") or [list(range(len(about["labels"])))]
@@ -70,11 +87,12 @@ def draw_with_parts(folder: Path, about: dict, steps: int) -> np.ndarray:
     channels = vae.config.latent_channels if vae else 3 * patch**2
     shape = (COUNT, channels, height // patch, width // patch)
     sar = ramp(about["sar"]["channels"], height, width) if about["task"] == "sar-to-optical" else None
+    told = None if sar is None else condition(sar, about["sar"], patch)
     streams = generators()
     x = torch.stack([torch.randn(shape[1:], generator=stream) for stream in streams])
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        x_in = x if sar is None else torch.cat([x, F.pixel_unshuffle(sar, patch)], dim=1)
+        x_in = x if told is None else torch.cat([x, told], dim=1)
         output = torch.cat(
             [
                 network(x_in[[i]], t, class_labels=None if label is None else torch.tensor([label])).sample

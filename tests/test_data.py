@@ -12,7 +12,7 @@ from PIL import Image
 
 from distillers.data import KINDS, open_data
 from distillers.data.images import ImageFolder
-from distillers.data.pairs import MixedPairs, SarOpticalPairs, simulated
+from distillers.data.pairs import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
 from distillers.data.shapes import COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
@@ -644,6 +644,125 @@ def test_what_is_simulated_is_a_function_of_the_random_generator() -> None:
     for band in ("VV", "VH"):
         assert np.array_equal(first[band], again[band], equal_nan=True)
         assert not np.array_equal(first[band], other[band], equal_nan=True)
+
+
+# --- levels that are told to be absolute or not
+
+
+LAND = rng(5).normal(-12, 3, (2000, 8, 8))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_levels_vary_by_what_is_known_of_them(calibrated: bool) -> None:
+    """Shown as they are: gain and slope; a share is shown as the other kind, calibrated ones at another's white."""
+    anchor = np.full(len(LAND), 6.0)
+    seen, absolute = varied({"VV": LAND}, calibrated, {"VV": anchor} if calibrated else {}, rng())
+    heard, other = ~np.isnan(seen["VV"]).any((1, 2)), (absolute != calibrated)[:, 0, 0]
+    assert absolute.shape == (2000, 1, 1) and other.mean() == pytest.approx(0.3, abs=0.04)
+    shift = np.median(seen["VV"], (1, 2)) - np.median(LAND, (1, 2))
+    as_they_are, as_others = shift[heard & ~other], shift[heard & other]
+    assert as_they_are.mean() == pytest.approx(0, abs=0.15) and as_others.std() == pytest.approx(1.5, abs=0.2)
+    assert as_they_are.std() == pytest.approx(0.35 if calibrated else 1.5, abs=0.2)  # 0.3, and the added speckle's
+    assert as_others.mean() == pytest.approx(6 if calibrated else 0, abs=0.25)
+
+
+def test_slopes_and_speckle_vary_from_crop_to_crop() -> None:
+    even, ramp = np.full((500, 32, 32), -9.0), np.broadcast_to(np.linspace(-20, 0, 32), (500, 32, 32))
+    noisy, _ = varied({"VV": even}, True, {"VV": np.zeros(500)}, rng())
+    spread = noisy["VV"].std((1, 2))[~np.isnan(noisy["VV"]).any((1, 2))]
+    assert spread.min() < 0.2 and 1.2 < spread.max() < 2
+    bent, _ = varied({"VV": ramp}, True, {"VV": np.zeros(500)}, rng())
+    columns = bent["VV"][~np.isnan(bent["VV"]).any((1, 2))].mean(1)
+    slopes = np.polyfit(ramp[0, 0], columns.T, 1)[0]
+    assert 0.8 < slopes.min() < 0.9 and 1.1 < slopes.max() < 1.2 and slopes.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_only_a_model_that_is_told_sees_levels_varied_so(tmp_path: Path) -> None:
+    options = {"size": 16, "bands": "VV"}
+    one, other = (
+        SarOpticalPairs(ramp_pair(tmp_path), **options, radiometry=name).draw(64, rng())["sar"]
+        for name in ("sentinel1-db", "sentinel1")
+    )
+    assert (
+        one.shape == (64, 2, 16, 16)
+        and other.shape == (64, 3, 16, 16)
+        and set(other[:, 2].unique().tolist()) == {-1, 1}
+    )
+    flat = (other[:, 2].amax((1, 2)) == other[:, 2].amin((1, 2))).all()
+    assert flat and (other[:, 2, 0, 0] == 1).float().mean() == pytest.approx(0.3, abs=0.2)
+    again = SarOpticalPairs(ramp_pair(tmp_path), **options, radiometry="sentinel1").draw(64, rng())["sar"]
+    assert torch.equal(other, again)  # a pure function of the generator
+    assert (SarOpticalPairs(ramp_pair(tmp_path), **options, radiometry="sentinel1").items([0])["sar"][:, 2] == -1).all()
+
+
+# --- one optical scale
+
+
+def test_colours_are_brought_to_another_scale_and_clipped(tmp_path: Path) -> None:
+    root = ramp_pair(tmp_path)
+    plain = SarOpticalPairs(root, size=16).scenes[0]
+    told = {"gain": [1.4, 1, 0.5], "offset": [0, -20, 80.2]}
+    scene = SarOpticalPairs(root, size=16, colours=told).scenes[0]
+    expected = np.clip(np.rint(plain[..., 1:] * np.array(told["gain"]) + np.array(told["offset"])), 0, 255)
+    assert scene.dtype == np.uint8 and np.array_equal(scene[..., 1:], expected) and expected.max() == 255
+    assert np.array_equal(scene[..., 0], plain[..., 0])  # the SAR stays
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [{}, {"gain": 2}, {"gain": [1, 1]}, {"gain": [1, 1, "x"]}, {"gain": [1, 1, 1], "gamma": 2}, [1, 1, 1]],
+)
+def test_colours_that_are_none_are_refused(tmp_path: Path, colours: object) -> None:
+    with pytest.raises(BadInput, match="gain = ") as error:
+        SarOpticalPairs(ramp_pair(tmp_path), size=16, colours=colours)  # type: ignore[arg-type]
+    assert error.value.field == "colours"
+
+
+# --- balance over land covers
+
+
+def coast(root: Path) -> Path:
+    """A scene of 160 px of which a strip of 8 px, a twentieth, is water."""
+    colour = np.full((160, 160, 3), 120, np.uint8) + noise(0, 160, 160) // 8
+    colour[:, :8] = (10, 20, 90)
+    save(root / "train/sar/a.png", noise(1, 160, 160, 1))
+    save(root / "train/opt/a.png", colour)
+    return root
+
+
+def test_rare_ground_is_drawn_by_the_root_of_its_area(tmp_path: Path) -> None:
+    root = coast(tmp_path)
+    wet = {}
+    for balance in (0, 2):
+        data = SarOpticalPairs(root, size=8, balance=balance, dihedral=False)
+        image = data.draw(4000, rng())["image"]
+        wet[balance] = float((image[:, 0, :, 2] < -0.7).float().mean())
+        assert torch.equal(
+            image, SarOpticalPairs(root, size=8, balance=balance, dihedral=False).draw(4000, rng())["image"]
+        )
+    tiles, starts, likely = data._ground
+    few, many = sorted(np.diff(starts))
+    assert len(tiles) == 39 * 39 and few < 0.06 * many
+    assert sorted(likely) == pytest.approx([few**0.5 / (few**0.5 + many**0.5), many**0.5 / (few**0.5 + many**0.5)])
+    assert wet[0] < 0.06 and 2 * wet[0] < wet[2] < 0.3
+
+
+def test_balanced_crops_lie_anywhere_in_their_pair(tmp_path: Path) -> None:
+    places = SarOpticalPairs(coast(tmp_path), size=8, balance=2)._balanced(4000, rng())
+    assert (places[:, 0] == 0).all() and places[:, 1:].min() == 0 and places[:, 1:].max() == 152
+    assert len(np.unique(places[:, 1])) > 140  # not only where the tiles stand
+
+
+def test_mixed_pairs_keep_their_shares_when_balanced(tmp_path: Path) -> None:
+    paths = coast(tmp_path / "a"), plain_pairs(tmp_path / "b", 255, (48,))
+    sources = [{"path": path, "share": share} for path, share in zip(paths, (3, 1), strict=True)]
+    mixed = MixedPairs(sources, size=16, balance=1, radiometry="amplitude")
+    drawn = mixed.draw(2000, rng())["image"]
+    assert (drawn.amin((1, 2, 3)) == 1).float().mean() == pytest.approx(0.25, abs=0.03)
+    with pytest.raises(BadInput, match="balance: got 500"):
+        MixedPairs(sources, size=16, balance=500).draw(1, rng())
+    with pytest.raises(BadInput, match="balance: got -1"):
+        MixedPairs(sources, size=16, balance=-1)
 
 
 # --- mixed pairs

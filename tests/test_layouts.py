@@ -577,3 +577,49 @@ def test_real_rasters_train_as_they_come(tmp_path: Path) -> None:
     for pairs in both:
         assert (pairs.layout, pairs.units, pairs.bands) == ("geotiff", "db", ("VV", "VH"))
         assert len(pairs) == 9 * len(pairs.pairs) and pairs.draw(4, rng())["sar"].shape == (4, 2, 64, 64)
+
+
+# --- calibrated rasters beside pictures, as desert-pairs has them
+
+
+def test_a_raster_of_sar_beside_a_picture(tmp_path: Path) -> None:
+    """Hundredths of decibels, scaled as the file says, -32768 where there are none; the picture as it is."""
+    numbers = np.round(backscatter(1, 1) * 100).astype(np.int16)
+    numbers[0, :5] = -32768
+    colour = noise(1, 32, 32)
+    raster(tmp_path / "train/sar/a-01.tif", numbers, (0.0, 0.0), names=("VV",), nodata=-32768)
+    with rasterio.open(tmp_path / "train/sar/a-01.tif", "r+") as file:
+        file.scales, file.offsets = [0.01], [0.0]
+    save(tmp_path / "train/opt/a-01.webp", colour)
+    pairs = opened(tmp_path, radiometry="sentinel1")
+    assert (pairs.layout, pairs.units, pairs.bands, pairs.calibrated) == ("geotiff", "db", ("VV",), True)
+    seen = pairs.items([0])
+    found = (seen["sar"][0, 0].numpy() + 1) * 12.5 - 25
+    assert np.abs(found - np.clip(numbers[..., 0] / 100, -25, 0))[1:].max() < 0.01
+    assert (seen["sar"][0, 0, 0, :5] == 0).all() and (seen["sar"][0, 1] == 0).all() and (seen["sar"][0, 2] == 1).all()
+    assert torch.equal(seen["image"][0, :, 1:], torch.from_numpy(colour).permute(2, 0, 1)[:, 1:] / 127.5 - 1)
+    save(tmp_path / "train/opt/a-01.webp", colour[:-1])
+    with pytest.raises(BadInput, match="SAR and optical of the same size"):
+        opened(tmp_path).items([0])
+
+
+def test_the_real_desert_opens_in_decibels() -> None:
+    pairs = opened(real("desert-pairs"), size=128, limit=4)
+    assert (pairs.layout, pairs.units, pairs.bands, len(pairs)) == ("geotiff", "db", ("VV",), 16)
+    levels = np.concatenate([scene[..., 0].ravel() for scene in pairs.scenes]).astype(float)
+    assert -20 < np.nanmedian(levels) < -8
+
+
+def test_a_calibrated_pair_shown_as_another_kind_hangs_on_its_own_white(tmp_path: Path) -> None:
+    """Two scenes 8 dB apart: they differ where levels are absolute, and have one white where they are not."""
+    found: dict[int, list[float]] = {}
+    for name, level in (("dim", -20.0), ("bright", -12.0)):
+        sar = (level + rng(1).normal(0, 1, (32, 32, 1))).astype(np.float32)
+        pairs = opened(folder(tmp_path / name, sar, noise(1, 32, 32), {"names": ("VV",)}), radiometry="sentinel1")
+        drawn = pairs.draw(600, rng())["sar"]
+        heard = drawn[(drawn[:, 0] != 0).all((1, 2))]
+        for plane in (1, -1):
+            crops = heard[heard[:, 2, 0, 0] == plane][:, 0]
+            found.setdefault(plane, []).append(float(crops.mean()) * 12.5 - 12.5)
+    assert found[1] == pytest.approx([-20, -12], abs=0.3)
+    assert found[-1] == pytest.approx([-5.3 - 2.3] * 2, abs=0.5)  # the 99 % quantile lies 2.3 deviations above

@@ -1,5 +1,6 @@
 """What SAR numbers are taken for, in decibels and to a network; and the plain refusal where that cannot be told."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from distillers.errors import BadInput
 from distillers.radiometry import (
     AMPLITUDE,
     LOWEST_DB,
+    SENTINEL1,
     SENTINEL1_DB,
     Radiometry,
     decibels,
@@ -161,12 +163,20 @@ def test_levels_hang_on_the_white_of_the_scene_where_they_have_none() -> None:
     assert (SENTINEL1_DB.level("VV"), SENTINEL1_DB.level("VH"), AMPLITUDE.level("VV")) == (-5.3, -13.0, 0.0)
 
 
+def test_a_plane_says_whether_levels_are_absolute() -> None:
+    values = np.full((2, 1, 3), -12.5, np.float32)
+    seen = SENTINEL1.unit({"VV": values}, np.array([True, False])[:, None, None])
+    assert seen.shape == (3, 2, 1, 3) and (seen[:2] == 0).all() and (seen[2, 0] == 1).all() and (seen[2, 1] == -1).all()
+    assert (SENTINEL1.picture(np.ones((4, 4)), "VV")[2] == -1).all()
+    assert SENTINEL1.as_picture(SENTINEL1.unit({}.fromkeys(["VH"], values[0]), True))[1] == "VH"
+
+
 # --- the manifest's words
 
 
-@pytest.mark.parametrize("radiometry", [SENTINEL1_DB, AMPLITUDE, Radiometry(channels=2)])
+@pytest.mark.parametrize("radiometry", [SENTINEL1, SENTINEL1_DB, AMPLITUDE, Radiometry(channels=2)])
 def test_a_radiometry_is_what_its_words_say(radiometry: Radiometry) -> None:
-    assert Radiometry.of(radiometry.to_dict()) == radiometry
+    assert Radiometry.of(json.loads(json.dumps(radiometry.to_dict()))) == radiometry
 
 
 def test_without_words_it_is_amplitude() -> None:
@@ -188,6 +198,11 @@ WORDS = SENTINEL1_DB.to_dict()
         (WORDS | {"clip_db": {"VV": [-25, 0], "VH": [0, -32]}}, "sar"),
         (WORDS | {"clip_db": {"VV": [-25, 0], "VH": [-32]}}, "sar.clip_db.VH"),
         ({"form": "db"}, "sar"),
+        (WORDS | {"calibrated": True}, "sar"),  # the plane is a channel more
+        ({"channels": 2, "calibrated": True}, "sar.calibrated"),
+        (WORDS | {"levels": {"cells": [4]}}, "sar.levels"),
+        (WORDS | {"levels": {"cells": [5], "frequencies": 0}}, "sar.levels"),
+        (WORDS | {"levels": [5, 17]}, "sar.levels"),
     ],
 )
 def test_words_that_cannot_be_followed_are_named(words: dict[str, Any], field: str) -> None:

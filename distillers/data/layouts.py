@@ -60,7 +60,7 @@ def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[
       through scenes, and its patches of 600 px stand every 240 px, so some of its test patches are mostly trained on:
       whole scenes are divided anew. Files with other names keep the split of their folders.
     - `geotiff`: `{train,test}/{sar,opt}/NAME.tif`, or `{sar,opt}/NAME.tif`, whose rasters are divided by ground: what
-      touches or overlaps is one scene, named by the first of its rasters.
+      touches or overlaps is one scene, named by the first of its rasters. The optical files may be pictures instead.
 
     Where the folders are no split, scenes are sorted by the SHA-256 of their names and the first fifth (rounded up) is
     the test split, always the same for the same scenes.
@@ -288,10 +288,16 @@ def _told_ground(pairs: Iterable[Pair], told: Mapping[str, Mapping[str, Any]]) -
 
 
 def _places(pairs: Iterable[Pair]) -> dict[Pair, Place]:
-    """BadInput for a pair whose rasters do not lie on each other."""
+    """Where each pair lies, by its SAR; BadInput for one whose rasters do not lie on each other.
+
+    A picture (.webp, .png, .jpg) has no place of its own: it lies on its SAR, whose size it must have when read.
+    """
     found = {}
     for pair in pairs:
-        found[pair], optical = place(pair.sar), place(pair.optical)
+        found[pair] = place(pair.sar)
+        if pair.optical.suffix.lower() not in RASTER_SUFFIXES:
+            continue
+        optical = place(pair.optical)
         if not found[pair].fits(optical):
             given = f"{found[pair]} beside {optical} in {pair.optical}"
             raise BadInput(str(pair.sar), given, "SAR and optical of one CRS, size and transform: resample one of them")

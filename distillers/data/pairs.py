@@ -29,7 +29,7 @@ from distillers.data.pixels import (
     spread,
     to_tensor,
 )
-from distillers.data.rasters import read_optical_raster, read_sar_raster, sar_bands
+from distillers.data.rasters import RASTER_SUFFIXES, read_optical_raster, read_sar_raster, sar_bands
 from distillers.errors import BadInput
 from distillers.radiometry import (
     HIGHEST_DB,
@@ -183,7 +183,11 @@ class SarOpticalPairs:
         sar, valid = self._read_sar(pair)
         if (sar.dtype == np.uint8) != self._eight_bits:
             raise BadInput(str(pair.sar), f"values of {sar.dtype}", f"8 bits in all or none, as in {self.pairs[0].sar}")
-        optical, seen = read_optical_raster(pair.optical, *self.optical)
+        if pair.optical.suffix.lower() in RASTER_SUFFIXES:
+            optical, seen = read_optical_raster(pair.optical, *self.optical)
+        else:
+            optical = np.asarray(read_image(pair.optical).convert("RGB"))
+            seen = np.ones(optical.shape[:2], bool)
         _check_sizes(pair, sar, optical, size)
         valid = valid & seen
         if not self._eight_bits:
