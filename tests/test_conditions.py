@@ -130,7 +130,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     root = tmp_path_factory.mktemp("pairs")
     for split, name in (("train", "a"), ("train", "b"), ("test", "c")):
         save_pair(root / f"{split}/sar/{name}.png", root / f"{split}/opt/{name}.png", ord(name), 64)
-    table = json.loads(json.dumps(Recipe.load("sar-optical-teacher").table()))
+    table = json.loads(json.dumps(Recipe.load("sar-optical-128-teacher").table()))
     table["data"] |= {"size": 32, "balance": 2, "sources": [{"path": str(root), "bands": "VH"}]}
     table["model"]["network"] = NETWORK
     table["train"] |= {"iterations": 3, "batch": 4, "tracker": "none", "sample_every": 0, "precision": "no"}
@@ -208,7 +208,7 @@ def test_a_scene_says_whether_its_levels_are_absolute(
 
 
 def test_the_shipped_teacher_reads_its_three_sources() -> None:
-    recipe = Recipe.load("sar-optical-teacher")
+    recipe = Recipe.load("sar-optical-128-teacher")
     for source in recipe.data["sources"]:
         if not (ROOT / source["path"]).is_dir():
             pytest.skip(f"the real data do not stand at {source['path']}")
