@@ -440,6 +440,7 @@ def benchmark_training(
     ] = None,
     iterations: Annotated[int, typer.Option(help="Iterations to time.")] = 10,
     progress: Annotated[float, typer.Option(help="Where in the training, 0 to 1: curricula change the work.")] = 0.9,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Run the networks by torch.compile.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="A .json to write, with the table in a .md beside it.", show_default=False)
     ] = None,
@@ -459,7 +460,7 @@ def benchmark_training(
         raise BadInput("out", str(out), "a name that ends in .json")
     place = "cpu" if _device(device) == "cpu" else None
     plans = [Recipe.load(recipe, overrides) for recipe in recipes]
-    costs = [measure(plan, iterations=iterations, progress=progress, device=place) for plan in plans]
+    costs = [measure(plan, iterations=iterations, progress=progress, device=place, compiled=compiled) for plan in plans]
     typer.echo(table(costs))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

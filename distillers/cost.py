@@ -170,16 +170,20 @@ class Cost:
     precision: str
     progress: float  # of the training, where curricula stand
     iterations: int  # timed
+    execution: str  # eager or compiled, iteration and bare passes alike
     setting: dict[str, Any]
 
 
-def measure(recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, device: str | None = None) -> Cost:
+def measure(
+    recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, device: str | None = None, compiled: bool = False
+) -> Cost:
     """Time whole iterations of a recipe and their bare passes, taking turns. Nothing is written.
 
     Args:
         iterations: timed; three more come before.
         progress: 0 to 1, which iteration of the training it is.
         device: "cpu", or None for the GPU where there is one.
+        compiled: networks run by torch.compile, in the iteration and in the bare passes.
     """
     if iterations < 1 or not 0 <= progress <= 1:
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
@@ -204,7 +208,7 @@ def measure(recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, devi
         recipe=recipe.name, method=recipe.method,
         iteration_ms=whole["p50"], bare_ms=alone["p50"], ratio=whole["p50"] / alone["p50"],
         passes=dict(Counter(one.kind for one in passes)), batch=settings.batch, precision=settings.precision,
-        progress=progress, iterations=iterations, setting=setting(run.accelerator.device),
+        progress=progress, iterations=iterations, execution=str(run.execution), setting=setting(run.accelerator.device),
     )  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def table(costs: Sequence[Cost]) -> str:
     ]  # fmt: skip
     one, s = costs[0], costs[0].setting
     said = (
-        f"Medians of {one.iterations} turns each, at {one.progress:g} of the training; {s['device']}, "
-        f"{s['threads']} threads, torch {s['torch']}, {s['date']}."
+        f"Networks run {one.execution}. Medians of {one.iterations} turns each, at {one.progress:g} of the training; "
+        f"{s['device']}, {s['threads']} threads, torch {s['torch']}, {s['date']}."
     )
     return f"{markdown_table(columns, costs)}\n\n{said}\n"
