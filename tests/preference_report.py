@@ -46,6 +46,22 @@ REWARDED: dict[str, Distiller] = {
     "one step, std 0.1 (experimental)": Pso(mode="online", reward=RIGHT, steps=1, policy_std=0.1),
 }
 POINTS = 4000
+# What the tests ask at four steps, at least 1.3 times what the worst seed gives (docs/results/exact/margins.md).
+ENERGY_LEFT, SPREAD = 0.5, (0.7, 1.4)  # pairs: energy over the base's; least and greatest spread
+GAIN, NEAR, LEAST_SPREAD = 0.2, 0.75, 0.6  # a reward: its rise; samples near the data, and their spread
+
+
+def strain(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """How much of what is allowed each figure takes, for `held_against` and `rewarded`: below 1 is passed."""
+    if "reward" in after:
+        gain = after["reward"] - before["reward"]
+        return {
+            "reward": GAIN / gain if gain > 0 else float("inf"),
+            "near_data": (1 - after["near_data"]) / (1 - NEAR),
+            "spread": (1 - after["spread"]) / (1 - LEAST_SPREAD),
+        }
+    energy, off = after["energy_4"] / before["energy_4"], after["spread_4"] - 1
+    return {"energy_4": energy / ENERGY_LEFT, "spread_4": off / ((SPREAD[1] if off > 0 else SPREAD[0]) - 1)}
 
 
 def rightness(points: Tensor, cond: Cond | None) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mutate import mutated
-from preference_report import PAIRED, REWARDED, TARGETS, held_against, modes, rewarded, tuned, untuned
+from preference_report import PAIRED, REWARDED, TARGETS, held_against, modes, rewarded, strain, tuned, untuned
 from test_data import write_pairs
 from test_methods import iterate, teacher_for
 from torch import Tensor
@@ -396,8 +396,7 @@ def test_preferred_pictures_reach_the_loss(tmp_path: Path) -> None:
 def test_pairs_move_the_four_step_samples_to_the_target(name: str) -> None:
     target = modes(TARGETS[name])
     before, after = (held_against(target, g) for g in (untuned(0), tuned(PAIRED["pso, beta 2"], 0, target)))
-    assert after["energy_4"] < before["energy_4"] / 2, (before, after)
-    assert 0.7 < after["spread_4"] < 1.4, after
+    assert all(share < 1 for share in strain(before, after).values()), (before, after)
 
 
 WRONG = {
@@ -413,11 +412,10 @@ def test_a_broken_copy_does_not_get_there(wrong: str) -> None:
     target = modes(TARGETS["opposite modes"])
     broken = mutated(pso, *WRONG[wrong]).Pso(beta=2.0)
     before, after = (held_against(target, g) for g in (untuned(0), tuned(broken, 0, target)))
-    assert not (after["energy_4"] < before["energy_4"] / 2 and 0.7 < after["spread_4"] < 1.4), (before, after)
+    assert any(share > 1 for share in strain(before, after).values()), (before, after)
 
 
 @pytest.mark.slow
 def test_a_reward_is_climbed_near_the_data() -> None:
     before, after = (rewarded(g, 4) for g in (untuned(0), tuned(REWARDED["online, beta 5, eps 0.5"], 0)))
-    assert after["reward"] > before["reward"] + 0.2, (before, after)
-    assert after["near_data"] > 0.75 and after["spread"] > 0.6, (before, after)
+    assert all(share < 1 for share in strain(before, after).values()), (before, after)
