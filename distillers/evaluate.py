@@ -29,7 +29,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from distillers.data import Part
+from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
+from distillers.evaluation.shapes import read_shape, shares
 from distillers.pictures import grey_sar
 
 if TYPE_CHECKING:
@@ -219,6 +222,7 @@ class Row:
     n_reference: int
     steps: int | None = None
     nfe: int | None = None
+    shows: dict[str, float] | None = None  # shares that show the asked colour, the asked form, and both: "asked"
     frechet: float | None = None
     kid_mean: float | None = None
     kid_std: float | None = None
@@ -299,7 +303,8 @@ class Report:
 
 
 QUALITY: list[Column[Row]] = [
-    ("NFE", lambda r: r.nfe, ""), ("Frechet", lambda r: r.frechet, ".3f"),
+    ("NFE", lambda r: r.nfe, ""), ("shows what was asked, %", lambda r: r.shows and 100 * r.shows["asked"], ".1f"),
+    ("Frechet", lambda r: r.frechet, ".3f"),
     ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
     ("precision", lambda r: r.precision, ".3f"), ("recall", lambda r: r.recall, ".3f"),
     ("PSNR", lambda r: r.psnr, ".2f"), ("within 2 px", lambda r: r.shifted_psnr, ".2f"),
@@ -399,6 +404,7 @@ class _Contestant:
     pairs: dict[str, list[Tensor]] = field(default_factory=dict)
     agreement: dict[str, list[Tensor]] = field(default_factory=lambda: {"rmse": [], "psnr": []})
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
+    shows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # the asked colour, the asked form
 
 
 @torch.no_grad()
@@ -436,12 +442,12 @@ def evaluate(
         *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in [min(steps)] if mean_of),
         *(_baselines(colour, n, len(reference), generator) if generator.info.task == "sar-to-optical" else ()),
     ]
-    done, labels, judges = 0, [], rewards or {}
+    done, labels, judges, read = 0, [], rewards or {}, _readable(generator, data)
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         seeds, items = range(seed + start, seed + start + len(part)), data.items(part)
         labels += items["label"].tolist() if generator.info.task == "class-to-image" else []
-        for contestant in _round(contestants, items, seeds, features, judges, generator.info.sar):
+        for contestant in _round(contestants, items, seeds, features, judges, generator.info.sar, read):
             done += len(part)
             if progress:
                 progress(done, n * len(contestants), contestant.row.name)
@@ -452,6 +458,9 @@ def evaluate(
             contestant.row.classes = _classes(torch.tensor(labels), data.labels, reference, contestant.features)
     floor = _floor(reference, data, train, n, features, batch)
     floor.rewards = {name: _mean(judge(*_seen(data, indices))) or 0.0 for name, judge in judges.items()} or None
+    if read:
+        pictures, condition = _seen(data, indices)
+        floor.shows = shares(*read_shape(pictures).shows(condition["label"]))
     theirs = [torch.cat(one.features) for one in contestants if one.row.role == "teacher"]
     if drawn_by_teacher is not None:
         theirs = [extract(features, drawn_by_teacher, batch)]
@@ -464,7 +473,7 @@ def evaluate(
         task=generator.info.task, data=data.name, seeds=[seed, seed + n - 1],
         features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
         setting=setting(_device(generator)), history=told,
-        notes=[*_notes(n, len(reference), train, generator.info.task), *hacking_notes(told)],
+        notes=[*_notes(n, len(reference), train, generator.info.task, read), *hacking_notes(told)],
         rows=[floor, *(contestant.row for contestant in contestants)],
     )  # fmt: skip
 
@@ -655,6 +664,7 @@ def _round(
     features: "Features",
     judges: Mapping[str, Judge],
     radiometry: dict[str, Any] | None,
+    read: bool,
 ) -> Iterator[_Contestant]:
     """Everybody draws for one batch of real items; students are held against the last teacher's pictures."""
     held: tuple[str, Tensor] | None = None
@@ -663,6 +673,8 @@ def _round(
         one.features.append(extract(features, pictures, len(pictures)))
         for name, judge in judges.items():
             one.rewards.setdefault(name, []).append(judge(pictures, {k: items[k] for k in items if k == "label"}))
+        if read:
+            one.shows.append(read_shape(pictures).shows(items["label"]))
         if "sar" in items:
             real, seen = items["image"], grey_sar(items["sar"], radiometry)
             measured = {"psnr": psnr(pictures, real), "ssim": ssim(pictures, real)}
@@ -693,6 +705,14 @@ def _settle(one: _Contestant, reference: Tensor, regions: dict[str, list[int]]) 
     if row.agreement is not None:
         row.agreement.update({name: _mean(torch.cat(values)) for name, values in one.agreement.items()})
     row.rewards = {name: _mean(torch.cat(values)) or 0.0 for name, values in one.rewards.items()} or None
+    if one.shows:
+        row.shows = shares(*(torch.cat(shown) for shown in zip(*one.shows, strict=True)))
+
+
+def _readable(generator: "Generator", data: "ImageData") -> bool:
+    """Whether a program can read off these pictures what their labels ask."""
+    whole = data.data if isinstance(data, Part) else data
+    return generator.info.task == "class-to-image" and isinstance(whole, CaptionedShapes) and whole.objects == 1
 
 
 def _seen(data: "ImageData", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -744,8 +764,13 @@ def _floor(
     return row
 
 
-def _notes(n: int, n_reference: int, train: "ImageData | None", task: str) -> list[str]:
+def _notes(n: int, n_reference: int, train: "ImageData | None", task: str, read: bool) -> list[str]:
     notes = ["Frechet distances fall as n grows: compare them only at one n and in one feature space."]
+    if read:
+        notes.append(
+            "Shows what was asked: a program without a network reads colour and form off the picture and holds them "
+            "against the label; half, blurred, doubled and speckled objects show no form."
+        )
     if n_reference < n:
         notes.append(f"The split has {n_reference} items: conditions repeat, with other seeds.")
     if train is None:

@@ -4,7 +4,7 @@ A Frechet distance is a distance *in some feature space*; its number means nothi
 are trained here and shipped in `weights/`, each with the accuracy it was measured at:
 
 * `eurosat-landcover`: ten land-cover classes of EuroSAT (Sentinel-2 RGB, 64 px at 10 m);
-* `shapes`: the 24 shape-colour classes of the procedural shapes set.
+* `shapes`: the 24 shape-colour classes of the procedural shapes set, one object a picture.
 
 `inception` is the usual Inception-v3, through torchmetrics and torch-fidelity, where its weights are on the disk, and
 `efficientnet` is EfficientNet-Lite0 of ImageNet, whose weights come as a package. The latter's maps are also what a
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         iterations = given.iterations or 3300
     else:
-        train, test = open_data("shapes", size=32, split="train"), open_data("shapes", size=32, split="test")
+        train, test = (open_data("shapes", size=32, split=split, objects=1) for split in ("train", "test"))
         card, iterations = FeatureCard(name="shapes", size=32, width=32), given.iterations or 1000
 
     def show(iteration: int, total: int, loss: float) -> None:

@@ -49,23 +49,6 @@ def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
     return green - (red + blue) / 2
 
 
-SATURATED = 0.6  # of greatest minus least channel; the faintest colour of our shapes has 1.1, their backgrounds 0
-SMALLEST_REGION = 8  # pixels; our least shape at 32 px has about 19
-
-
-def shape_count(pixels: Tensor, cond: Cond | None) -> Tensor:
-    """How many connected regions of saturated colour, specks left out. (B, 3, H, W) -> (B,). Without a gradient.
-
-    Made for `CaptionedShapes`, whose shapes are the only colour on a grey background.
-    """
-    from scipy.ndimage import label
-
-    seen = pixels.detach().float().clamp(-1, 1)
-    coloured = (seen.amax(1) - seen.amin(1) > SATURATED).cpu().numpy()
-    regions = [np.bincount(label(picture)[0].ravel())[1:] for picture in coloured]
-    return torch.tensor([float((sizes >= SMALLEST_REGION).sum()) for sizes in regions], device=pixels.device)
-
-
 def load_reward(name: str) -> RewardFunction:
     """A feature classifier's folder as `Recognised`, or "module:function", a reward of the user's own on Python's path.
 

@@ -19,7 +19,7 @@ from distillers.generator import Generator
 
 TEACHER_STEPS = 20
 FILE = "watch.jsonl"
-FIGURES = ("frechet", "kid_mean", "psnr", "asked")
+FIGURES = ("frechet", "kid_mean", "psnr")
 
 
 class Watch:
@@ -53,7 +53,8 @@ class Watch:
             steps = self.steps or (min(info.step_times) if info.step_times else TEACHER_STEPS)
             report = evaluate(model, self.data, n=self.n, features=self.features, steps=[steps], latency_repeats=0)
         row = next(row for row in report.rows if row.role not in ("real", "baseline"))
-        figures = {name: value for name in FIGURES if (value := getattr(row, name, None)) is not None}
+        figures = {name: value for name in FIGURES if (value := getattr(row, name)) is not None}
+        figures |= {"asked": row.shows["asked"]} if row.shows else {}
         past = [entry for entry in history(self.out) if entry["iteration"] < iteration]  # a run resumed repeats some
         best = all(figures["frechet"] < entry["frechet"] for entry in past)
         told: list[dict[str, Any]] = [*past, {"iteration": iteration, "steps": steps, "n": self.n, **figures}]

@@ -1,5 +1,6 @@
 """The data sets: what they draw, how they divide ground into train and test, and which input they refuse."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import label
 
 from distillers.data import KINDS, open_data
 from distillers.data.images import ImageFolder
 from distillers.data.pairs import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
-from distillers.data.shapes import COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
+from distillers.data.shapes import ALONE, COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -158,9 +160,11 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
     ("kind", "options", "field", "allowed"),
     [
         ("movies", {}, "data.kind", "images | pairs | mixed-pairs | shapes"),
-        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit"),
+        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit, objects"),
         ("shapes", {"shade": "black"}, "shade", "dark | mid | light"),
         ("shapes", {"limit": 0}, "limit", "1 or more"),
+        ("shapes", {"objects": 3}, "objects", "1 or 2"),
+        ("shapes", {"objects": 0}, "objects", "1 or 2"),
         ("preferences", {"path": "no/such/folder"}, "path", "existing folder"),
         ("preferences", {"path": ".", "split": "all"}, "split", "train | test"),
         ("images", {}, "data.path", "needs it"),
@@ -907,6 +911,31 @@ def test_objects_stay_inside_and_apart() -> None:
     apart = np.abs(what.centre[:, 0] - what.centre[:, 1]).max(axis=1) - radius.sum(axis=1)
     assert apart[what.second].min() > 1 / 32  # a pixel at least at 32 px
     assert 0.45 < what.second.mean() < 0.55
+
+
+def test_one_object_stands_alone_is_large_and_keeps_the_margin() -> None:
+    data = CaptionedShapes(48, split="test", objects=1)  # the margin is more than a pixel and half an edge
+    what = data.scenes(range(1000))
+    radius = what.radius[:, 0]
+    assert not what.second.any() and ALONE[0] <= radius.min() < 0.25 and 0.41 < radius.max() <= ALONE[1]
+    assert (np.minimum(what.centre[:, 0], 1 - what.centre[:, 0]).min(axis=1) - radius).min() > 0.03 - 1e-6
+    items, captions = data.items(range(300)), data.captions(range(300))
+    pictures = (items["image"].permute(0, 2, 3, 1).numpy() + 1) / 2
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        coloured = np.ptp(picture, axis=2) > 0.01
+        assert label(coloured)[1] == 1 and not coloured[[0, -1]].any() and not coloured[:, [0, -1]].any()
+        body, shade = caption.removesuffix(" background").split(" on a ")
+        size, colour, shape = body.split()[1:]
+        assert LABELS[items["label"][i]] == f"{colour} {shape}" and (radius[i] > sum(ALONE) / 2) == (size == "large")
+        assert [name for name in COLOURS if seen(picture, name).any()] == [colour]
+        assert abs(picture[0, 0, 0] - SHADES[shade]) < 0.07
+
+
+def test_pictures_of_two_objects_are_what_they_always_were() -> None:
+    """The checksum is of the pictures before there was an option, in whole hundredths of the half range."""
+    for data in (CaptionedShapes(32), CaptionedShapes(32, objects=2)):
+        image = ((data.items(range(8))["image"] + 1) * 100).round().byte()
+        assert hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] == "95a094007da8a10a"
 
 
 def test_every_label_is_drawn_equally_often() -> None:

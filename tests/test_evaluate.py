@@ -172,7 +172,7 @@ def tiny(task: str, role: str, labels: tuple[str, ...] = (), seed: int = 0, guid
 
 @pytest.fixture(scope="module")
 def shapes() -> ImageData:
-    return open_data("shapes", size=16, split="test")
+    return open_data("shapes", size=16, split="test", objects=1)  # what the feature space was trained on
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +185,16 @@ def report(shapes: ImageData, space: Features) -> Report:
     student, teacher = (tiny("class-to-image", role, shapes.labels, i) for i, role in enumerate(("student", "teacher")))
     heard: list[tuple[int, int, str]] = []
     report = evaluate(
-        student, shapes, n=140, seed=5, teacher=teacher, teacher_steps=(4, 3), features=space, latency_repeats=2,
-        train=open_data("shapes", size=16), progress=lambda *said: heard.append(said),
+        student, shapes, n=300, seed=5, teacher=teacher, teacher_steps=(4, 3), features=space, latency_repeats=2,
+        train=open_data("shapes", size=16, objects=1), progress=lambda *said: heard.append(said),
     )  # fmt: skip
-    assert heard[-1][:2] == (560, 560) and all(before[0] < after[0] for before, after in pairwise(heard))
+    assert heard[-1][:2] == (1200, 1200) and all(before[0] < after[0] for before, after in pairwise(heard))
     return report
 
 
 def test_a_report_says_on_what_with_what_and_when(report: Report) -> None:
     told = json.loads(report.to_json())
-    assert told["n"] == 140 and told["seeds"] == [5, 144] and told["data"] == "shapes" and told["split"] == "test"
+    assert told["n"] == 300 and told["seeds"] == [5, 304] and told["data"] == "shapes" and told["split"] == "test"
     assert told["features"]["name"] == "shapes" and told["features"]["accuracy"] > 0.9
     assert told["setting"].keys() == {"device", "date", "torch", "threads"} and told["setting"]["device"].startswith(
         "cpu"
@@ -204,7 +204,7 @@ def test_a_report_says_on_what_with_what_and_when(report: Report) -> None:
     ]  # fmt: skip
     assert [row.get("nfe") for row in told["rows"]] == [None, 3, 4, 1, 2]
     for row in told["rows"]:
-        assert row["n"] == 140 and row["n_reference"] == 140
+        assert row["n"] == 300 and row["n_reference"] == 300
         assert row["frechet"] > 0 and 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1 and "kid_mean" in row
 
 
@@ -231,7 +231,7 @@ def test_the_table_has_a_row_for_each_contestant_and_its_conditions(report: Repo
     assert table.count("\n| ") == 1 + len(report.rows) and "PSNR" not in table  # the separator, and no pairs here
     assert "| RMSE to teacher, 4 steps |" in text and "| speed-up over teacher, 3 steps |" in text
     assert (
-        "n = 140, seeds 5 to 144" in text
+        "n = 300, seeds 5 to 304" in text
         and "shapes, classifier accuracy" in text
         and str(report.setting["date"]) in text
     )
@@ -427,7 +427,7 @@ class Lifelike(Generator):
     dead = 3
 
     def sample(self, seeds: Any, *, labels: Any = None, sar: Any = None, steps: Any = None, size: Any = None) -> Tensor:
-        data, pictures = open_data("shapes", split="train"), []
+        data, pictures = open_data("shapes", size=16, split="train", objects=1), []
         every = data.items(range(1200))
         for seed, label in zip(seeds, labels, strict=True):
             own = every["image"][every["label"] == label]

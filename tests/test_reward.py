@@ -16,13 +16,12 @@ from distillers.cli import app
 from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
 from distillers.data.preferences import PreferencePairs
-from distillers.data.shapes import CaptionedShapes
 from distillers.denoiser import Cond
 from distillers.errors import BadInput
 from distillers.features import FeatureCard, FeatureNet
 from distillers.generator import Generator
 from distillers.methods.hyper_sd import HyperSD
-from distillers.reward import Recognised, Reward, choose_pairs, greenness, load_reward, shape_count
+from distillers.reward import Recognised, Reward, choose_pairs, greenness, load_reward
 
 LABELS = ("Forest", "River", "Sea Lake")
 
@@ -110,19 +109,6 @@ def test_greenness_counts_what_is_seen() -> None:
     assert greenness(pixels, None).tolist() == [2, 0, 0.5, -2, 2]
     greenness(pixels, None).sum().backward()
     assert pixels.grad is not None and bool(pixels.grad[2].any())
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_shape_count_counts_the_drawn_shapes(size: int) -> None:
-    """Right for every one of these pictures, also with some noise; specks and grey are no shapes."""
-    data = CaptionedShapes(size, split="test")
-    pictures, truth = data.items(range(1000))["image"], 1 + torch.from_numpy(data.scenes(range(1000)).second).float()
-    assert torch.equal(shape_count(pictures, None), truth)
-    noisy = pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    assert (shape_count(noisy, None) == truth).float().mean() > 0.99
-    blank = torch.full((2, 3, 32, 32), 0.3)
-    blank[1, 0, 5, 5:9] = 1  # four pixels of colour
-    assert shape_count(blank, None).tolist() == [0, 0]
 
 
 # --- pairs that a reward chooses -------------------------------------------------------------------------------------
@@ -235,7 +221,6 @@ def test_what_is_no_number_per_picture_is_refused(function: object) -> None:
 
 def test_a_reward_that_only_compares_needs_no_gradient() -> None:
     Reward(without_gradient, PixelUnshuffle(1), *example(), differentiable=False)
-    Reward(shape_count, PixelUnshuffle(1), *example(), differentiable=False)
     for function in (not_a_number, one_for_all, a_column, not_a_tensor):
         with pytest.raises(BadInput, match=r"reward.*one finite number per picture"):
             Reward(function, PixelUnshuffle(1), *example(), differentiable=False)  # type: ignore[arg-type]

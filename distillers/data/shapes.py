@@ -194,12 +194,12 @@ def paint(what: Scenes, size: int) -> Floats:
             r = radius[chosen, which, None, None]
             x = (grid[None, None, :] - what.centre[chosen, which, 0, None, None]) / r
             y = (grid[None, :, None] - what.centre[chosen, which, 1, None, None]) / r
-            cover = np.clip(0.5 - _distance(name, x, y) * (r * size), 0, 1)[..., None]
+            cover = np.clip(0.5 - distance(name, x, y) * (r * size), 0, 1)[..., None]
             image[chosen] += cover * (palette[what.colour[chosen, which], None, None] - image[chosen])
     return image
 
 
-def _distance(shape: str, x: Floats, y: Floats) -> Floats:
+def distance(shape: str, x: Floats, y: Floats) -> Floats:
     """Signed distance to the outline of a shape within [-1,1], negative inside; exact at the edges."""
     x = np.abs(x)
     if shape == "circle":
