@@ -516,7 +516,7 @@ def evaluate_reconstruction(
     return Report(
         model=info.name, teacher=None, n=len(indices), split=split, task=info.task, data=data.name, seeds=[],
         features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
-        setting=setting(_device(autoencoder)), notes=_notes(len(indices), len(indices), train, info.task),
+        setting=setting(_device(autoencoder)), notes=_notes(len(indices), len(indices), train, info.task, read=False),
         rows=[_floor(reference, data, train, len(indices), features, batch), row],
     )  # fmt: skip
 
