@@ -489,8 +489,8 @@ class Run:
         self.accelerator.log({f"watch/{name}": value for name, value in figures.items()}, step=done)
         if best and self.averages:
             state = {name: net.state_dict() for name, net in self.averages.items()}
-            torch.save(state, self.out / ".best")
-            (self.out / ".best").rename(self.out / "best.pt")
+            torch.save(state, self.out / "best.pt.new")
+            (self.out / "best.pt.new").rename(self.out / "best.pt")
         return ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + (" (best)" if best else "")
 
     def _load_best(self) -> None:
