@@ -140,8 +140,8 @@ def test_the_image_installs_a_package_that_is_whole(tmp_path: Path) -> None:
 def test_the_tree_stays_small_and_holds_nothing_that_executes_on_load() -> None:
     files = tracked()
     size = {file: file.stat().st_size for file in files}
-    assert sum(size.values()) < 50e6
-    assert sum(size[file] for file in files if file.is_relative_to(ROOT / "weights")) < 40e6
+    assert sum(size.values()) < 96e6
+    assert sum(size[file] for file in files if file.is_relative_to(ROOT / "weights")) < 80e6
     assert not [file for file in files if file.suffix in {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}]
 
 

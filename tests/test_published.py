@@ -25,7 +25,7 @@ from distillers.weights import Info
 ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weights"))
 FOLDERS = {name: folder for name, folder in weights.find(ROOT).items() if weights.draws(folder)}
 AUTOENCODERS = {name: folder for name, folder in weights.find(ROOT).items() if name not in FOLDERS}
-FOLDER_MEGABYTES, ALL_MEGABYTES = 25, 60  # they travel with the repository
+FOLDER_MEGABYTES, ALL_MEGABYTES = 20, 80  # they travel with the repository
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
 
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="weights/ holds no published folder (fewstep distill makes one)")
