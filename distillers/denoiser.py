@@ -110,13 +110,16 @@ class _AllKept(Exception):
 
 
 @contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Run a network's own code inside the block, whatever `nn.Module.compile` made of it before."""
-    compiled, network._compiled_call_impl = network._compiled_call_impl, None
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Run the own code of a module and its parts inside the block, whatever `nn.Module.compile` made of them before."""
+    compiled = {part: part._compiled_call_impl for part in module.modules()}
+    for part in compiled:
+        part._compiled_call_impl = None
     try:
         yield
     finally:
-        network._compiled_call_impl = compiled
+        for part, code in compiled.items():
+            part._compiled_call_impl = code
 
 
 def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

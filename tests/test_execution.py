@@ -105,7 +105,7 @@ def test_code_that_cannot_be_compiled_stays_eager(
 
     monkeypatch.setattr(nn.Module, "compile", broken)
     run = begin(Regression(), teacher, settings(compile="always"), tmp_path, device="cpu")
-    assert "compiled failed: no working C++ compiler" in run.choose_execution(data)
+    assert "failed: no working C++ compiler" in run.choose_execution(data)
     assert not run.execution.compiled and run.rehearse(data).turns
 
 

@@ -148,7 +148,7 @@ def derivative_along(
     try:
         with (
             torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH),
-            uncompiled(denoiser.network),  # compiled code has no forward derivative
+            uncompiled(denoiser),  # compiled code has no forward derivative
         ):  # fmt: skip
             return _value_and_slope(f, (x_t, t), (dx, dt))
     finally:
