@@ -256,7 +256,9 @@ def kept(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     old, same = json.loads(path.read_text()), json.loads(json.dumps(about))
-    if any(old.get(k) != v for k, v in same.items() if k != "runs"):
+    old_given, given = ({**report, **report.get("options", {}), **report.get("training", {})} for report in (old, same))
+    known = old_given.keys() & given.keys() - {"runs", "options", "training"}  # a field that came later was no choice
+    if any(old_given[k] != given[k] for k in known):
         return []
 
     def place(run: dict[str, Any]) -> tuple[Any, ...]:
