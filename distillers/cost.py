@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from distillers.denoiser import Denoiser, GuidedTime
 from distillers.errors import BadInput
 from distillers.evaluate import Column, latencies, markdown_table, setting
+from distillers.execution import Execution, run_as
 from distillers.latents import encoded_once
 from distillers.recipe import Recipe
 from distillers.trainer import begin
@@ -196,6 +197,9 @@ def measure(
         run.iteration(i, data)
     if not passes:
         raise BadInput("recipe", recipe.name, f"a method that calls a denoiser; {recipe.method} does not")
+
+    run.execution = Execution(compiled=compiled)
+    run_as(run.nets, run.execution)  # only now: compiled code would not have called the hooks that record passes
 
     def bare() -> None:
         for one in passes:

@@ -447,7 +447,7 @@ class Run:
 
     def generator(self, which: Literal["last", "best"] = "last") -> Generator | Autoencoder:
         """The method's generator, or its autoencoder, with averaged weights, on CPU: the last or the watch's best."""
-        if which == "best":
+        if which == "best" and self.accelerator.is_main_process:  # who measured, and publishes
             self._load_best()
         nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
