@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
@@ -66,6 +67,7 @@ class TrainSettings:
     watch_steps: int = 0  # network calls per picture; 0 = the generator's fewest, 20 for a teacher
     publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
     log_every: int = 50
+    workers: int = 0  # processes that draw batches; 0 = a thread, which is enough for a CPU and for cheap pictures
     tracker: str = "tensorboard"  # any name accelerate knows, or "none"
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class TrainSettings:
             raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
         if not 0 <= self.ema < 1:
             raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
-        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay"):
+        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
         if self.publish == "best" and not (self.watch_every and self.ema):
@@ -251,7 +253,8 @@ class Run:
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
         self.waited = 0.0  # s of these that iterations waited for data
         self.execution = Execution()
-        self._loader, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
+        self._thread, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
+        self._workers: Iterator[dict[str, Tensor]] | None = None
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
@@ -277,22 +280,43 @@ class Run:
             follow(average, self.nets[name], decay)
 
     def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
-        """Iteration i's batch in the network's terms, cut for accumulation. The next one is drawn in a thread."""
-        s, process = self.settings, self.accelerator.process_index
-        torch.manual_seed(_mix(s.seed, i, process))
+        """Iteration i's batch in the network's terms, cut for accumulation."""
         started = time.perf_counter()
-        for k in (i, i + 1):
-            if k not in self._ahead and k < max(s.iterations, i + 1):
-                rng = np.random.default_rng((s.seed, k, process))
-                self._ahead[k] = self._loader.submit(data.draw, s.batch, rng)
-        pictures = self._ahead.pop(i).result()
+        pictures = self._from_workers(i, data) if self.settings.workers else self._from_thread(i, data)
         self.waited += time.perf_counter() - started
+        torch.manual_seed(_mix(self.settings.seed, i, self.accelerator.process_index))
+        return self._encoded(pictures)
+
+    def _encoded(self, pictures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Pictures in the network's terms, cut for accumulation."""
+        parts = self.settings.accumulation
         batch = self.teacher.encode_batch(pictures, self.accelerator.device)
-        return [{k: v.chunk(s.accumulation)[j] for k, v in batch.items()} for j in range(s.accumulation)]
+        return [{k: v.chunk(parts)[j] for k, v in batch.items()} for j in range(parts)]
+
+    def _from_thread(self, i: int, data: ImageData) -> dict[str, Tensor]:
+        """Iteration i's pictures; a thread draws the next ones meanwhile."""
+        draws = _Draws(data, self.settings, self.accelerator.process_index)
+        for k in (i, i + 1):
+            if k not in self._ahead and k < max(self.settings.iterations, i + 1):
+                self._ahead[k] = self._thread.submit(draws.__getitem__, k)
+        return self._ahead.pop(i).result()
+
+    def _from_workers(self, i: int, data: ImageData) -> dict[str, Tensor]:
+        """Iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn."""
+        s, draws = self.settings, _Draws(data, self.settings, self.accelerator.process_index)
+        if self._workers is None:
+            data.draw(1, np.random.default_rng(0))  # decodes what is read once, so that the processes share it
+            cuda = self.accelerator.device.type == "cuda"
+            loader = DataLoader(
+                draws, batch_size=None, sampler=range(i, s.iterations), num_workers=s.workers, pin_memory=cuda
+            )
+            self._workers = iter(loader)
+        return next(self._workers)
 
     def close(self) -> None:
-        """End the loader's thread and the trackers. The process group stays, for whoever publishes waits in it."""
-        self._loader.shutdown(cancel_futures=True)
+        """End the loaders and the trackers. The process group stays, for whoever publishes waits in it."""
+        self._thread.shutdown(cancel_futures=True)
+        self._workers = None
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -349,7 +373,9 @@ class Run:
         before = {name: value.clone() for name, value in self.nets.state_dict().items()}
         seconds, turns = [], list[tuple[str, float, Tensor]]()
         for _ in range(4):  # the first warms up
-            batch, turns = self._micro_batches(0, data)[0], []
+            pictures, turns = self._from_thread(0, data), []
+            torch.manual_seed(_mix(self.settings.seed, 0, self.accelerator.process_index))
+            batch = self._encoded(pictures)[0]
             started = time.perf_counter()
             steps = self.distiller.step(self.nets, batch, 0.0)
             while True:
@@ -601,6 +627,16 @@ class Run:
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint of a run folder; None if there is none."""
     return max((p for p in out.glob("checkpoints/[0-9]*") if (p / "about.json").is_file()), default=None)
+
+
+class _Draws(Dataset[dict[str, Tensor]]):
+    """The batch of every iteration: item i is what iteration i of this process learns from."""
+
+    def __init__(self, data: ImageData, settings: TrainSettings, process: int) -> None:
+        self.data, self.batch, self.seed, self.process = data, settings.batch, settings.seed, process
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.data.draw(self.batch, np.random.default_rng((self.seed, i, self.process)))
 
 
 class _Termination:

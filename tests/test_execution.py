@@ -1,8 +1,10 @@
 """How networks are run in a training: measured, agreeing with eager, recorded; batches drawn ahead."""
 
 import json
+import multiprocessing
 import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from test_trainer import TINY, Duel, Regression, settings, values
 from torch import nn
 
 from distillers.data import Batch, ImageData, open_data
+from distillers.distiller import Networks, Turn
 from distillers.execution import Execution, Rehearsal, run_as
 from distillers.recipe import Recipe
 from distillers.teacher import Teacher
@@ -173,6 +176,34 @@ def test_batches_are_drawn_ahead_and_none_too_many(teacher: Teacher, data: Image
     told = json.loads((tmp_path / "cost.json").read_text())
     assert 0 <= told["waited_for_data"] <= told["seconds"] and told["execution"] == "eager"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def test_processes_draw_the_same_batches_as_the_thread(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    trained = []
+    for workers in (0, 2):
+        slow = Slow(data)
+        made = train(Regression(), teacher, slow, settings(iterations=5, workers=workers), tmp_path / str(workers))
+        assert len(slow.threads) == (1 if workers else 5)  # one draw here, so that all processes share what is decoded
+        trained.append(made.state_dict())
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=0)
+    assert not multiprocessing.active_children()
+
+
+def test_a_stopped_training_with_processes_goes_on_where_it_stood(
+    teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    class Stops(Regression):
+        def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+            if progress >= 0.5:
+                raise KeyboardInterrupt
+            yield from super().step(nets, batch, progress)
+
+    chosen = settings(iterations=6, checkpoint_every=2, workers=1)
+    whole = train(Regression(), teacher, data, chosen, tmp_path / "whole", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train(Stops(), teacher, data, chosen, tmp_path / "halves", device="cpu")
+    resumed = train(Regression(), teacher, data, chosen, tmp_path / "halves", device="cpu")
+    torch.testing.assert_close(whole.state_dict(), resumed.state_dict(), rtol=0, atol=0)
 
 
 def test_an_error_of_the_data_is_the_trainings(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
