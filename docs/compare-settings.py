@@ -1,0 +1,115 @@
+"""Train variants of a recipe for equal core-minutes and compare their watches: how the teachers' networks were chosen.
+
+    OMP_NUM_THREADS=1 .venv/bin/python docs/compare-settings.py docs/results/teachers-settings.toml --minutes 4
+
+A variant's iterations are what `--minutes` of one core's own time pays for, measured before it begins, so other work on
+the machine does not change the outcome. Results are kept as they come: what is there is not trained again.
+"""
+
+import argparse
+import json
+import time
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillers.evaluate import device_name
+from distillers.job import _held_out
+from distillers.latents import encoded_once
+from distillers.recipe import Recipe
+from distillers.trainer import train
+from distillers.watch import history
+
+WATCHES = 3  # measurements of each variant
+
+
+def iterations(recipe: Recipe, out: Path, minutes: float) -> int:
+    """How many iterations of a recipe a core's minutes pay for."""
+    spent = []
+    for count in (4, 20):
+        started = time.process_time()
+        run(recipe, out / f"pace-{count}", count, ())
+        spent.append(time.process_time() - started)
+    return max(WATCHES, round(60 * minutes * 16 / (spent[1] - spent[0])))
+
+
+def run(recipe: Recipe, out: Path, count: int, changes: tuple[str, ...]) -> Any:
+    """Train a recipe for so many iterations, without publishing what comes of it."""
+    fixed = {"iterations": count, "compile": "never", "warmup": count // 20 + 1, "watch_every": 0, "sample_every": 0}
+    table = {**recipe.table()}
+    table["train"] = {**table["train"], **fixed, "publish": "last", "tracker": "none"}
+    table["train"] |= dict(change for change in changes)  # type: ignore[arg-type]
+    chosen = Recipe.from_table(table)
+    data, method = chosen.open_data(), chosen.distiller()
+    teacher = chosen.open_teacher(data)
+    return train(
+        method, teacher, encoded_once(data, teacher.codec), chosen.settings(), out, device="cpu",
+        held_out=_held_out(chosen) if chosen.settings().watch_every else None,
+    )  # fmt: skip
+
+
+def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, Any]:
+    """One row of the table: what was trained, how much of it, and how it stood in between and at the end."""
+    recipe, out = Recipe.load(variant["recipe"], variant.get("overrides")), runs / variant["label"].replace(" ", "-")
+    count = iterations(recipe, out, minutes)
+    steps, n = variant.get("steps", 4), variant.get("n", 256)
+    watched = (("watch_every", -(-count // WATCHES)), ("watch_samples", n), ("watch_steps", steps))
+    made = run(recipe, out / "whole", count, watched)
+    parameters = sum(p.numel() for p in made.denoiser.parameters())
+    batch = recipe.settings().batch
+    return {
+        "label": variant["label"], "group": variant["group"], "overrides": variant.get("overrides", []),
+        "recipe": variant["recipe"], "parameters": parameters, "pictures": count * batch,
+        "pictures_per_second": count * batch / (60 * minutes), "minutes": minutes, "steps": steps, "n": n,
+        "curve": history(out / "whole"), "device": device_name("cpu"), "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The rows as tables in Markdown, a table for each group."""
+    lines = ["# Teachers: networks and settings at equal core-minutes", ""]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        chosen = [row for row in rows if row["group"] == group]
+        first = chosen[0]
+        lines += [
+            f"**{group}**: {first['minutes']:g} minutes of one core each ({first['device']}, {first['date']}); "
+            f"Frechet and KID of {first['n']} held-out pictures at {first['steps']} steps.", "",
+            "| setting | parameters | pictures/s | pictures | Frechet after a third | two thirds | all | KID | PSNR |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in chosen:
+            end = row["curve"][-1]
+            psnr = f"{end['psnr']:.2f}" if "psnr" in end else "-"
+            frechet = " | ".join(f"{entry['frechet']:.1f}" for entry in row["curve"][:WATCHES])
+            lines.append(
+                f"| {row['label']} | {row['parameters'] / 1e6:.1f} M | {row['pictures_per_second']:.0f} | "
+                f"{row['pictures']:,} | {frechet} | {end['kid_mean']:.3f} | {psnr} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what the study names and has no row yet, and write its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/settings"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    variants = tomllib.loads(given.study.read_text())["variants"]
+    target = given.study.with_suffix(".json")
+    rows = json.loads(target.read_text()) if target.is_file() else []
+    for variant in variants:
+        if variant["label"] in {row["label"] for row in rows}:
+            continue
+        rows.append(measured(variant, given.minutes, given.runs))
+        target.write_text(json.dumps(rows, indent=1) + "\n")
+        given.study.with_suffix(".md").write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
