@@ -185,6 +185,10 @@ def measure(
         progress: 0 to 1, which iteration of the training it is.
         device: "cpu", or None for the GPU where there is one.
         compiled: networks run by torch.compile, in the iteration and in the bare passes.
+
+    Raises:
+        BadInput: no iterations, a share beyond 0 to 1, a method without a denoiser, or compiled networks whose losses
+            or gradients are not those of eager ones, whose times would mean nothing.
     """
     if iterations < 1 or not 0 <= progress <= 1:
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
@@ -199,6 +203,8 @@ def measure(
         raise BadInput("recipe", recipe.name, f"a method that calls a denoiser; {recipe.method} does not")
 
     run.execution = Execution(compiled=compiled)
+    if compiled and (trouble := run.rehearse(data).disagreement(run.rehearse(data, run.execution))):
+        raise BadInput("compiled", True, f"networks that compute the same when they are compiled, but {trouble}")
     run_as(run.nets, run.execution)  # only now: compiled code would not have called the hooks that record passes
 
     def bare() -> None:

@@ -46,6 +46,10 @@ def run_as(nets: nn.Module, execution: Execution) -> None:
         network.to(memory_format=layout)  # type: ignore[call-overload]
         network._compiled_call_impl = None  # what `Module.compile` sets
         if execution.compiled:
+            if next(network.parameters()).device.type == "cpu":
+                from torch._inductor import config
+
+                config.layout_optimization = False  # with it, torch 2.13 computes wrong gradients of U-Nets
             network.compile(dynamic=False)
 
 

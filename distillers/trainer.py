@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+REHEARSED = (0.0, 0.9)  # shares of the training whose turns are compared
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The [train] table of a recipe."""
@@ -368,7 +371,10 @@ class Run:
         return best if times[best] * LEAST_GAIN < plain.seconds else Execution(), "; ".join(said)
 
     def rehearse(self, data: ImageData, execution: Execution | None = None) -> Rehearsal:
-        """Play the turns of iteration 0 with networks run in this way; no network is changed by it."""
+        """Play the turns of an early and a late iteration with networks run in this way; no network is changed by it.
+
+        Late ones too, for some players enter late.
+        """
         run_as(self.nets, execution or Execution())
         before = {name: value.clone() for name, value in self.nets.state_dict().items()}
         seconds, turns = [], list[tuple[str, float, Tensor]]()
@@ -377,23 +383,28 @@ class Run:
             torch.manual_seed(_mix(self.settings.seed, 0, self.accelerator.process_index))
             batch = self._encoded(pictures)[0]
             started = time.perf_counter()
-            steps = self.distiller.step(self.nets, batch, 0.0)
-            while True:
-                with self.accelerator.autocast():
-                    turn = next(steps, None)
-                if turn is None:
-                    break
-                player, loss = turn
-                self.nets[player].zero_grad()
-                self.accelerator.backward(loss)
-                parts = [p.grad.float().flatten() for p in self.nets[player].parameters() if p.grad is not None]
-                turns.append((player, float(loss.detach()), torch.cat(parts)))
-            seconds.append(time.perf_counter() - started)
+            for progress in REHEARSED:
+                turns += self._rehearsed(batch, progress)
+            seconds.append((time.perf_counter() - started) / len(REHEARSED))
             self.nets.load_state_dict(before)
         for name in self.optimizers:
             self.nets[name].zero_grad()
         run_as(self.nets, Execution())
         return Rehearsal(turns, min(seconds[1:]))
+
+    def _rehearsed(self, batch: dict[str, Tensor], progress: float) -> Iterator[tuple[str, float, Tensor]]:
+        """(player, loss, gradient) of every turn at this progress."""
+        steps = self.distiller.step(self.nets, batch, progress)
+        while True:
+            with self.accelerator.autocast():
+                turn = next(steps, None)
+            if turn is None:
+                return
+            player, loss = turn
+            self.nets[player].zero_grad()
+            self.accelerator.backward(loss)
+            parts = [p.grad.float().flatten() for p in self.nets[player].parameters() if p.grad is not None]
+            yield player, float(loss.detach()), torch.cat(parts)
 
     def play(self, steps: list[Iterator[Turn]], rate: float) -> None:
         """Advance all micro-batches turn by turn; after each turn move that turn's player, and it only.

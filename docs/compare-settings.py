@@ -92,21 +92,27 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stored(file: Path) -> list[dict[str, Any]]:
+    """The rows that are there already."""
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
 def main() -> None:
     """Train what the study names and has no row yet, and write its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--group", help="only the variants of this group")
     parser.add_argument("--runs", type=Path, default=Path("runs/settings"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     variants = tomllib.loads(given.study.read_text())["variants"]
     target = given.study.with_suffix(".json")
-    rows = json.loads(target.read_text()) if target.is_file() else []
     for variant in variants:
-        if variant["label"] in {row["label"] for row in rows}:
+        if given.group not in (None, variant["group"]) or variant["label"] in {row["label"] for row in stored(target)}:
             continue
-        rows.append(measured(variant, given.minutes, given.runs))
+        row = measured(variant, given.minutes, given.runs)
+        rows = [*stored(target), row]  # read again, for another group may have been trained meanwhile
         target.write_text(json.dumps(rows, indent=1) + "\n")
         given.study.with_suffix(".md").write_text(page(rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -230,6 +231,29 @@ def test_a_recipe_is_measured_where_it_is_asked_to(recipe: Path, monkeypatch: py
     assert text.count("| tiny | consistency | 4 | no | 3 forward, 1 forward+backward |") == 2 and "0.5 of" in text
     measure(Recipe.load(recipe), iterations=1, progress=1.0, device="cpu")
     assert asked[-1] == 19 / 20, "the last iteration there is"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the path")
+@pytest.mark.slow
+def test_compiled_networks_are_timed_against_compiled_passes(recipe: Path) -> None:
+    said = measure(Recipe.load(recipe), iterations=2, device="cpu", compiled=True)
+    assert said.execution == "compiled" and "Networks run compiled." in table([said])
+    assert said.passes == {"forward": 3, "forward+backward": 1} and said.bare_ms > 0
+
+
+def test_networks_that_compute_otherwise_when_compiled_are_not_timed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: nn.Module, **_: Any) -> None:  # what inductor makes of some networks: a part gets no gradient
+        monkeypatch.setattr(
+            network, "_compiled_call_impl", lambda *a, **k: network._call_impl(a[0].detach() * 0, *a[1:], **k)
+        )
+
+    monkeypatch.setattr(nn.Module, "compile", wrong)
+    with pytest.raises(
+        BadInput, match=r"compiled: got True; allowed: networks that compute the same .* but the student"
+    ):
+        measure(Recipe.load(recipe), iterations=1, device="cpu", compiled=True)
 
 
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"progress": 1.5}])

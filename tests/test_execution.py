@@ -63,13 +63,22 @@ def test_a_rehearsal_changes_no_network(teacher: Teacher, data: ImageData, tmp_p
     before = {name: values(net) for name, net in run.nets.items()}
     found = run.rehearse(data)
     assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], values(run.nets[name]), strict=True))
-    assert [player for player, *_ in found.turns] == ["student"] and found.seconds > 0
+    assert [player for player, *_ in found.turns] == ["student", "student"] and found.seconds > 0  # early and late
     assert all(p.grad is None for p in run.nets["student"].parameters())
 
 
 def test_every_turn_is_compared(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
     found = begin(Duel(), teacher, settings(), tmp_path, device="cpu").rehearse(data)
-    assert [player for player, *_ in found.turns] == ["critic", "critic", "student"]
+    assert [player for player, *_ in found.turns] == 2 * ["critic", "critic", "student"]
+
+
+def test_a_player_who_enters_late_is_compared(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    class Late(Duel):
+        def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+            yield from (turn for turn in super().step(nets, batch, progress) if turn[0] == "student" or progress > 0.5)
+
+    found = begin(Late(), teacher, settings(), tmp_path, device="cpu").rehearse(data)
+    assert [player for player, *_ in found.turns] == ["student", "critic", "critic", "student"]
 
 
 @pytest.mark.parametrize(
