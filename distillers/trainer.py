@@ -493,11 +493,12 @@ class Run:
     def draw_samples(self, done: int, data: ImageData) -> None:
         """Draw fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`.
 
-        An autoencoder shows the same items reconstructed.
+        A translator's stand between the SAR that they are made of and the real pictures. An autoencoder shows the same
+        items reconstructed.
         """
         if not self.accelerator.is_main_process:
             return
-        from distillers.pictures import grid_png, to_pixels
+        from distillers.pictures import grey_sar, grid_png, side_by_side, to_pixels
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
@@ -507,7 +508,12 @@ class Run:
         pictures = generator.shown(batch)
         for net in self.optimizers:
             self.nets[net].train()
-        grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
+        if "sar" in batch:
+            sar = grey_sar(batch["sar"], self.teacher.info.sar).expand_as(batch["image"])
+            rows = {"SAR": sar, f"iteration {done}": pictures, "real": batch["image"]}
+            side_by_side(rows, folder / f"{done:06d}.png")
+        else:
+            grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
         np.save(folder / f"{done:06d}.npy", to_pixels(pictures))
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":

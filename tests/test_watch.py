@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import TINY
 
@@ -13,7 +15,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.job import distill, publish_run
 from distillers.recipe import Recipe
-from distillers.trainer import TrainSettings
+from distillers.trainer import TrainSettings, train
 from distillers.watch import Watch, best_iteration, history
 
 TRAIN = {
@@ -107,3 +109,25 @@ def test_the_command_publishes(run: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["publish", str(run), str(tmp_path / "watched"), "--which", "best"])
     assert said.exit_code == 0 and "the averages of iteration" in said.output
     assert (tmp_path / "watched" / "fewstep.json").is_file()
+
+
+def test_a_translator_is_watched_beside_its_sar_and_the_real_pictures(tmp_path: Path) -> None:
+    rng, pairs = np.random.default_rng(0), tmp_path / "pairs"
+    for name, split in enumerate(("train", "test")):
+        for kind, shape in (("sar", (8, 8)), ("opt", (8, 8, 3))):
+            (pairs / split / kind).mkdir(parents=True)
+            Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(pairs / split / kind / f"{name}.png")
+    table = {
+        **TINY, "data": {"kind": "pairs", "path": str(pairs), "size": 8},
+        "model": {**TINY["model"], "task": "sar-to-optical"},
+        "train": {"iterations": 1, "batch": 1, "samples": 1, "tracker": "none"},
+    }  # fmt: skip
+    recipe = Recipe.from_table(table)
+    data = recipe.open_data()
+    train(recipe.distiller(), recipe.open_teacher(data), data, recipe.settings(), tmp_path / "run", device="cpu")
+    sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "000001.png").convert("RGB"))
+    sar, real = (np.asarray(Image.open(pairs / "train" / kind / "0.png").convert("RGB")) for kind in ("sar", "opt"))
+    height, left = sheet.shape[0] // 3, 2  # each row under its name; a gap of 2 about a picture
+    for row, shown in ((0, sar), (2, real)):
+        bottom = (row + 1) * height - 2
+        np.testing.assert_allclose(sheet[bottom - 8 : bottom, left : left + 8].astype(int), shown, atol=1)
