@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .PHONY: run install test lint check clean
 
-run: install            ## distil the shapes teacher into one step (once), print the table, serve weights/
+run: install            ## distil the shapes teacher into four steps (once), print the table, serve weights/
 	$(BIN)/fewstep run
 
 install: .venv/installed

@@ -121,6 +121,8 @@ def _check_features(real: Tensor, fake: Tensor, least: int) -> None:
         raise BadInput(
             "n", min(len(real), len(fake)), f"{least} or more pictures in each set ({real.shape[1]} features)"
         )
+    if bad := int((~torch.cat([real, fake]).isfinite()).any(1).sum()):  # LAPACK may crash on them
+        raise BadInput("features", f"no finite ones for {bad} pictures", "finite pictures: look at the model's weights")
 
 
 # --- pairs of pictures

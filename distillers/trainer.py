@@ -526,6 +526,7 @@ class Run:
     @torch.no_grad()
     def watch(self, done: int, watch: Watch) -> str:
         """Measure the averaged weights on held-out data, log the figures, keep the weights if they are the best."""
+        self.check(done)
         figures, best = watch.measure(self._averaged(), done)
         for net in self.optimizers:
             self.nets[net].train()

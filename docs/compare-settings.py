@@ -20,35 +20,40 @@ from distillers.evaluate import device_name
 from distillers.job import _held_out
 from distillers.latents import encoded_once
 from distillers.recipe import Recipe
-from distillers.trainer import train
+from distillers.trainer import begin, train
 from distillers.watch import history
 
 WATCHES = 3  # measurements of each variant
 
 
+def changed(recipe: Recipe, **train: Any) -> Recipe:
+    """The recipe with other entries in its [train] table, and nothing watched that these do not name."""
+    table = recipe.table()
+    fixed = {"compile": "never", "watch_every": 0, "sample_every": 0, "publish": "last", "tracker": "none"}
+    return Recipe.from_table({**table, "train": {**table["train"], **fixed, **train}})
+
+
 def iterations(recipe: Recipe, out: Path, minutes: float) -> int:
     """How many iterations of a recipe a core's minutes pay for."""
-    spent = []
-    for count in (4, 20):
-        started = time.process_time()
-        run(recipe, out / f"pace-{count}", count, ())
-        spent.append(time.process_time() - started)
-    return max(WATCHES, round(60 * minutes * 16 / (spent[1] - spent[0])))
+    data, method = recipe.open_data(), recipe.distiller()
+    teacher = recipe.open_teacher(data)
+    data = encoded_once(data, teacher.codec)
+    run = begin(method, teacher, changed(recipe, iterations=1000).settings(), out, device="cpu")
+    for i in range(4):  # the first ones decode data and choose algorithms
+        run.iteration(i, data)
+    started = time.process_time()
+    for i in range(4, 20):
+        run.iteration(i, data)
+    run.close()
+    return max(WATCHES, round(60 * minutes * 16 / (time.process_time() - started)))
 
 
-def run(recipe: Recipe, out: Path, count: int, changes: tuple[str, ...]) -> Any:
-    """Train a recipe for so many iterations, without publishing what comes of it."""
-    fixed = {"iterations": count, "compile": "never", "warmup": count // 20 + 1, "watch_every": 0, "sample_every": 0}
-    table = {**recipe.table()}
-    table["train"] = {**table["train"], **fixed, "publish": "last", "tracker": "none"}
-    table["train"] |= dict(change for change in changes)  # type: ignore[arg-type]
-    chosen = Recipe.from_table(table)
-    data, method = chosen.open_data(), chosen.distiller()
-    teacher = chosen.open_teacher(data)
-    return train(
-        method, teacher, encoded_once(data, teacher.codec), chosen.settings(), out, device="cpu",
-        held_out=_held_out(chosen) if chosen.settings().watch_every else None,
-    )  # fmt: skip
+def trained(recipe: Recipe, out: Path) -> Any:
+    """The generator that a recipe's training ends with; nothing is published."""
+    data, method = recipe.open_data(), recipe.distiller()
+    teacher = recipe.open_teacher(data)
+    seen = encoded_once(data, teacher.codec)
+    return train(method, teacher, seen, recipe.settings(), out, device="cpu", held_out=_held_out(recipe))
 
 
 def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, Any]:
@@ -56,15 +61,15 @@ def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, A
     recipe, out = Recipe.load(variant["recipe"], variant.get("overrides")), runs / variant["label"].replace(" ", "-")
     count = iterations(recipe, out, minutes)
     steps, n = variant.get("steps", 4), variant.get("n", 256)
-    watched = (("watch_every", -(-count // WATCHES)), ("watch_samples", n), ("watch_steps", steps))
-    made = run(recipe, out / "whole", count, watched)
+    watched = {"watch_every": -(-count // WATCHES), "watch_samples": n, "watch_steps": steps}
+    made = trained(changed(recipe, iterations=count, warmup=count // 20 + 1, **watched), out)
     parameters = sum(p.numel() for p in made.denoiser.parameters())
     batch = recipe.settings().batch
     return {
         "label": variant["label"], "group": variant["group"], "overrides": variant.get("overrides", []),
         "recipe": variant["recipe"], "parameters": parameters, "pictures": count * batch,
         "pictures_per_second": count * batch / (60 * minutes), "minutes": minutes, "steps": steps, "n": n,
-        "curve": history(out / "whole"), "device": device_name("cpu"), "date": datetime.now(UTC).date().isoformat(),
+        "curve": history(out), "device": device_name("cpu"), "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
 

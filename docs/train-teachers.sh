@@ -16,15 +16,17 @@ scaled() {
   "$python" - "$1" "$scale" <<'END'
 import sys
 from distillers.recipe import Recipe
-s, scale = Recipe.load(sys.argv[1]).settings(), int(sys.argv[2])
+recipe, scale = Recipe.load(sys.argv[1]), int(sys.argv[2])
+s = recipe.settings()
 if scale > 1:
     print(f"train.iterations={s.iterations // scale} train.batch={s.batch * scale}", end=" ")
     print(f"train.learning_rate={s.learning_rate * scale**0.5:.3g} train.warmup={s.warmup // scale + 1}", end=" ")
-    print(f"train.watch_every={s.watch_every // scale} train.sample_every={s.sample_every // scale}")
+    print(f"train.watch_every={s.watch_every // scale} train.sample_every={s.sample_every // scale}", end=" ")
+    print("train.workers=8" if "pairs" in recipe.data["kind"] else "")  # a SAR crop takes a millisecond of a core
 END
 }
 
-for name in ${@:-shapes-teacher sar-optical-128-teacher eurosat-teacher avatars-autoencoder}; do
+for name in ${@:-shapes-teacher shapes-consistency shapes-dmd2 sar-optical-128-teacher eurosat-teacher avatars-autoencoder}; do
   [ ! -f "$out/$name/fewstep.json" ] || { echo "$name: there"; continue; }
   read -ra changes <<< "$(scaled "$name")" || true
   if [ -n "${TINY:-}" ]; then

@@ -1,6 +1,7 @@
 """The watch over a training: figures on held-out data, the best averages kept, and publishing as it stands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import TINY
+from test_trainer import TINY, Breaks
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.job import distill, publish_run
 from distillers.recipe import Recipe
-from distillers.trainer import TrainSettings, train
+from distillers.trainer import TrainingStopped, TrainSettings, train
 from distillers.watch import Watch, best_iteration, history
 
 TRAIN = {
@@ -91,6 +92,15 @@ def test_a_measurement_made_again_replaces_the_first(run: Path, tmp_path: Path) 
     figures, best = Watch(data, 132, 1, tmp_path).measure(generator, 2)
     assert best and [entry["iteration"] for entry in history(tmp_path)] == [1, 2]
     assert history(tmp_path)[-1]["frechet"] == figures["frechet"]
+
+
+def test_weights_that_are_no_numbers_stop_the_run_before_they_draw(tmp_path: Path) -> None:
+    recipe = Recipe.from_table(WATCHED)
+    data = recipe.open_data()
+    chosen = replace(recipe.settings(), watch_every=4, log_every=100, checkpoint_every=100)
+    with pytest.raises(TrainingStopped, match="the loss of student is not finite"):
+        train(Breaks(how="loss"), recipe.open_teacher(data), data, chosen, tmp_path, device="cpu")
+    assert not history(tmp_path)
 
 
 def test_too_few_pictures_are_refused_before_the_training(tmp_path: Path) -> None:
