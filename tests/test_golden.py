@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_app import LABELS, publish
 
+from distillers import weights
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.golden import FILE, check, write_golden
@@ -46,7 +47,10 @@ def test_broken_ones_and_weights_that_draw_nothing(tmp_path: Path) -> None:
         check(generator, folder)
 
 
-@pytest.mark.parametrize("folder", sorted(Path("weights").glob("*/fewstep.json")), ids=lambda file: file.parent.name)
+PUBLISHED = [folder for folder in weights.find(Path("weights")).values() if weights.draws(folder)]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_published_folders_draw_what_they_drew(folder: Path) -> None:
-    assert (folder.parent / FILE).is_file()
-    check(Generator.from_pretrained(folder.parent), folder.parent)
+    assert (folder / FILE).is_file()
+    check(Generator.from_pretrained(folder), folder)
