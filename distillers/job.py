@@ -86,7 +86,7 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     seen = encoded_once(data, teacher.codec)
     made = train(
         method, teacher, seen, settings, folder / "training", description=recipe.table(), device=device,
-        held_out=method.data(_held_out(recipe), teacher) if settings.watch_every else None,
+        held_out=method.data(held_out_data(recipe), teacher) if settings.watch_every else None,
     )  # fmt: skip
     if isinstance(method, MultiStudent) and method.students > 1:
         made.info = replace(made.info, shares=[method.share(teacher)])
@@ -97,7 +97,7 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     PartialState().wait_for_everyone()
 
 
-def _held_out(recipe: Recipe) -> ImageData:
+def held_out_data(recipe: Recipe) -> ImageData:
     """The test split of a recipe's data; the training data themselves where there is none."""
     try:
         return splits(recipe)[0]

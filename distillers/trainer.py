@@ -283,7 +283,7 @@ class Run:
             follow(average, self.nets[name], decay)
 
     def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
-        """Iteration i's batch in the network's terms, cut for accumulation."""
+        """Draw iteration i's batch in the network's terms, cut for accumulation."""
         started = time.perf_counter()
         pictures = self._from_workers(i, data) if self.settings.workers else self._from_thread(i, data)
         self.waited += time.perf_counter() - started
@@ -291,13 +291,13 @@ class Run:
         return self._encoded(pictures)
 
     def _encoded(self, pictures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Pictures in the network's terms, cut for accumulation."""
+        """Encode pictures in the network's terms, cut for accumulation."""
         parts = self.settings.accumulation
         batch = self.teacher.encode_batch(pictures, self.accelerator.device)
         return [{k: v.chunk(parts)[j] for k, v in batch.items()} for j in range(parts)]
 
     def _from_thread(self, i: int, data: ImageData) -> dict[str, Tensor]:
-        """Iteration i's pictures; a thread draws the next ones meanwhile."""
+        """Draw iteration i's pictures; a thread draws the next ones meanwhile."""
         draws = _Draws(data, self.settings, self.accelerator.process_index)
         for k in (i, i + 1):
             if k not in self._ahead and k < max(self.settings.iterations, i + 1):
@@ -305,7 +305,7 @@ class Run:
         return self._ahead.pop(i).result()
 
     def _from_workers(self, i: int, data: ImageData) -> dict[str, Tensor]:
-        """Iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn."""
+        """Take iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn."""
         s, draws = self.settings, _Draws(data, self.settings, self.accelerator.process_index)
         if self._workers is None:
             data.draw(1, np.random.default_rng(0))  # decodes what is read once, so that the processes share it
@@ -393,7 +393,7 @@ class Run:
         return Rehearsal(turns, min(seconds[1:]))
 
     def _rehearsed(self, batch: dict[str, Tensor], progress: float) -> Iterator[tuple[str, float, Tensor]]:
-        """(player, loss, gradient) of every turn at this progress."""
+        """Play the turns at this progress and give (player, loss, gradient) of each."""
         steps = self.distiller.step(self.nets, batch, progress)
         while True:
             with self.accelerator.autocast():
@@ -648,7 +648,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 class _Draws(Dataset[dict[str, Tensor]]):
-    """The batch of every iteration: item i is what iteration i of this process learns from."""
+    """Draws the batch of every iteration: item i is what iteration i of this process learns from."""
 
     def __init__(self, data: ImageData, settings: TrainSettings, process: int) -> None:
         self.data, self.batch, self.seed, self.process = data, settings.batch, settings.seed, process

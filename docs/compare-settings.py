@@ -1,6 +1,6 @@
 """Train variants of a recipe for equal core-minutes and compare their watches: how the teachers' networks were chosen.
 
-    OMP_NUM_THREADS=1 .venv/bin/python docs/compare-settings.py docs/results/teachers-settings.toml --minutes 4
+    OMP_NUM_THREADS=1 .venv/bin/python docs/compare-settings.py docs/results/teachers-settings.toml
 
 A variant's iterations are what `--minutes` of one core's own time pays for, measured before it begins, so other work on
 the machine does not change the outcome. Results are kept as they come: what is there is not trained again.
@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from distillers.evaluate import device_name
-from distillers.job import _held_out
+from distillers.data import ImageData
+from distillers.evaluate import Column, device_name, markdown_table
+from distillers.generator import Generator
+from distillers.job import held_out_data
 from distillers.latents import encoded_once
 from distillers.recipe import Recipe
+from distillers.teacher import Teacher
 from distillers.trainer import begin, train
 from distillers.watch import history
 
@@ -27,18 +30,15 @@ WATCHES = 3  # measurements of each variant
 
 
 def changed(recipe: Recipe, **train: Any) -> Recipe:
-    """The recipe with other entries in its [train] table, and nothing watched that these do not name."""
+    """Give the recipe other entries in its [train] table; nothing is watched that these do not name."""
     table = recipe.table()
     fixed = {"compile": "never", "watch_every": 0, "sample_every": 0, "publish": "last", "tracker": "none"}
     return Recipe.from_table({**table, "train": {**table["train"], **fixed, **train}})
 
 
-def iterations(recipe: Recipe, out: Path, minutes: float) -> int:
-    """How many iterations of a recipe a core's minutes pay for."""
-    data, method = recipe.open_data(), recipe.distiller()
-    teacher = recipe.open_teacher(data)
-    data = encoded_once(data, teacher.codec)
-    run = begin(method, teacher, changed(recipe, iterations=1000).settings(), out, device="cpu")
+def iterations(recipe: Recipe, teacher: Teacher, data: ImageData, out: Path, minutes: float) -> int:
+    """Measure how many iterations of a recipe a core's minutes pay for."""
+    run = begin(recipe.distiller(), teacher, changed(recipe, iterations=1000).settings(), out, device="cpu")
     for i in range(4):  # the first ones decode data and choose algorithms
         run.iteration(i, data)
     started = time.process_time()
@@ -48,21 +48,20 @@ def iterations(recipe: Recipe, out: Path, minutes: float) -> int:
     return max(WATCHES, round(60 * minutes * 16 / (time.process_time() - started)))
 
 
-def trained(recipe: Recipe, out: Path) -> Any:
-    """The generator that a recipe's training ends with; nothing is published."""
-    data, method = recipe.open_data(), recipe.distiller()
-    teacher = recipe.open_teacher(data)
-    seen = encoded_once(data, teacher.codec)
-    return train(method, teacher, seen, recipe.settings(), out, device="cpu", held_out=_held_out(recipe))
-
-
 def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, Any]:
-    """One row of the table: what was trained, how much of it, and how it stood in between and at the end."""
+    """Train one variant and say what was trained, how much of it, and how it stood in between and at the end."""
     recipe, out = Recipe.load(variant["recipe"], variant.get("overrides")), runs / variant["label"].replace(" ", "-")
-    count = iterations(recipe, out, minutes)
+    pictures = recipe.open_data()
+    teacher = recipe.open_teacher(pictures)
+    data = encoded_once(pictures, teacher.codec)
+    count = iterations(recipe, teacher, data, out, minutes)
     steps, n = variant.get("steps", 4), variant.get("n", 256)
     watched = {"watch_every": -(-count // WATCHES), "watch_samples": n, "watch_steps": steps}
-    made = trained(changed(recipe, iterations=count, warmup=count // 20 + 1, **watched), out)
+    chosen = changed(recipe, iterations=count, warmup=count // 20 + 1, **watched)
+    made = train(
+        chosen.distiller(), teacher, data, chosen.settings(), out, device="cpu", held_out=held_out_data(chosen)
+    )
+    assert isinstance(made, Generator), "a study compares teachers"
     parameters = sum(p.numel() for p in made.denoiser.parameters())
     batch = recipe.settings().batch
     return {
@@ -74,31 +73,32 @@ def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, A
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The rows as tables in Markdown, a table for each group."""
-    lines = ["# Teachers: networks and settings at equal core-minutes", ""]
+    """Write the rows as tables in Markdown, a table for each group."""
+    columns: list[Column[dict[str, Any]]] = [
+        ("setting", lambda r: r["label"], ""),
+        ("parameters", lambda r: f"{r['parameters'] / 1e6:.1f} M", ""),
+        ("pictures/s", lambda r: r["pictures_per_second"], ".0f"),
+        ("pictures", lambda r: r["pictures"], ","),
+        ("Frechet after a third", lambda r: r["curve"][0]["frechet"], ".1f"),
+        ("two thirds", lambda r: r["curve"][1]["frechet"], ".1f"),
+        ("all", lambda r: r["curve"][-1]["frechet"], ".1f"),
+        ("KID", lambda r: r["curve"][-1]["kid_mean"], ".3f"),
+        ("PSNR", lambda r: r["curve"][-1].get("psnr"), ".2f"),
+    ]
+    parts = ["# Teachers: networks and settings at equal core-minutes"]
     for group in dict.fromkeys(row["group"] for row in rows):
         chosen = [row for row in rows if row["group"] == group]
         first = chosen[0]
-        lines += [
+        parts.append(
             f"**{group}**: {first['minutes']:g} minutes of one core each ({first['device']}, {first['date']}); "
-            f"Frechet and KID of {first['n']} held-out pictures at {first['steps']} steps.", "",
-            "| setting | parameters | pictures/s | pictures | Frechet after a third | two thirds | all | KID | PSNR |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        for row in chosen:
-            end = row["curve"][-1]
-            psnr = f"{end['psnr']:.2f}" if "psnr" in end else "-"
-            frechet = " | ".join(f"{entry['frechet']:.1f}" for entry in row["curve"][:WATCHES])
-            lines.append(
-                f"| {row['label']} | {row['parameters'] / 1e6:.1f} M | {row['pictures_per_second']:.0f} | "
-                f"{row['pictures']:,} | {frechet} | {end['kid_mean']:.3f} | {psnr} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+            f"Frechet and KID of {first['n']} held-out pictures at {first['steps']} steps."
+        )
+        parts.append(markdown_table(columns, chosen))
+    return "\n\n".join(parts) + "\n"
 
 
 def stored(file: Path) -> list[dict[str, Any]]:
-    """The rows that are there already."""
+    """Read the rows that are there already."""
     return json.loads(file.read_text()) if file.is_file() else []
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     """Train what the study names and has no row yet, and write its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--group", help="only the variants of this group")
     parser.add_argument("--runs", type=Path, default=Path("runs/settings"))
     given = parser.parse_args()

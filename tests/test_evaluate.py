@@ -98,6 +98,11 @@ def test_too_few_pictures_for_the_features_is_refused() -> None:
     with pytest.raises(BadInput, match="n: got 16; allowed: 17 or more"):
         frechet_distance(gaussian(100, 16, 0), gaussian(16, 16, 1))
     assert frechet_distance(gaussian(10, 16, 0), gaussian(10, 16, 1), few=True) > 0
+    for measure in (kernel_distance, precision_recall):
+        with pytest.raises(BadInput, match="n: got 3"):
+            measure(gaussian(3, 16, 0), gaussian(30, 16, 1))
+        with pytest.raises(BadInput, match="with one d"):
+            measure(gaussian(30, 16, 0), gaussian(30, 8, 1))
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
@@ -107,11 +112,6 @@ def test_features_that_are_not_finite_are_refused(distance: Callable[..., Any], 
     broken[3, 5] = value
     with pytest.raises(BadInput, match=r"features: got .no finite ones for 1 pictures"):
         distance(gaussian(100, 8, 1), broken)
-    for measure in (kernel_distance, precision_recall):
-        with pytest.raises(BadInput, match="n: got 3"):
-            measure(gaussian(3, 16, 0), gaussian(30, 16, 1))
-        with pytest.raises(BadInput, match="with one d"):
-            measure(gaussian(30, 16, 0), gaussian(30, 8, 1))
 
 
 # --- pairs
