@@ -9,21 +9,22 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from app import errors, logs
-from app.access import Access, Keys
-from app.drain import Drain
+from app import errors
 from app.engine.engine import Engine
 from app.engine.jobs import Jobs
 from app.engine.scenes import Scenes
-from app.limits import BodyLimit
-from app.metrics import Metrics
+from app.middleware.access import Access, Keys
+from app.middleware.drain import Drain
+from app.middleware.limits import BodyLimit
+from app.middleware.request_log import Visits
+from app.requests.answers import Lane
 from app.routes import benchmarks, demonstration, edits, health, images, jobs, metrics, models, realtime, translations
-from app.routes.answers import Lane
 from app.settings import Settings
-from app.tracing import Tracing
-from app.visits import Visits
+from app.telemetry import logs
+from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import Tracing
 from distillers.errors import BadInput
-from distillers.process import prepare_process
+from distillers.runtime import prepare_process
 
 STATIC = Path(__file__).parent / "static"
 PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:"

@@ -6,19 +6,16 @@ recipe) and publishes it along with itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from distillers import weights
-from distillers.codec import Vae
 from distillers.errors import BadInput
+from distillers.models.codec import Vae
 from distillers.weights import AUTOENCODER, Info
-
-if TYPE_CHECKING:
-    from distillers.data import ImageData
 
 BATCH = 64  # pictures at a time
 
@@ -53,20 +50,18 @@ class Autoencoder(nn.Module):
         """Reconstruct the pictures of real items."""
         return self.reconstruct(items["image"])
 
-    def standardise(self, data: ImageData, pictures: int = 4096) -> None:
-        """Measure the mean and deviation of the data's latents and write them into the network's configuration.
+    def standardise(self, batches: Iterable[Tensor]) -> None:
+        """Measure the mean and deviation of the pictures' latents and write them into the network's configuration.
 
         Afterwards the codec's latents have mean 0 and variance 1 over all pictures, channels and positions, as a
         diffusion process wants them (Rombach et al. 2022, appendix G, who measured the deviation alone).
 
         Args:
-            pictures: at most so many, evenly spread over the data.
+            batches: pictures (B, 3, H, W) in [-1, 1], spread over the training data.
         """
-        vae, count = self.codec.vae, min(pictures, len(data))
+        vae = self.codec.vae
         vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
         plain, device = Vae(vae), next(vae.parameters()).device
-        places = [i * len(data) // count for i in range(count)]
-        parts = [places[i : i + BATCH] for i in range(0, count, BATCH)]
-        latents = torch.cat([plain.encode(data.items(part)["image"].to(device)).cpu() for part in parts]).double()
+        latents = torch.cat([plain.encode(batch.to(device)).cpu() for batch in batches]).double()
         vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
         self.codec = Vae(vae)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillers import conditions, weights
-from distillers.codec import ImageCodec
-from distillers.denoiser import Cond, Denoiser, Routed
+from distillers import weights
 from distillers.errors import BadInput
-from distillers.prompts import PromptEncoder, check_prompts
-from distillers.radiometry import Radiometry
-from distillers.schedule import VariancePreserving
+from distillers.models import conditions
+from distillers.models.codec import ImageCodec
+from distillers.models.denoiser import Cond, Denoiser, Routed
+from distillers.models.radiometry import Radiometry
+from distillers.models.schedule import VariancePreserving
+from distillers.models.text import PromptEncoder, check_prompts
 from distillers.weights import Info, Parts
 
 MAX_SEED = 2**63 - 1

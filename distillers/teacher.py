@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillers import conditions, weights
-from distillers.codec import ImageCodec, PixelUnshuffle
-from distillers.denoiser import Cond, Denoiser
+from distillers import weights
 from distillers.errors import BadInput
-from distillers.radiometry import Radiometry
-from distillers.schedule import Prediction, RectifiedFlow, from_config
+from distillers.models import conditions
+from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.radiometry import Radiometry
+from distillers.models.schedule import Prediction, RectifiedFlow, from_config
 from distillers.weights import Info
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from distillers.data import ImageData
-from distillers.evaluate import Column, device_name, markdown_table
+from distillers.evaluation.evaluate import Column, device_name, markdown_table
 from distillers.generator import Generator
-from distillers.job import held_out_data
-from distillers.latents import encoded_once
-from distillers.recipe import Recipe
+from distillers.jobs.distill import held_out_data
+from distillers.jobs.recipe import Recipe
 from distillers.teacher import Teacher
-from distillers.trainer import begin, train
-from distillers.watch import history
+from distillers.training.latents import encoded_once
+from distillers.training.trainer import begin, train
+from distillers.training.watch import history
 
 WATCHES = 3  # measurements of each variant
 

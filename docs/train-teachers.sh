@@ -15,7 +15,7 @@ python=${PYTHON:-.venv/bin/python} out=${OUT:-runs} scale=${SCALE:-1}
 scaled() {
   "$python" - "$1" "$scale" <<'END'
 import sys
-from distillers.recipe import Recipe
+from distillers.jobs.recipe import Recipe
 recipe, scale = Recipe.load(sys.argv[1]), int(sys.argv[2])
 s = recipe.settings()
 if scale > 1:

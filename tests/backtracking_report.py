@@ -22,10 +22,10 @@ import torch
 from exact_report import MATCHING, MIXTURES, Proof, judge_samples, stages_of, teacher_for
 from PIL import Image, ImageDraw, ImageFont
 
-from distillers.distiller import Distiller
-from distillers.evaluate import markdown_table
+from distillers.evaluation.evaluate import markdown_table
 from distillers.methods.disback import DisBack
 from distillers.methods.dmd2 import Dmd2
+from distillers.training.distiller import Distiller
 
 STARTS: dict[str, dict[str, Any]] = {
     "teacher": {},

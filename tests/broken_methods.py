@@ -21,12 +21,12 @@ from exact_report import (
 )
 from mutate import mutated
 
-from distillers.distiller import Distiller
 from distillers.generator import Generator
 from distillers.methods import boot, consistency, dmd2, hyper_sd
 from distillers.methods.consistency import Consistency
-from distillers.schedule import Prediction, like
-from distillers.toy import GaussianMixture, exact_teacher, ring
+from distillers.models.schedule import Prediction, like
+from distillers.training.distiller import Distiller
+from distillers.training.toy import GaussianMixture, exact_teacher, ring
 
 
 def trained(method: Distiller, seed: int, prediction: Prediction = "v", iterations: int = 4000) -> dict[str, float]:

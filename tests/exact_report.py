@@ -26,8 +26,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from distillers.distiller import Distiller
-from distillers.evaluate import device_name
+from distillers.evaluation.evaluate import device_name
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot, signal
 from distillers.methods.consistency import Consistency
@@ -37,8 +36,17 @@ from distillers.methods.dmd2 import Dmd2
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.scm import ContinuousConsistency
 from distillers.teacher import Teacher
-from distillers.toy import ExactTeacher, GaussianMixture, Points, asymmetric, energy_distance, exact_teacher, ring
-from distillers.trainer import Run, TrainSettings
+from distillers.training.distiller import Distiller
+from distillers.training.toy import (
+    ExactTeacher,
+    GaussianMixture,
+    Points,
+    asymmetric,
+    energy_distance,
+    exact_teacher,
+    ring,
+)
+from distillers.training.trainer import Run, TrainSettings
 
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {"ring": ring, "asymmetric": lambda: asymmetric(0)}
 SETTINGS = TrainSettings(

@@ -22,12 +22,12 @@ import torch
 from exact_report import SETTINGS, picture, train_on
 from torch import Tensor
 
-from distillers.denoiser import Cond
-from distillers.distiller import Distiller
 from distillers.generator import Generator
 from distillers.methods.consistency import Consistency
 from distillers.methods.pso import Pso
-from distillers.toy import ExactTeacher, GaussianMixture, energy_distance, exact_teacher, ring
+from distillers.models.denoiser import Cond
+from distillers.training.distiller import Distiller
+from distillers.training.toy import ExactTeacher, GaussianMixture, energy_distance, exact_teacher, ring
 
 TARGETS = {"opposite modes": (0, 4), "three adjacent modes": (0, 1, 2), "one mode": (0,)}
 BASE = replace(SETTINGS, iterations=1500)

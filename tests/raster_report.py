@@ -14,12 +14,12 @@ import rasterio
 import torch
 from rio_cogeo import cog_validate
 
-from distillers.evaluate import markdown_table, setting
+from distillers.evaluation.evaluate import markdown_table, setting
+from distillers.evaluation.pictures import side_by_side
 from distillers.generator import Generator
-from distillers.pictures import side_by_side
-from distillers.radiometry import Radiometry
-from distillers.raster import Source, preview
-from distillers.scene import Facts, Options, translate, uncertainty_path
+from distillers.models.radiometry import Radiometry
+from distillers.sar.raster import Source, preview
+from distillers.sar.translate import Facts, Options, translate, uncertainty_path
 
 SHOWN = 160  # px a side, from the upper left
 SAMPLES = 8

@@ -20,12 +20,12 @@ from test_weights import contents, describe, transformer, untrained
 from torch import Tensor, nn
 
 from distillers import weights
-from distillers.adapter import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
-from distillers.distiller import follow, slow_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.publish import write_card
-from distillers.toy import StudentNetwork
+from distillers.jobs.publish import write_card
+from distillers.models.lora import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
+from distillers.training.distiller import follow, slow_copy
+from distillers.training.toy import StudentNetwork
 from distillers.weights import ADAPTER, Info
 
 LOADERS: Any = diffusers.loaders
@@ -330,6 +330,8 @@ def test_the_cards_lines_load_the_adapter_without_a_line_of_ours(kind: str, save
 
 
 def test_the_package_is_light_to_import() -> None:
-    code = "import distillers.adapter, distillers.weights, sys; assert not {'peft', 'transformers'} & set(sys.modules)"
+    code = (
+        "import distillers.models.lora, distillers.weights, sys; assert not {'peft', 'transformers'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -31,9 +31,9 @@ from app.errors import ApiError
 from app.main import create_app
 from app.routes.images import class_of_seed
 from app.settings import Settings
-from distillers.codec import PixelUnshuffle
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
 from distillers.weights import Info
 

@@ -23,9 +23,9 @@ from test_app import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey,
 from test_app_drain import running
 from typer.testing import CliRunner
 
-from app import access
-from app.access import Keys
 from app.main import create_app
+from app.middleware import access
+from app.middleware.access import Keys
 from app.settings import Settings
 from distillers import cli
 from distillers.errors import BadInput

@@ -16,8 +16,8 @@ from app.engine import tuning
 from app.engine.engine import Engine, Order
 from app.engine.model import Model
 from app.errors import ApiError
-from distillers.codec import PixelUnshuffle
 from distillers.generator import Generator
+from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
 from distillers.weights import Info
 

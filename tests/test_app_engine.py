@@ -24,8 +24,8 @@ from app.engine.model import Model
 from app.errors import ApiError
 from app.settings import Settings
 from distillers.errors import BadInput
+from distillers.evaluation.self_check import write_golden
 from distillers.generator import Generator
-from distillers.golden import write_golden
 
 TWICE = {1: [999.0], 2: [999.0, 499.0]}
 

@@ -24,8 +24,8 @@ from test_app import (
 )
 
 from app.main import create_app
-from app.metrics import SECONDS, Metrics
 from app.settings import Settings
+from app.telemetry.metrics import SECONDS, Metrics
 
 DRAW = {"model": "plain", "seed": 1}
 
@@ -240,7 +240,7 @@ def test_a_request_becomes_a_span_with_its_stages(weights: Path) -> None:
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from app.tracing import Tracing
+    from app.telemetry.tracing import Tracing
 
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))

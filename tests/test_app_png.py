@@ -20,8 +20,8 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
-from app import png
-from app.png import write_png
+from app.media import png
+from app.media.png import write_png
 from distillers.errors import BadInput
 
 BOTH = pytest.mark.parametrize("deflate", [isal_zlib, zlib], ids=["isal", "stdlib"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distillers.process import cpu_quota
+from distillers.runtime import cpu_quota
 
 
 def run(code: str, **environment: str) -> str:

@@ -36,12 +36,12 @@ from test_app import (
 
 from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
-from app.rasters import is_scene
+from app.media.rasters import is_scene
 from app.settings import Settings
-from distillers.codec import PixelUnshuffle
 from distillers.generator import Generator
-from distillers.radiometry import SENTINEL1_DB
-from distillers.scene import WARNING, Options, translate
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.radiometry import SENTINEL1_DB
+from distillers.sar.translate import WARNING, Options, translate
 from distillers.teacher import Teacher
 from distillers.weights import Info
 

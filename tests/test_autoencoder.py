@@ -22,27 +22,27 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from distillers import cli, weights
-from distillers import publish as publishing
 from distillers.autoencoder import Autoencoder
-from distillers.codec import Vae
-from distillers.cost import measure
+from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
 from distillers.data.images import ImageFolder
-from distillers.discriminator import PatchDiscriminator
-from distillers.distiller import Batch
 from distillers.errors import BadInput
-from distillers.evaluate import evaluate, evaluate_reconstruction, psnr
-from distillers.features import EfficientNetFeatures, FeatureCard, FeatureNet, load_features
+from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction, psnr
+from distillers.evaluation.features import EfficientNetFeatures, FeatureCard, FeatureNet, load_features
 from distillers.generator import Generator
-from distillers.job import distill
-from distillers.latents import Latents, encoded_once
-from distillers.losses import perceptual_distance
+from distillers.jobs import publish as publishing
+from distillers.jobs.distill import distill, spread
+from distillers.jobs.recipe import Recipe
 from distillers.methods import multi_student
 from distillers.methods.autoencoder import Autoencoder as Method
 from distillers.methods.autoencoder import adaptive_weight, divergence
-from distillers.recipe import Recipe
+from distillers.models.codec import Vae
 from distillers.teacher import Teacher
-from distillers.trainer import TrainSettings, begin
+from distillers.training.discriminator import PatchDiscriminator
+from distillers.training.distiller import Batch
+from distillers.training.latents import Latents, encoded_once
+from distillers.training.losses import perceptual_distance
+from distillers.training.trainer import TrainSettings, begin
 from distillers.weights import Info
 
 SIDE = 16
@@ -336,7 +336,7 @@ def test_latents_have_mean_zero_and_variance_one(folder: Path, pictures: Path) -
 def test_measuring_again_starts_from_the_plain_latents(folder: Path, pictures: Path) -> None:
     data, one = open_data("images", path=str(pictures), split="train", size=SIDE), Autoencoder.from_pretrained(folder)
     before = one.codec.scaling, one.codec.shift
-    one.standardise(data)
+    one.standardise(spread(data))
     assert (one.codec.scaling, one.codec.shift) == pytest.approx(before, rel=1e-3)
 
 
@@ -470,7 +470,7 @@ def test_nobody_is_judged_by_what_the_training_looked_through(folder: Path, spac
 
 
 def _pixels() -> Any:
-    from distillers.codec import PixelUnshuffle
+    from distillers.models.codec import PixelUnshuffle
 
     return PixelUnshuffle(1)
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distillers.calibration import LEVELS, SHARES, Calibration, calibrate
-from distillers.codec import PixelUnshuffle
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
-from distillers.evaluate import copy_ratio, psnr, shifted_psnr
+from distillers.evaluation.calibration import LEVELS, SHARES, Calibration, calibrate
+from distillers.evaluation.evaluate import copy_ratio, psnr, shifted_psnr
 from distillers.generator import Generator
-from distillers.schedule import VariancePreserving
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import VariancePreserving
 from distillers.weights import Info
 
 DEVIATION = (0.05, 0.25)  # of dark and of bright ground, in units of [-1, 1]

@@ -12,10 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distillers.cli import app
-from distillers.codec import PixelUnshuffle
 from distillers.generator import Generator
-from distillers.radiometry import AMPLITUDE, SENTINEL1_DB, Radiometry
-from distillers.schedule import VariancePreserving
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.radiometry import AMPLITUDE, SENTINEL1_DB, Radiometry
+from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
 from distillers.weights import Info, lcm_times
 

@@ -15,15 +15,15 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from distillers import compare as module
-from distillers.compare import Study, compare
 from distillers.data import open_data
 from distillers.errors import BadInput
-from distillers.evaluate import evaluate
+from distillers.evaluation.evaluate import evaluate
 from distillers.generator import Generator
-from distillers.publish import publish
-from distillers.recipe import Recipe
-from distillers.trainer import train
+from distillers.jobs import study as module
+from distillers.jobs.publish import publish
+from distillers.jobs.recipe import Recipe
+from distillers.jobs.study import Study, compare
+from distillers.training.trainer import train
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],
@@ -93,7 +93,7 @@ def keys(place: Path) -> dict[str, Any]:
         "train": {"iterations": 2, "batch": 4},
         "labels": {"tuned": "tuned without teacher"},
         "own": {"tuned": {"iterations": 3}},
-        "rewards": {"green": "distillers.reward:greenness"},
+        "rewards": {"green": "distillers.training.reward:greenness"},
     }
 
 

@@ -11,17 +11,18 @@ import torch
 from draw_with_diffusers import condition, draw_with_parts, ramp
 from torch.nn import functional as F
 
-from distillers import conditions, weights
-from distillers.codec import PixelUnshuffle
+from distillers import weights
 from distillers.data import open_data, read_sar
+from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
-from distillers.pictures import grey_sar
-from distillers.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Levels, Radiometry
-from distillers.recipe import Recipe
-from distillers.scene import Options, translate
-from distillers.suggest import noised_inputs
+from distillers.jobs.recipe import Recipe
+from distillers.jobs.suggest import noised_inputs
+from distillers.models import conditions
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Levels, Radiometry
+from distillers.sar.translate import Options, translate
 from distillers.teacher import Teacher
-from distillers.trainer import train
+from distillers.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 NETWORK = {

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from distillers import methods
-from distillers.codec import PixelUnshuffle
-from distillers.cost import Pass, measure, recorded, table
+from distillers.benchmarks.training import Pass, measure, recorded, table
 from distillers.data import ImageData, open_data
-from distillers.denoiser import embed_guidance
-from distillers.distiller import Batch, Networks, Turn
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.recipe import Recipe
 from distillers.methods.consistency import Consistency
-from distillers.recipe import Recipe
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import embed_guidance
 from distillers.teacher import Teacher
-from distillers.trainer import TrainSettings, begin
+from distillers.training.distiller import Batch, Networks, Turn
+from distillers.training.trainer import TrainSettings, begin
 from distillers.weights import Info
 
 NETWORK: dict[str, Any] = {

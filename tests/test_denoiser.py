@@ -8,9 +8,9 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
-from distillers.denoiser import Denoiser, Guided, GuidedTime, embed_guidance, fold_guidance
 from distillers.errors import BadInput
-from distillers.schedule import (
+from distillers.models.denoiser import Denoiser, Guided, GuidedTime, embed_guidance, fold_guidance
+from distillers.models.schedule import (
     EDM,
     PREDICTIONS,
     NoiseSchedule,

@@ -14,24 +14,24 @@ from test_denoiser import VP, unet
 from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor, nn
 
-from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
-from distillers.denoiser import Cond, Denoiser
-from distillers.discriminator import Discriminator, Heads, standing_still
-from distillers.distiller import Networks
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import consistency_function, drawn, judged_fake, judged_real
+from distillers.jobs.recipe import Recipe
 from distillers.methods import adversarial_consistency, refine
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.consistency import Consistency
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.refine import Refine
-from distillers.recipe import Recipe
-from distillers.schedule import EDM
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.schedule import EDM
 from distillers.teacher import Teacher
-from distillers.toy import StudentNetwork, exact_teacher, ring
-from distillers.trainer import Run
+from distillers.training.discriminator import Discriminator, Heads, standing_still
+from distillers.training.distiller import Networks
+from distillers.training.losses import consistency_function, drawn, judged_fake, judged_real
+from distillers.training.toy import StudentNetwork, exact_teacher, ring
+from distillers.training.trainer import Run
 
 
 @pytest.fixture(scope="module")

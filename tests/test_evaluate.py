@@ -15,11 +15,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
-from distillers.evaluate import (
+from distillers.evaluation.evaluate import (
     Report,
     evaluate,
     extract,
@@ -33,10 +31,12 @@ from distillers.evaluate import (
     rmse,
     ssim,
 )
-from distillers.features import Features, load_features
+from distillers.evaluation.features import Features, load_features
+from distillers.evaluation.pictures import grid, grid_png, side_by_side, to_pixels
 from distillers.generator import Generator
-from distillers.pictures import grid, grid_png, side_by_side, to_pixels
-from distillers.schedule import VariancePreserving
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import VariancePreserving
 from distillers.weights import Info
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "sentinel-pairs"

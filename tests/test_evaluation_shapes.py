@@ -14,10 +14,10 @@ from torch import Tensor
 from distillers.data import open_data
 from distillers.data.shapes import COLOURS, SHAPES, CaptionedShapes, Scenes, paint
 from distillers.errors import BadInput
-from distillers.evaluate import evaluate
-from distillers.evaluation import shapes as reader
-from distillers.evaluation.shapes import REASONS, TOLD, asked_share, measure, read_shape, shares
-from distillers.features import load_features
+from distillers.evaluation import shape_reader as reader
+from distillers.evaluation.evaluate import evaluate
+from distillers.evaluation.features import load_features
+from distillers.evaluation.shape_reader import REASONS, TOLD, asked_share, measure, read_shape, shares
 
 N = 240
 

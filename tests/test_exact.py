@@ -15,14 +15,14 @@ from broken_methods import BROKEN
 from exact_report import BROKEN_BY, LIMITS, PROOFS, SETTINGS, prove, strain, train_on
 from torch import Tensor, nn
 
-from distillers.denoiser import Cond, Denoiser
-from distillers.distiller import follow
 from distillers.errors import BadInput
-from distillers.losses import consistency_function, per_sample_mse, pseudo_huber
 from distillers.methods.consistency import Consistency
-from distillers.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric, VariancePreserving
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric, VariancePreserving
 from distillers.teacher import Teacher
-from distillers.toy import GaussianMixture, StudentNetwork, asymmetric, exact_teacher, gaussian_flow_map, ring
+from distillers.training.distiller import follow
+from distillers.training.losses import consistency_function, per_sample_mse, pseudo_huber
+from distillers.training.toy import GaussianMixture, StudentNetwork, asymmetric, exact_teacher, gaussian_flow_map, ring
 
 SCHEDULES = [EDM(), VariancePreserving.from_betas(), RectifiedFlow(), Trigonometric()]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)

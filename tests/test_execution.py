@@ -16,11 +16,11 @@ from test_trainer import TINY, Duel, Regression, settings, values
 from torch import nn
 
 from distillers.data import Batch, ImageData, open_data
-from distillers.distiller import Networks, Turn
-from distillers.execution import Execution, Rehearsal, run_as
-from distillers.recipe import Recipe
+from distillers.jobs.recipe import Recipe
 from distillers.teacher import Teacher
-from distillers.trainer import Run, begin, train
+from distillers.training.distiller import Networks, Turn
+from distillers.training.execution import Execution, Rehearsal, run_as
+from distillers.training.trainer import Run, begin, train
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the path")
 

@@ -10,7 +10,7 @@ import torch
 
 from distillers.data import open_data
 from distillers.errors import BadInput
-from distillers.features import FeatureCard, FeatureNet, accuracy, load_features, main, train_features
+from distillers.evaluation.features import FeatureCard, FeatureNet, accuracy, load_features, main, train_features
 
 EUROSAT = Path(__file__).resolve().parents[2] / "shared" / "data" / "eurosat"
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distillers.codec import PixelUnshuffle
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
+from distillers.evaluation.pictures import to_pixels
 from distillers.generator import MAX_SEED, Generator, seeded_noise
-from distillers.pictures import to_pixels
-from distillers.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving, from_config
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving, from_config
 from distillers.teacher import Teacher
 from distillers.weights import Info, lcm_times
 

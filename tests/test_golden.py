@@ -9,8 +9,8 @@ from test_app import LABELS, publish
 
 from distillers import weights
 from distillers.errors import BadInput
+from distillers.evaluation.self_check import FILE, check, write_golden
 from distillers.generator import Generator
-from distillers.golden import FILE, check, write_golden
 
 
 @pytest.mark.parametrize("task", ["image", "class-to-image", "sar-to-optical"])

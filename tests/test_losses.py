@@ -10,10 +10,11 @@ from mutate import mutated
 from test_denoiser import unet
 from torch import Tensor, nn
 
-from distillers import losses
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
-from distillers.losses import (
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import VariancePreserving
+from distillers.training import losses
+from distillers.training.losses import (
     best_shift,
     blurred,
     distribution_matching,
@@ -24,8 +25,7 @@ from distillers.losses import (
     per_sample_mse,
     ramp,
 )
-from distillers.schedule import VariancePreserving
-from distillers.toy import GaussianMixture, StudentNetwork
+from distillers.training.toy import GaussianMixture, StudentNetwork
 
 VP = VariancePreserving.from_betas()
 

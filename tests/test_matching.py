@@ -19,19 +19,19 @@ from mutate import mutated
 from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor
 
-from distillers import losses
 from distillers.data import ImageData, open_data
-from distillers.denoiser import Denoiser
-from distillers.distiller import Networks, new_student
 from distillers.errors import BadInput
-from distillers.losses import denoising, drawn, noised, ratio_weight, score_identity
 from distillers.methods import disback, dmd2
 from distillers.methods.disback import DisBack
 from distillers.methods.dmd2 import Dmd2
-from distillers.schedule import Trigonometric
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import Trigonometric
 from distillers.teacher import Teacher
-from distillers.toy import GaussianMixture, Points, StudentNetwork, energy_distance, exact_teacher, ring
-from distillers.trainer import begin
+from distillers.training import losses
+from distillers.training.distiller import Networks, new_student
+from distillers.training.losses import denoising, drawn, noised, ratio_weight, score_identity
+from distillers.training.toy import GaussianMixture, Points, StudentNetwork, energy_distance, exact_teacher, ring
+from distillers.training.trainer import begin
 
 TOY = ("layers.3",)  # a layer of the toy network, for heads
 

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from distillers import methods
-from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
-from distillers.distiller import Batch, Distiller, Networks
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.recipe import Recipe
-from distillers.schedule import from_config
+from distillers.jobs.recipe import Recipe
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.schedule import from_config
 from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks
 from distillers.weights import AUTOENCODER, Info
 
 NETWORK = {

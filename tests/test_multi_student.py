@@ -33,20 +33,20 @@ from app.main import create_app
 from app.settings import Settings
 from distillers import cli
 from distillers.data import ImageData, open_data
-from distillers.denoiser import Denoiser, Routed
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.job import distill, merge, named
-from distillers.losses import SNR_CAP
+from distillers.jobs.distill import distill, merge, named
+from distillers.jobs.publish import draw_rows, held_out
+from distillers.jobs.recipe import Recipe
+from distillers.jobs.suggest import linear_cka, suggest, table, variants
 from distillers.methods import find
 from distillers.methods.dmd2 import Dmd2
 from distillers.methods.multi_student import MultiStudent, class_embeddings, equal_clusters
-from distillers.publish import draw_rows, held_out
-from distillers.recipe import Recipe
-from distillers.schedule import VariancePreserving
-from distillers.suggest import linear_cka, suggest, table, variants
+from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
-from distillers.trainer import TrainSettings, begin
+from distillers.training.losses import SNR_CAP
+from distillers.training.trainer import TrainSettings, begin
 from distillers.weights import Info
 
 NETWORK: dict[str, Any] = {
@@ -655,7 +655,7 @@ def test_agreement_is_1_for_the_same_and_its_rotation_and_0_for_strangers() -> N
 
 def test_the_teachers_own_copy_would_agree_fully(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     network = teacher.denoiser.network
-    monkeypatch.setattr("distillers.suggest.rebuilt", lambda *_: copy.deepcopy(network))
+    monkeypatch.setattr("distillers.jobs.suggest.rebuilt", lambda *_: copy.deepcopy(network))
     (same,) = suggest(teacher, candidates=1)
     assert same.agreement == pytest.approx(1, abs=1e-6) and same.spread < 1e-6
 

@@ -24,7 +24,7 @@ from distillers import weights
 from distillers.cli import app as cli
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.publish import adopt
+from distillers.jobs.publish import adopt
 from distillers.teacher import Teacher
 
 WORDS = ["a red barn", "two small cats at sea"]

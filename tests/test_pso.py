@@ -20,18 +20,18 @@ from test_data import write_pairs
 from test_methods import iterate, teacher_for
 from torch import Tensor
 
-from distillers.adapter import without_lora
 from distillers.data import open_data
-from distillers.denoiser import Cond, Denoiser
-from distillers.distiller import Batch, Networks
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import sampling_times
 from distillers.methods import pso
 from distillers.methods.pso import Pso
-from distillers.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.lora import without_lora
+from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric
 from distillers.teacher import Teacher
-from distillers.toy import exact_teacher, ring
+from distillers.training.distiller import Batch, Networks
+from distillers.training.losses import sampling_times
+from distillers.training.toy import exact_teacher, ring
 
 LN2 = math.log(2)
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from distillers import weights
 from distillers.data import read_sar
 from distillers.generator import Generator
-from distillers.radiometry import Radiometry
-from distillers.recipe import Recipe, shipped
-from distillers.schedule import VariancePreserving
+from distillers.jobs.recipe import Recipe, shipped
+from distillers.models.radiometry import Radiometry
+from distillers.models.schedule import VariancePreserving
 from distillers.weights import Info
 
 ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weights"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
-from distillers.radiometry import (
+from distillers.models.radiometry import (
     AMPLITUDE,
     LOWEST_DB,
     SENTINEL1,

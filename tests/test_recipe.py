@@ -14,7 +14,7 @@ from distillers import methods
 from distillers.data import open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.recipe import Recipe, shipped
+from distillers.jobs.recipe import Recipe, shipped
 
 NETWORK = {
     "block_out_channels": [8, 8],

@@ -13,15 +13,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from distillers.cli import app
-from distillers.codec import PixelUnshuffle
 from distillers.data import ImageData, open_data
 from distillers.data.preferences import PreferencePairs
-from distillers.denoiser import Cond
 from distillers.errors import BadInput
-from distillers.features import FeatureCard, FeatureNet
+from distillers.evaluation.features import FeatureCard, FeatureNet
 from distillers.generator import Generator
 from distillers.methods.hyper_sd import HyperSD
-from distillers.reward import Recognised, Reward, choose_pairs, greenness, load_reward
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Cond
+from distillers.training.reward import Recognised, Reward, choose_pairs, greenness, load_reward
 
 LABELS = ("Forest", "River", "Sea Lake")
 
@@ -117,7 +117,7 @@ def test_pairs_from_the_command(task: str, shapes: ImageData, tmp_path: Path) ->
     teacher, out = teacher_for(task, shapes), tmp_path / "pairs"
     generator = Generator(teacher.denoiser, teacher.codec, teacher.info)
     generator.save_pretrained(tmp_path / "model")
-    command = ["pairs", str(tmp_path / "model"), "--out", str(out), "--reward", "distillers.reward:greenness"]
+    command = ["pairs", str(tmp_path / "model"), "--out", str(out), "--reward", "distillers.training.reward:greenness"]
     done = CliRunner().invoke(app, [*command, "--n", "40", "--steps", "2", "--seed", "5", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     opened = PreferencePairs(out, size=8)

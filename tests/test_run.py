@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from distillers.cli import app
 from distillers.generator import Generator
-from distillers.job import distill
-from distillers.recipe import Recipe
+from distillers.jobs.distill import distill
+from distillers.jobs.recipe import Recipe
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 TEACHER: dict[str, Any] = {

@@ -20,14 +20,24 @@ from hypothesis import strategies as st
 from scipy.ndimage import uniform_filter
 from torch import nn
 
-from distillers.codec import PixelUnshuffle
-from distillers.demonstration import demonstration
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.radiometry import SENTINEL1_DB
-from distillers.scene import HOLE, SCALE, STATISTICS, Axis, NoiseField, Options, axis, translate, uncertainty_path
-from distillers.schedule import VariancePreserving
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Denoiser
+from distillers.models.radiometry import SENTINEL1_DB
+from distillers.models.schedule import VariancePreserving
+from distillers.sar.demonstration import demonstration
+from distillers.sar.translate import (
+    HOLE,
+    SCALE,
+    STATISTICS,
+    Axis,
+    NoiseField,
+    Options,
+    axis,
+    translate,
+    uncertainty_path,
+)
 from distillers.teacher import Teacher
 from distillers.weights import Info, lcm_times
 
@@ -564,7 +574,8 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
     for side in (1024, 4096):
         write(tmp_path / "s.tif", np.tile(backscatter(1024, 1024), (1, side // 1024, side // 1024)))
         code = (
-            "import sys; from distillers.throughput import peak_mb; from distillers.scene import translate;"
+            "import sys; from distillers.benchmarks.scene import peak_mb;"
+            "from distillers.sar.translate import translate;"
             "from distillers.generator import Generator;"
             "translate(Generator.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3]);"
             "print(peak_mb())"

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from torch import Tensor
 
 from distillers.errors import BadInput
-from distillers.schedule import (
+from distillers.models.schedule import (
     EDM,
     PREDICTIONS,
     NoiseSchedule,
@@ -21,7 +21,7 @@ from distillers.schedule import (
     from_config,
     from_diffusers,
 )
-from distillers.toy import GaussianMixture, gaussian_flow_map, ring
+from distillers.training.toy import GaussianMixture, gaussian_flow_map, ring
 
 DDPM = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=1000)
 STABLE_DIFFUSION = dict(beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=0.012, num_train_timesteps=1000)

@@ -20,14 +20,35 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from distillers.benchmarks.serving.load import (
+    Asked,
+    Broken,
+    Gate,
+    arrivals,
+    closed,
+    first_of_list,
+    opened,
+    parse,
+    rate,
+    recovery,
+    summary,
+)
+from distillers.benchmarks.serving.report import COLOURS, plot, soak_table, table
+from distillers.benchmarks.serving.servers import (
+    SYSTEMS,
+    Unavailable,
+    chosen,
+    cpu_seconds,
+    install,
+    request,
+    rss_mb,
+    tree,
+)
+from distillers.benchmarks.serving.serving import Plan, abba, measure, spread, trend, workload
 from distillers.cli import app
-from distillers.codec import PixelUnshuffle
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.load import Asked, Broken, Gate, arrivals, closed, first_of_list, opened, parse, rate, recovery, summary
-from distillers.servers import SYSTEMS, Unavailable, chosen, cpu_seconds, install, request, rss_mb, tree
-from distillers.serving import Plan, abba, measure, spread, trend, workload
-from distillers.standings import COLOURS, plot, soak_table, table
+from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
 from distillers.weights import Info
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distillers.codec import PixelUnshuffle, Vae
-from distillers.denoiser import Guided
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.schedule import RectifiedFlow
+from distillers.models.codec import PixelUnshuffle, Vae
+from distillers.models.denoiser import Guided
+from distillers.models.schedule import RectifiedFlow
 from distillers.teacher import Teacher
 from distillers.weights import Info
 

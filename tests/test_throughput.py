@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillers.codec import PixelUnshuffle
+from distillers.benchmarks.scene import measure, table
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.radiometry import SENTINEL1_DB
-from distillers.schedule import VariancePreserving
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.radiometry import SENTINEL1_DB
+from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
-from distillers.throughput import measure, table
 from distillers.weights import Info, lcm_times
 
 pytest.importorskip("rasterio", reason="scenes need rasterio: pip install 'fewstep[raster]'")

@@ -23,18 +23,26 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distillers.data import Batch, ImageData, open_data
-from distillers.distiller import Distiller, Networks, Turn, follow, labels_and_images, slow_copy, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import per_sample_mse
+from distillers.jobs.recipe import Recipe
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
 from distillers.methods.diffusion import Diffusion
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.scm import ContinuousConsistency
-from distillers.recipe import Recipe
 from distillers.teacher import Teacher
-from distillers.trainer import Run, TrainingStopped, TrainSettings, begin, train
+from distillers.training.distiller import (
+    Distiller,
+    Networks,
+    Turn,
+    follow,
+    labels_and_images,
+    slow_copy,
+    trainable_copy,
+)
+from distillers.training.losses import per_sample_mse
+from distillers.training.trainer import Run, TrainingStopped, TrainSettings, begin, train
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],
@@ -69,7 +77,7 @@ def processes() -> ForkServerContext:
     """Fresh processes that need not import torch again."""
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     context = multiprocessing.get_context("forkserver")
-    ours = ["distillers.cli", "distillers.publish", "distillers.recipe", "pydantic.fields"]
+    ours = ["distillers.cli", "distillers.jobs.publish", "distillers.jobs.recipe", "pydantic.fields"]
     context.set_forkserver_preload([*ours, "accelerate.utils", "diffusers.schedulers", "torch.utils.tensorboard"])
     return context
 

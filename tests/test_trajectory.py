@@ -27,22 +27,22 @@ from test_methods import batch_for, iterate, teacher_for
 from test_weights import describe, transformer
 from torch import Tensor, nn
 
-from distillers.adapter import lora_rank, set_lora_scale
 from distillers.data import ImageData, open_data
-from distillers.denoiser import Cond, Denoiser, Guided, GuidedTime
-from distillers.distiller import Distiller
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import consistency_function, judged_fake, judged_real, per_sample_mse, sampling_times
 from distillers.methods import boot, consistency, hyper_sd, scm
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
 from distillers.methods.consistency import Consistency
 from distillers.methods.hyper_sd import HyperSD, jump
 from distillers.methods.scm import ContinuousConsistency, derivative_along, sin_cos
-from distillers.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
+from distillers.models.denoiser import Cond, Denoiser, Guided, GuidedTime
+from distillers.models.lora import lora_rank, set_lora_scale
+from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
 from distillers.teacher import Teacher
-from distillers.toy import GaussianMixture, exact_teacher, gaussian_flow_map, ring
+from distillers.training.distiller import Distiller
+from distillers.training.losses import consistency_function, judged_fake, judged_real, per_sample_mse, sampling_times
+from distillers.training.toy import GaussianMixture, exact_teacher, gaussian_flow_map, ring
 from distillers.weights import ADAPTER, Info
 
 Solver = Literal["ddim", "heun"]

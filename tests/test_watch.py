@@ -14,10 +14,10 @@ from test_trainer import TINY, Breaks
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.job import distill, publish_run
-from distillers.recipe import Recipe
-from distillers.trainer import TrainingStopped, TrainSettings, train
-from distillers.watch import Watch, best_iteration, history
+from distillers.jobs.distill import distill, publish_run
+from distillers.jobs.recipe import Recipe
+from distillers.training.trainer import TrainingStopped, TrainSettings, train
+from distillers.training.watch import Watch, best_iteration, history
 
 TRAIN = {
     "iterations": 6, "batch": 4, "warmup": 1, "samples": 2, "checkpoint_every": 2, "watch_every": 2,

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distillers import weights
-from distillers.adapter import add_lora
-from distillers.codec import PixelUnshuffle, Vae
-from distillers.denoiser import Denoiser
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.publish import write_card
-from distillers.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
+from distillers.jobs.publish import write_card
+from distillers.models.codec import PixelUnshuffle, Vae
+from distillers.models.denoiser import Denoiser
+from distillers.models.lora import add_lora
+from distillers.models.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
 from distillers.teacher import Teacher
 from distillers.weights import Info, lcm_times
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillers.process import usable_cores
+from distillers.runtime import usable_cores
 
 # x (B, C, H, W), time (B,), label (B,), and of text: hidden states (B, L, D), pooled (B, P), ids (B, 6); None where a
 # network is not told it. A decoder's are its latents alone, a text encoder's its tokens.

@@ -19,9 +19,9 @@ from app.engine.model import Model, Order
 from app.engine.store import Store
 from app.engine.worker import Call, Drawn, Piece, Shape, Worker, by_model, shutting_down
 from app.errors import ApiError, overloaded, unknown_model
-from app.images import Pixels
-from app.metrics import Metrics
+from app.media.images import Pixels
 from app.settings import Settings
+from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
 __all__ = ["Drawn", "Engine", "Order"]

@@ -21,7 +21,7 @@ from app.settings import Settings
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
-    from distillers.scene import Facts
+    from distillers.sar.translate import Facts
 
 log = logging.getLogger("fewstep.jobs")
 OPTICAL, UNCERTAINTY, PREVIEW, SAR = "optical.tif", "uncertainty.tif", "preview.png", "sar.png"

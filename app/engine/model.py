@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.cost import Cost
-from app.images import Pixels
+from app.media.images import Pixels
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Model:
         Raises:
             BadInput: it draws what it should not.
         """
-        from distillers.golden import check
+        from distillers.evaluation.self_check import check
 
         check(self.generator, self.folder)
         steps, started = (self.steps or [1])[0], time.perf_counter()
@@ -286,7 +286,7 @@ class Model:
 
     def sees(self, sar: NDArray[np.float32]) -> NDArray[np.float32]:
         """(channels, H, W) of one band (H, W) in [-1, 1], whose white is the display's: digital numbers of VV."""
-        from distillers.radiometry import Radiometry, decibels
+        from distillers.models.radiometry import Radiometry, decibels
 
         own = Radiometry.of(self.info.sar)
         if own.form == "amplitude":

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Self
 from app.engine.engine import Engine
 from app.engine.model import Model
 from app.errors import ApiError, overloaded
-from app.images import encode
-from app.rasters import ENV, check, grey, import_rasterio
+from app.media.images import encode
+from app.media.rasters import ENV, check, grey, import_rasterio
 from app.settings import Settings
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillers.scene import Facts, Options
+    from distillers.sar.translate import Facts, Options
 
 log = logging.getLogger("fewstep.scenes")
 PREVIEW = 1024  # pixels a side, at most
@@ -110,7 +110,7 @@ class Scenes:
                 facts, forward_s = self.translate(order)
                 optical = order.optical.read_bytes() if output_format == "geotiff" else b""
                 if not optical:
-                    from distillers.raster import preview
+                    from distillers.sar.raster import preview
 
                     whole = preview(order.optical, max(facts.height, facts.width))
                     optical = encode(whole, output_format, quality)
@@ -125,7 +125,7 @@ class Scenes:
 
     def translate(self, order: SceneOrder, progress: Callable[[int, int], None] | None = None) -> tuple["Facts", float]:
         """In the caller's thread; and the seconds on the engine's. Raises Cancelled when the order's nobody's."""
-        from distillers import scene
+        from distillers.sar import translate as scene
 
         forward_s = 0.0
 
@@ -162,7 +162,7 @@ class Scenes:
 
     def previews(self, order: SceneOrder, facts: "Facts") -> tuple[bytes, bytes]:
         """The result and the SAR as small PNG pictures of one size."""
-        from distillers.raster import preview
+        from distillers.sar.raster import preview
 
         sar = grey(order.scene, facts, order.options.nodata, PREVIEW)
         return encode(preview(order.optical, PREVIEW), "png"), encode(sar, "png")

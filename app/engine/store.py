@@ -20,8 +20,8 @@ from typing import Any
 from app.engine.model import Model
 from app.engine.worker import Worker
 from app.errors import ApiError
-from app.metrics import Metrics
 from app.settings import Settings
+from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.store")

@@ -23,8 +23,8 @@ from app.engine.backends import Backend, Prepare, Way, candidates, signature
 from app.engine.cost import worth_having
 from app.engine.model import Model, device_name
 from app.errors import ApiError
-from app.images import Pixels
-from distillers.process import usable_cores
+from app.media.images import Pixels
+from distillers.runtime import usable_cores
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], T]], T]  # runs a function on the engine's thread, in its turn

@@ -12,9 +12,9 @@ from app.engine.batcher import Batcher, Closed, Full, Ticket
 from app.engine.cost import Cost
 from app.engine.model import Model, Order
 from app.errors import ApiError, overloaded
-from app.images import Pixels
-from app.metrics import Metrics
+from app.media.images import Pixels
 from app.settings import Settings
+from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from app.engine.engine import Engine
 from app.engine.model import Model
 from app.errors import ApiError, overloaded
-from app.images import decode_sar, pad
-from app.routes.answers import ERRORS, engine_of, unless_gone
+from app.media.images import decode_sar, pad
+from app.requests.answers import ERRORS, engine_of, unless_gone
 from app.schemas import SEEDS, BenchmarkRequest
 from distillers.errors import BadInput
 
@@ -51,8 +51,8 @@ def _teacher(engine: Engine, student: Model) -> Model:
 
 def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int, seed: int) -> dict[str, Any]:
     """On the engine's thread."""
-    from distillers.evaluate import quick_benchmark
-    from distillers.features import load_features
+    from distillers.evaluation.evaluate import quick_benchmark
+    from distillers.evaluation.features import load_features
 
     try:
         space = "shapes" if student.info.data == "shapes" else "eurosat-landcover"

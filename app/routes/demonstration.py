@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 
 from app.errors import ErrorAnswer
-from app.rasters import import_rasterio
-from app.routes.answers import BINARY
+from app.media.rasters import import_rasterio
+from app.requests.answers import BINARY
 
 router = APIRouter(tags=["images"])
 
@@ -35,7 +35,7 @@ def _make(path: Path) -> None:
     """Made beside and renamed: two that ask at once make it twice, and neither sees half of it."""
     import tempfile
 
-    from distillers.demonstration import demonstration
+    from distillers.sar.demonstration import demonstration
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         demonstration(Path(folder) / path.name)

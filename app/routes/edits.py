@@ -14,8 +14,8 @@ from starlette.datastructures import UploadFile
 
 from app.engine.engine import Engine
 from app.errors import ApiError, ErrorAnswer
-from app.images import decode_rgb
-from app.routes.answers import BINARY, RESPONSES, Direct, Reading, Work, engine_of, read, respond
+from app.media.images import decode_rgb
+from app.requests.answers import BINARY, RESPONSES, Direct, Reading, Work, engine_of, read, respond
 from app.routes.images import accepted_unless_streamed, check_size, described, drawing, names, with_events
 from app.routes.streams import stream
 from app.routes.translations import from_sar

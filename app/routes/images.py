@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from app.engine.engine import Order
 from app.engine.model import Model
 from app.errors import ApiError
-from app.routes.answers import RESPONSES, Direct, Reading, Work, accepted, engine_of, of_task, read, respond
+from app.requests.answers import RESPONSES, Direct, Reading, Work, accepted, engine_of, of_task, read, respond
 from app.routes.streams import stream
 from app.schemas import Described, ImageRequest, OpenAIRequest
 from distillers.errors import BadInput
@@ -100,7 +100,7 @@ def described(model: Model, body: Described, seeds: Sequence[int]) -> list[Order
         return [Order(seed, label) for seed, label in zip(seeds, labels(model, body, seeds), strict=True)]
     if body.label is not None:
         raise BadInput("label", body.label, f"nothing: {model.name} draws what the prompt says")
-    from distillers.prompts import check_prompts
+    from distillers.models.text import check_prompts
 
     check_prompts([body.prompt or ""])
     return [Order(seed, prompt=body.prompt or "") for seed in seeds]

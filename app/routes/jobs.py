@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect
 from app.engine.jobs import Job, Jobs
 from app.engine.scenes import SceneOrder, scene_name
 from app.errors import ApiError, ErrorAnswer
-from app.rasters import KINDS, check, import_rasterio
-from app.routes.answers import BINARY, ERRORS, choose, engine_of
+from app.media.rasters import KINDS, check, import_rasterio
+from app.requests.answers import BINARY, ERRORS, choose, engine_of
 from app.routes.translations import SCENE_ERRORS, body_of, kind_of, scene_options
 from app.schemas import JobAnswer, JobRequest, SceneFacts
 from distillers.errors import BadInput

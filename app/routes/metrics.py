@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from app.metrics import Metrics
+from app.telemetry.metrics import Metrics
 
 router = APIRouter(tags=["health"])
 

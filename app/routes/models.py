@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from app.errors import ErrorAnswer
-from app.routes.answers import engine_of
+from app.requests.answers import engine_of
 
 router = APIRouter(tags=["models"])
 ADMIN: dict[int | str, dict[str, Any]] = {

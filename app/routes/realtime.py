@@ -21,7 +21,7 @@ from pydantic_core import to_json
 
 from app.engine.engine import Engine
 from app.errors import from_validation, overloaded
-from app.routes.answers import chosen, draw, engine_of, facts_of, read, timings_of
+from app.requests.answers import chosen, draw, engine_of, facts_of, read, timings_of
 from app.routes.edits import editing, from_picture
 from app.routes.images import drawing, from_noise
 from app.routes.streams import told

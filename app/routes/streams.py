@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.engine.engine import Drawn, Engine, Order
 from app.errors import ApiError, from_bad_input, internal_error
-from app.images import Pixels
-from app.routes.answers import Reading, Work, chosen, draw, facts_of, finisher, headers_of, timings_of, unless_gone
+from app.media.images import Pixels
+from app.requests.answers import Reading, Work, chosen, draw, facts_of, finisher, headers_of, timings_of, unless_gone
 from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.routes")

@@ -19,10 +19,10 @@ from starlette.datastructures import UploadFile
 from app.engine.engine import Engine, Order, late
 from app.engine.scenes import Scenes
 from app.errors import ApiError, ErrorAnswer
-from app.images import KINDS as PICTURES
-from app.images import MIN_SIDE, decode_sar, pad, too_many_pixels
-from app.rasters import BIG, CLASSIC, is_scene
-from app.routes.answers import (
+from app.media.images import KINDS as PICTURES
+from app.media.images import MIN_SIDE, decode_sar, pad, too_many_pixels
+from app.media.rasters import BIG, CLASSIC, is_scene
+from app.requests.answers import (
     BINARY,
     KINDS,
     RAW,
@@ -55,7 +55,7 @@ from distillers.errors import BadInput
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from distillers.scene import Facts, Options
+    from distillers.sar.translate import Facts, Options
 
 router = APIRouter(tags=["images"], route_class=Direct)
 PIXELS = "application/octet-stream"
@@ -153,7 +153,7 @@ def _unpacked(data: bytes, width: int, max_pixels: int) -> "NDArray[np.float32]"
 
 def scene_options(body: SceneFields, steps: int, seed: int) -> "Options":
     """The fields in the library's words. BadInput for what it refuses."""
-    from distillers.scene import Options
+    from distillers.sar.translate import Options
 
     return Options(
         steps=steps,

@@ -20,7 +20,7 @@ from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
-from distillers.radiometry import Radiometry, name_bands
+from distillers.models.radiometry import Radiometry, name_bands
 
 __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 

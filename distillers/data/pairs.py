@@ -1,7 +1,7 @@
 """Co-registered SAR and optical scenes, kept in memory, cut into crops for training and tiles for evaluation.
 
 A pair is cut, turned and mirrored as one, so neither can move without the other. Which files are pairs and which of
-them are for testing is `layouts`; what SAR values mean, and what a model is shown of them, `distillers.radiometry`.
+them are for testing is `layouts`; what SAR values mean, and what a model is shown of them, `models.radiometry`.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from distillers.data.pixels import (
 )
 from distillers.data.rasters import RASTER_SUFFIXES, read_optical_raster, read_sar_raster, sar_bands
 from distillers.errors import BadInput
-from distillers.radiometry import (
+from distillers.models.radiometry import (
     HIGHEST_DB,
     LOWEST_DB,
     NAMED,

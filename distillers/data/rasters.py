@@ -1,6 +1,6 @@
 """Georeferenced rasters of a pair: where they lie, which of their bands are meant, and where they hold nothing.
 
-Knows files and arrays; what backscatter means is `distillers.radiometry`. rasterio is imported when a raster is met.
+Knows files and arrays; what backscatter means is `models.radiometry`. rasterio is imported when a raster is met.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
-from distillers.radiometry import name_bands
+from distillers.models.radiometry import name_bands
 
 RASTER_SUFFIXES = frozenset({".tif", ".tiff"})
 DISPLAY = 0.3  # the reflectance that is shown as white

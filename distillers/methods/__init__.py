@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from distillers.distiller import Distiller
 from distillers.errors import BadInput
+from distillers.training.distiller import Distiller
 
 
 def names() -> list[str]:

@@ -17,8 +17,11 @@ from typing import Literal
 
 import torch
 
-from distillers.discriminator import Discriminator, standing_still
-from distillers.distiller import (
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.teacher import Teacher
+from distillers.training.discriminator import Discriminator, standing_still
+from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
@@ -29,9 +32,7 @@ from distillers.distiller import (
     slow_copy,
     trainable_copy,
 )
-from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.losses import (
+from distillers.training.losses import (
     Solver,
     blurred,
     check_steps,
@@ -45,7 +46,6 @@ from distillers.losses import (
     ramp,
     teacher_step,
 )
-from distillers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

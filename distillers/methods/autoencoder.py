@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillers.autoencoder import Autoencoder as Product
-from distillers.codec import Vae
-from distillers.discriminator import PatchDiscriminator, standing_still
-from distillers.distiller import Batch, Distiller, Networks, Turn, frozen
 from distillers.errors import BadInput
-from distillers.features import EFFICIENTNET, EfficientNetFeatures
-from distillers.losses import judged_fake, judged_real, perceptual_distance
+from distillers.evaluation.features import EFFICIENTNET, EfficientNetFeatures
+from distillers.models.codec import Vae
 from distillers.teacher import Teacher
+from distillers.training.discriminator import PatchDiscriminator, standing_still
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen
+from distillers.training.losses import judged_fake, judged_real, perceptual_distance
 from distillers.weights import AUTOENCODER
 
 

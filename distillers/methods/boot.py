@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distillers.denoiser import Cond, Denoiser
-from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import Solver, per_sample_mse, teacher_step
-from distillers.schedule import like
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.schedule import like
 from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.losses import Solver, per_sample_mse, teacher_step
 
 SIGNAL_LEFT = 0.05  # alpha(t_max) / sigma(t_max) above which the start is visibly not noise
 

@@ -18,8 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distillers.denoiser import embed_guidance, fold_guidance
-from distillers.distiller import (
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.models.denoiser import embed_guidance, fold_guidance
+from distillers.models.schedule import NoiseSchedule
+from distillers.teacher import Teacher
+from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
@@ -30,9 +34,7 @@ from distillers.distiller import (
     slow_copy,
     trainable_copy,
 )
-from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.losses import (
+from distillers.training.losses import (
     Lpips,
     Solver,
     check_steps,
@@ -43,8 +45,6 @@ from distillers.losses import (
     pseudo_huber,
     teacher_step,
 )
-from distillers.schedule import NoiseSchedule
-from distillers.teacher import Teacher
 
 DISTANCES = {"pseudo-huber": pseudo_huber, "l2": per_sample_mse}
 

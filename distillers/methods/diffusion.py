@@ -15,11 +15,11 @@ from typing import ClassVar
 
 import torch
 
-from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import SNR_CAP, denoising
 from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
+from distillers.training.losses import SNR_CAP, denoising
 
 
 @dataclass(frozen=True, kw_only=True)

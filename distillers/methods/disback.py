@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from distillers.distiller import (
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.teacher import Teacher
+from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
@@ -33,10 +36,7 @@ from distillers.distiller import (
     slow_copy,
     trainable_copy,
 )
-from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.losses import consistency_generator, denoising, distribution_matching, drawn, noised
-from distillers.teacher import Teacher
+from distillers.training.losses import consistency_generator, denoising, distribution_matching, drawn, noised
 
 
 @dataclass(frozen=True, kw_only=True)

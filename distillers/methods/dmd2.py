@@ -23,9 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distillers.denoiser import Cond
-from distillers.discriminator import Heads, standing_still
-from distillers.distiller import (
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.models.denoiser import Cond
+from distillers.teacher import Teacher
+from distillers.training.discriminator import Heads, standing_still
+from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
@@ -35,9 +38,7 @@ from distillers.distiller import (
     new_student,
     trainable_copy,
 )
-from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.losses import (
+from distillers.training.losses import (
     Divergence,
     Lpips,
     check_steps,
@@ -53,7 +54,6 @@ from distillers.losses import (
     score_identity,
     teacher_step,
 )
-from distillers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

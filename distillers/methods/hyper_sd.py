@@ -22,10 +22,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distillers.adapter import add_lora
-from distillers.denoiser import Cond, Denoiser
-from distillers.discriminator import Heads, standing_still
-from distillers.distiller import (
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.lora import add_lora
+from distillers.teacher import Teacher
+from distillers.training.discriminator import Heads, standing_still
+from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
@@ -36,9 +39,7 @@ from distillers.distiller import (
     slow_copy,
     trainable_copy,
 )
-from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.losses import (
+from distillers.training.losses import (
     Solver,
     check_steps,
     consistency_generator,
@@ -52,8 +53,7 @@ from distillers.losses import (
     pseudo_huber,
     teacher_step,
 )
-from distillers.reward import Reward, load_reward
-from distillers.teacher import Teacher
+from distillers.training.reward import Reward, load_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class HyperSD(Distiller):
     adversarial_weights: tuple[float, ...] = (0.0, 0.0, 0.05, 0.1)  # lambda of each stage: late stages average most
     layers: tuple[str, ...] = ("mid_block",)  # of the frozen teacher, what the discriminator's heads read
     # human feedback, in the last stage
-    reward: str | None = None  # a feature classifier's folder, or "module:function"; see distillers/reward.py
+    reward: str | None = None  # a feature classifier's folder, or "module:function"; see distillers/training/reward.py
     reward_weight: float = 0.1  # of relu(margin - reward)
     reward_margin: float = 0.0  # in the reward's own unit: above it there is nothing more to gain, so nothing to hack
     # one-step score distillation, in the last stage

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from distillers import methods
 from distillers.data import ImageData, Part
-from distillers.distiller import Batch, Distiller, Networks, Turn, labels_and_images
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import denoising, noised
-from distillers.options import checked
 from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, labels_and_images
+from distillers.training.losses import denoising, noised
+from distillers.training.options import checked
 
 NAME = "multi_student"
 

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillers import weights
-from distillers.adapter import add_lora, without_lora
-from distillers.denoiser import Cond, Denoiser
-from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import per_sample_mse
-from distillers.reward import Reward, load_reward
-from distillers.schedule import NoiseSchedule
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.lora import add_lora, without_lora
+from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.losses import per_sample_mse
+from distillers.training.reward import Reward, load_reward
 
 SAFE = 3.8  # 2 beta ln(1 + eps): below it the samples of a toy problem left the data
 WAYS_OUT = 'mode = "offline"; or policy_std above 0, which makes the last step a Gaussian around its output'
@@ -54,7 +54,7 @@ class Pso(Distiller):
     lora_rank: int = 16  # of the change that learns
     beta: float = 5.0  # per element, as all here; larger stays nearer to the reference (paper, online: 50)
     clip: float = 0.5  # eps, online: likelihood ratios outside [1 - eps, 1 + eps] earn no more (paper: 0.1)
-    reward: str | None = None  # online: a feature classifier's folder, or "module:function"; see distillers/reward.py
+    reward: str | None = None  # online: a feature classifier's folder, or "module:function"; see training/reward.py
     policy_std: float = 0.0  # online, experimental: std of the last step, in the unit of x0; 0 leaves that step out
 
     def __post_init__(self) -> None:

@@ -19,11 +19,12 @@ from typing import ClassVar
 
 import torch
 
-from distillers.discriminator import Discriminator, standing_still
-from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import (
+from distillers.teacher import Teacher
+from distillers.training.discriminator import Discriminator, standing_still
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.losses import (
     best_shift,
     check_steps,
     consistency_generator,
@@ -34,7 +35,6 @@ from distillers.losses import (
     judged_real,
     ramp,
 )
-from distillers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distillers.denoiser import Cond, Denoiser, uncompiled
-from distillers.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.losses import (
+from distillers.models.denoiser import Cond, Denoiser, uncompiled
+from distillers.models.schedule import NoiseSchedule, like
+from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.losses import (
     check_steps,
     consistency_function,
     consistency_generator,
     per_sample_mse,
     ramp,
 )
-from distillers.schedule import NoiseSchedule, like
-from distillers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

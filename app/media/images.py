@@ -1,0 +1,146 @@
+"""Bytes to pixels, guarded, and pixels to bytes, fast.
+
+A picture from outside is read in this sequence: its kind against an allow-list, its size from the header against the
+limit, and only then its pixels. Every way in which a file can be broken ends in BadInput or ApiError.
+
+Colour as it is accepted, 8 bits a band: grey, RGB, or a palette of them, which become three bands; what is transparent
+shows white, as on a page; a camera's "this side up" is followed. CMYK is refused: without its profile it is no colour.
+
+SAR as it is accepted, one band (three equal bands are taken for one):
+
+    8 bit         0..255     becomes -1..1 linearly: the amplitude stretch is the model's own (`sar` in /v1/models/{id})
+    16 bit        0..65535   the same
+    float32       0..1       the same, after the caller's own stretch; anything outside is refused, not clipped
+"""
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL, TiffImageFile
+
+from app.errors import ApiError
+from app.media.png import Pixels as Pixels
+from app.media.png import write_png
+from distillers.errors import BadInput
+
+MIN_SIDE = 8  # pixels; below it there is nothing to translate
+KINDS = "one whole PNG or TIFF image"
+COLOUR_KINDS = "one whole PNG, JPEG or WebP image"
+FORMATS = {KINDS: ("PNG", "TIFF"), COLOUR_KINDS: ("PNG", "JPEG", "WEBP")}  # what Pillow may try
+BANDS = "one band (8 bit, 16 bit or float32), or three equal bands"
+COLOURS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # Pillow's modes
+RANGES = {"L": 255.0, "I;16": 65535.0, "I;16B": 65535.0, "I;16L": 65535.0, "F": 1.0}  # mode -> white
+
+
+def decode_sar(data: bytes, max_pixels: int) -> NDArray[np.float32]:
+    """PNG or TIFF bytes to one SAR band (H, W) in [-1, 1]."""
+    with _loaded(data, KINDS, max_pixels) as picture:
+        if picture.mode in ("1", "P"):  # pixel values that are no numbers: read them as the colours they stand for
+            picture = picture.convert("RGB")
+        return _one_band(picture)
+
+
+def decode_rgb(data: bytes, max_pixels: int) -> NDArray[np.float32]:
+    """PNG, JPEG or WebP bytes to colour (3, H, W) in [-1, 1]."""
+    with _loaded(data, COLOUR_KINDS, max_pixels) as picture:
+        if picture.mode not in COLOURS:
+            raise BadInput("image", f"pixels of mode {picture.mode}", "grey or RGB of 8 bits a band, with alpha or not")
+        try:
+            ImageOps.exif_transpose(picture, in_place=True)
+        except Exception as error:  # a broken EXIF block: OSError, SyntaxError, struct.error...
+            raise BadInput("image", f"EXIF that does not decode ({error})", COLOUR_KINDS) from error
+        if picture.has_transparency_data:
+            page = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(page, picture.convert("RGBA"))
+        values = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    colour = np.divide(values, 127.5, dtype=np.float32, order="C")
+    colour -= 1
+    return colour
+
+
+def _loaded(data: bytes, kinds: str, max_pixels: int) -> Image.Image:
+    """The picture, decoded after its header was found harmless."""
+    if not data:
+        raise BadInput("image", "no bytes", kinds)
+    picture = _open(data, kinds, max_pixels)
+    try:
+        picture.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error...
+        raise BadInput("image", f"a file that breaks off or does not decode ({error})", kinds) from error
+    return picture
+
+
+def _open(data: bytes, kinds: str, max_pixels: int) -> Image.Image:
+    """Reads the header only, and checks it."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS[kinds])
+    except Image.DecompressionBombError:
+        raise too_many_pixels("far more", max_pixels) from None
+    except Exception as error:
+        raise BadInput("image", f"{len(data)} bytes that are no such image", kinds) from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise too_many_pixels(f"{width}x{height}", max_pixels)
+    if min(width, height) < MIN_SIDE:
+        raise BadInput("image", f"{width}x{height} pixels", f"at least {MIN_SIDE} pixels on each side")
+    if isinstance(picture, TiffImageFile):
+        bands = picture.tag_v2.get(SAMPLESPERPIXEL, 1)
+        if bands != len(picture.getbands()):  # Pillow would silently drop the others
+            raise BadInput("image", f"{bands} bands", BANDS)
+    if _has_second_frame(picture, kinds):
+        raise BadInput("image", "several pages", kinds)
+    return picture
+
+
+def _has_second_frame(picture: Image.Image, kinds: str) -> bool:
+    try:
+        picture.seek(1)
+    except EOFError:
+        return False
+    except Exception as error:  # a broken directory of pages
+        raise BadInput("image", f"a broken file ({error})", kinds) from error
+    return True
+
+
+def too_many_pixels(given: str, max_pixels: int) -> ApiError:
+    """413, before anything was decoded."""
+    message = f"image: got {given} pixels; allowed: {max_pixels} pixels together"
+    return ApiError(413, message, param="image", code="image_too_large")
+
+
+def _one_band(picture: Image.Image) -> NDArray[np.float32]:
+    if picture.mode not in ("RGB", *RANGES):
+        raise BadInput("image", f"{len(picture.getbands())} band(s) of mode {picture.mode}", BANDS)
+    values = np.asarray(picture)
+    if picture.mode == "RGB":
+        if (values != values[..., :1]).any():
+            raise BadInput("image", "3 bands that differ", BANDS)
+        values = values[..., 0]
+    unit = values.astype(np.float32) / RANGES.get(picture.mode, 255.0)
+    if not (np.isfinite(unit).all() and unit.min() >= 0 and unit.max() <= 1):  # float32 only
+        raise BadInput("image", f"float32 values from {unit.min():g} to {unit.max():g}", "finite values from 0 to 1")
+    return unit * 2 - 1
+
+
+def pad(sar: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
+    """(H, W) grown to multiples by reflection at the lower right, so that cropping to (H, W) undoes it."""
+    height, width = sar.shape
+    return np.pad(sar, ((0, -height % multiple), (0, -width % multiple)), mode="reflect")
+
+
+def encode(pixels: Pixels, output_format: str, quality: int = 90, text: Mapping[str, str] | None = None) -> bytes:
+    """(H, W, 3) uint8 to PNG (lossless, `text` in it), JPEG, WebP, or raw: the bytes of the array itself, line by line.
+
+    `quality` is that of JPEG and WebP, 0..100.
+    """
+    if output_format == "png":
+        return write_png(pixels, text)
+    if output_format == "raw":
+        return pixels.tobytes()
+    target = io.BytesIO()
+    options = {"jpeg": {}, "webp": {"method": 0}}[output_format]
+    Image.fromarray(pixels).save(target, output_format, quality=quality, **options)
+    return target.getvalue()

@@ -1,0 +1,99 @@
+"""GeoTIFF from outside: told from plain pictures by its header, opened by one driver, shown in grey.
+
+The bytes are anyone's. They lie in a private folder under a name of ours; a file is a TIFF by its first bytes before
+GDAL sees it, and GDAL looks at nothing beside it, so that no VRT and no sidecar can name another file or address.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, ImageFileDirectory_v2
+
+from app.errors import ApiError
+from app.media.images import Pixels, too_many_pixels
+from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from distillers.sar.translate import Facts
+
+CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
+GEOREFERENCE = (33550, 33922, 34264, 34735)  # pixel scale, tie points, transformation, geo keys
+PLAIN = {(1, 1, 1), (1, 8, 1), (1, 16, 1), (1, 32, 3), (3, 8, 1)}  # bands, bits, kind: what images.decode_sar reads
+ENV = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": False}
+MAX_BLOCK = 1 << 28  # bytes that GDAL holds for one block of a file, however few pixels the file has
+KINDS = "one whole GeoTIFF"
+
+
+def is_scene(data: bytes) -> bool:
+    """Whether a TIFF is more than a plain picture: georeferenced, or numbers that no picture holds."""
+    if data[:4] not in CLASSIC:
+        return data[:4] in BIG
+    try:
+        file, tags = io.BytesIO(data), ImageFileDirectory_v2(data[:8])
+        file.seek(tags.next)
+        tags.load(file)
+        bits, kind = (int(np.max(tags.get(tag, 1))) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
+        return any(tag in tags for tag in GEOREFERENCE) or (tags.get(SAMPLESPERPIXEL, 1), bits, kind) not in PLAIN
+    except Exception:  # a broken directory, which is no picture either: decode_sar says so
+        return False
+
+
+def import_rasterio() -> Any:
+    """The package, or 501 with how to get it."""
+    from distillers.sar.raster import import_rasterio
+
+    try:
+        return import_rasterio()
+    except BadInput:
+        message = "this server reads no GeoTIFF: rasterio is not installed (pip install 'fewstep[raster]')"
+        raise ApiError(501, message, param="image", code="rasterio_missing") from None
+
+
+def check(path: Path, max_pixels: int | None = None) -> None:
+    """Refuses by the header what is no GeoTIFF or too large, before any pixel is decoded."""
+    rasterio = import_rasterio()
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head not in CLASSIC + BIG:
+        raise BadInput("image", f"{path.stat().st_size} bytes that are no TIFF", KINDS)
+    try:
+        with rasterio.Env(**ENV), rasterio.open(path, driver="GTiff") as raster:
+            height, width = raster.shape
+            together = raster.count if raster.profile.get("interleave") == "pixel" else 1
+            block = max((rows * columns for rows, columns in raster.block_shapes), default=0) * together
+            depth = max((16 if "complex" in kind else np.dtype(kind).itemsize for kind in raster.dtypes), default=0)
+    except rasterio.errors.RasterioError:
+        raise BadInput("image", f"{path.stat().st_size} bytes that do not open as a TIFF", KINDS) from None
+    if max_pixels is not None and height * width > max_pixels:
+        refused = too_many_pixels(f"{width}x{height}", max_pixels)
+        refused.body.message += " at once; larger scenes are jobs: POST /v1/jobs/translations"
+        raise refused
+    if block * depth > MAX_BLOCK:
+        given = f"blocks of {block * depth} bytes"
+        raise BadInput("image", given, f"a file tiled or in strips, {MAX_BLOCK} bytes a block (gdal_translate -of COG)")
+
+
+def grey(path: Path, facts: "Facts", nodata: float | None, side: int) -> Pixels:
+    """(h, w) of the first band that was used, at most `side` pixels a side: 2 to 98 % of its decibels; holes are 0."""
+    from rasterio.enums import Resampling
+
+    from distillers.models.radiometry import decibels
+
+    rasterio = import_rasterio()
+    index = next(iter(facts.bands.values()))
+    with rasterio.Env(**ENV), rasterio.open(path, driver="GTiff") as raster:
+        shrink = max(1.0, max(raster.shape) / side)
+        shape = tuple(max(1, round(length / shrink)) for length in raster.shape)
+        # an average would mix in what only the caller knows to be no data
+        how = Resampling.average if nodata is None else Resampling.nearest
+        read = raster.read(index, out_shape=shape, masked=True, resampling=how)
+        values: NDArray[Any] = read.astype(np.float64).filled(np.nan) * raster.scales[index - 1]
+        values += raster.offsets[index - 1]
+    values[values == nodata] = np.nan
+    heard = decibels(values, facts.units)
+    low, high = np.nanquantile(heard, (0.02, 0.98)) if np.isfinite(heard).any() else (0.0, 1.0)
+    levels = 1 + 254 * (heard - low) / max(high - low, 1e-6)
+    return np.nan_to_num(np.clip(levels, 1, 255), nan=0).astype(np.uint8)

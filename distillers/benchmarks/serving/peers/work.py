@@ -1,0 +1,126 @@
+"""What every system in the serving benchmark does alike: read an order, draw, encode. It knows no server.
+
+The scripts of this folder run in other environments, one for each peer, in which this project's own packages are
+appended to the path: same torch, same weights, same codec. `FEWSTEP_BENCHMARK` tells them the rest, as JSON.
+"""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from app.media.images import decode_sar, encode
+
+Pixels = NDArray[np.uint8]
+TOLD: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # see Workload.told
+BATCH: int = TOLD["batch"]
+PORT: int = TOLD["port"]
+MAX_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to draw."""
+
+    seed: int
+    label: int | None = None
+    prompt: str | None = None
+    sar: NDArray[np.float32] | None = None  # (channels, H, W) in [-1, 1]
+
+
+class Work:
+    """A generator, or for the workload without one a constant picture in its place."""
+
+    def __init__(self) -> None:
+        self.constant = constant(*TOLD["size"]) if TOLD["constant"] else None
+        if self.constant is not None:
+            return
+        import torch
+
+        from distillers.generator import Generator
+
+        device, dtype = TOLD["device"], getattr(torch, TOLD["dtype"])
+        self.generator = Generator.from_pretrained(TOLD["folder"], device, dtype)
+        self.info, self.pipe = self.generator.info, None
+        if TOLD.get("stock"):
+            from diffusers import DiffusionPipeline
+
+            if self.info.task != "text-to-image":
+                raise SystemExit("stock diffusers has no pipeline for all that this folder needs")
+            self.generator = None
+            self.pipe = DiffusionPipeline.from_pretrained(TOLD["folder"], torch_dtype=dtype).to(device)
+            self.pipe.set_progress_bar_config(disable=True)
+        prompt = "a forest" if self.info.task == "text-to-image" else None
+        label = self.info.classes[0] if self.info.labels else None
+        first = Order(0, label, prompt, self._sar(blank(*self.info.size)))
+        for count in (1, BATCH):  # so that the first caller does not pay for what is only done once
+            self.draw([first] * count)
+
+    def order(self, body: Mapping[str, Any], picture: bytes | None = None) -> Order:
+        """From a request: {"seed", "label"?, "prompt"?, "image"? (base64 PNG)}, or a picture's own bytes beside it."""
+        if picture is None and "image" in body:
+            picture = base64.b64decode(body["image"])
+        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture))
+
+    def draw(self, orders: Sequence[Order]) -> Pixels:
+        """(B, H, W, 3) of B orders of one shape."""
+        if self.constant is not None:
+            return np.broadcast_to(self.constant, (len(orders), *self.constant.shape))
+        import torch
+
+        from distillers.evaluation.pictures import to_pixels
+
+        seeds = [order.seed for order in orders]
+        labels = [order.label for order in orders if order.label is not None] or None
+        prompts = [order.prompt for order in orders if order.prompt is not None] or None
+        if self.pipe is not None:
+            return self._by_diffusers(seeds, prompts)
+        bands = [order.sar for order in orders if order.sar is not None]
+        sar = torch.from_numpy(np.stack(bands)) if bands else None
+        return to_pixels(self.generator.sample(seeds, labels=labels, sar=sar, prompts=prompts, steps=TOLD["steps"]))
+
+    def _by_diffusers(self, seeds: Sequence[int], prompts: list[str] | None) -> Pixels:
+        """Stock diffusers' own pipeline, on the same noises."""
+        import torch
+
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = self.pipe(
+            prompts, num_inference_steps=TOLD["steps"], guidance_scale=1.0, generator=noises, output_type="np"
+        )
+        return (found.images * 255).round().astype(np.uint8)
+
+    def _sar(self, picture: bytes | None) -> NDArray[np.float32] | None:
+        """What the network sees of a PNG, by our server's own reading."""
+        if picture is None or self.constant is not None or self.info.task != "sar-to-optical":
+            return None
+        from app.engine.model import Model
+
+        return Model.sees(cast(Model, self), decode_sar(picture, MAX_PIXELS))
+
+
+def png(pixels: Pixels) -> bytes:
+    """By the project's codec, or as Pillow does it when nobody says otherwise."""
+    if TOLD["codec"] == "project":
+        return encode(pixels, "png")
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, "PNG")
+    return target.getvalue()
+
+
+def constant(height: int, width: int) -> Pixels:
+    """A picture that compresses as a photograph does: slopes and some noise."""
+    slope = np.linspace(0, 200, height)[:, None, None] * np.linspace(0.4, 1, width)[None, :, None]
+    noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
+    return (slope * np.array([1.0, 0.8, 0.6]) + noise).clip(0, 255).astype(np.uint8)
+
+
+def blank(height: int, width: int) -> bytes:
+    """A grey PNG, to warm a translator up with."""
+    return encode(np.full((height, width, 3), 128, np.uint8), "png")

@@ -1,0 +1,227 @@
+"""Does the spread of a translator's samples say where it errs? Ranks, coverage, sparsification against held-out truth.
+
+A generator that draws N samples of one SAR tile gives a deviation for every pixel. Whether it is worth anything is
+measured here, on pairs it has not learnt from:
+
+* rank of the truth among the samples: every rank equally often if the truth might be one more sample (Talagrand); the
+  share between the k-th lowest and the k-th highest sample should be (N + 1 - 2 k) / (N + 1);
+* sparsification: leave out the pixels of the largest deviation first; the error of the rest should fall as it does when
+  the pixels of the largest error are left out (Ilg et al. 2018, sec. 4.2). The area between both curves, over the
+  error, is AUSE: 0 is perfect, and a deviation that knows nothing has the area of the constant 1;
+* spread over skill: root mean variance over the error of the mean, times sqrt(1 + 1/N): 1 if right (Fortin et al.
+  2014).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from distillers.data import ImageData
+from distillers.errors import BadInput
+from distillers.evaluation.evaluate import setting
+from distillers.evaluation.pictures import Curve, chart, grey_sar, side_by_side
+from distillers.generator import Generator
+from distillers.sar.translate import COLLAPSED
+
+SHARES = [round(0.02 * i, 2) for i in range(50)]  # of pixels left out
+LEVELS = 127.5  # of 255, in one unit of [-1, 1]
+SHOWN = 3  # worst, median and best tiles of each
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """What was found. Errors and deviations are in levels of 255, over the three colours of a pixel."""
+
+    model: str
+    data: str
+    steps: int
+    samples: int
+    n: int
+    seeds: list[int]
+    setting: dict[str, Any]
+    error: float  # root mean square of truth minus mean
+    deviation: float  # root mean variance of the samples
+    spread_over_skill: float
+    rank_correlation: float  # Spearman's, of deviation and error, over pixels
+    ranks: list[float]  # share of truths with 0, 1, ... N samples below
+    by_deviation: list[float]  # error of what is left, over the error of all, at SHARES
+    by_error: list[float]
+    ause: float
+    ause_of_chance: float
+
+    @property
+    def collapsed(self) -> bool:
+        """N samples are one: their deviation says nothing."""
+        return self.deviation < COLLAPSED
+
+    def coverage(self) -> list[tuple[float, float]]:
+        """(should be, is): share of truths between the k-th lowest and k-th highest sample, for every k."""
+        n = self.samples
+        return [((n + 1 - 2 * k) / (n + 1), sum(self.ranks[k : n + 1 - k])) for k in range(1, n // 2 + 1)]
+
+    def markdown(self) -> str:
+        """What it says, in words and numbers."""
+        held = self.coverage()
+        shown = [held[0], held[len(held) // 2]] if len(held) > 1 else held
+        s = self.setting
+        lines = [
+            f"Calibration of {self.samples} samples at {self.steps} steps on {self.n} tiles of {self.data}:",
+            "",
+            "| | measured | if calibrated |",
+            "| --- | --- | --- |",
+            f"| root mean square error of the mean, levels of 255 | {self.error:.1f} | - |",
+            f"| root mean variance of the samples, levels | {self.deviation:.1f} | - |",
+            f"| spread over skill | {self.spread_over_skill:.2f} | 1 |",
+            *(
+                f"| truths inside the {100 * should:.0f} % band, % | {100 * is_:.1f} | {100 * should:.1f} |"
+                for should, is_ in shown
+            ),
+            f"| rank correlation of deviation and error | {self.rank_correlation:.2f} | - |",
+            f"| AUSE (0 perfect, {self.ause_of_chance:.2f} chance) | {self.ause:.2f} | 0 |",
+            "",
+        ]
+        if self.collapsed:
+            lines += ["Warning: the student has collapsed to a point. Its deviation says nothing about its error.", ""]
+        elif self.spread_over_skill < 0.8:
+            lines += ["The bands are too narrow: the truth lies outside more often than they say.", ""]
+        where = f"{s['device']}, {s['threads']} threads, torch {s['torch']}, {s['date']}"
+        return "\n".join([*lines, f"Seeds {self.seeds[0]} to {self.seeds[1]}; {where}."]) + "\n"
+
+    def save(self, path: Path) -> None:
+        """JSON, and beside it .png with the curves."""
+        path.write_text(json.dumps({**asdict(self), "shares": SHARES, "markdown": self.markdown()}, indent=2) + "\n")
+        nominal, measured = zip(*self.coverage(), strict=True)
+        left = [
+            Curve("by deviation", SHARES, self.by_deviation, "#c0392b"),
+            Curve("by error: the best there is", SHARES, self.by_error, "#2c3e50"),
+            Curve("chance", SHARES, [1.0] * len(SHARES), "#bbbbbb"),
+        ]
+        right = [
+            Curve("measured", nominal, measured, "#c0392b"),
+            Curve("calibrated", (0.0, 1.0), (0.0, 1.0), "#bbbbbb"),
+        ]
+        chart(
+            {
+                "error of the rest, when a share of pixels is left out": left,
+                "truths inside a band, by the share that should be": right,
+            },
+            path.with_suffix(".png"),
+        )
+
+
+@torch.no_grad()
+def calibrate(
+    generator: Generator,
+    data: ImageData,
+    *,
+    n: int = 200,
+    samples: int = 16,
+    steps: int | None = None,
+    seed: int = 0,
+    batch: int = 16,
+    progress: Callable[[int, int, str], None] | None = None,
+    picture: Path | None = None,
+) -> Calibration:
+    """Draw `samples` of each of n held-out tiles, evenly spread, and hold their spread against the truth.
+
+    Sample k of tile i has seed `seed + i + k n`. `picture`: a PNG of the worst, median and best tiles: SAR, a sample,
+    the mean, the truth, the deviation.
+
+    Raises:
+        BadInput: a model of another task, fewer than 2 samples, no tiles.
+    """
+    if generator.info.task != "sar-to-optical":
+        raise BadInput("model", generator.info.name, "a model of sar-to-optical")
+    n = min(n, len(data))
+    if samples < 2 or n < 1:
+        raise BadInput("samples, n", (samples, n), "2 samples or more, 1 tile or more")
+    steps = generator.info.default_steps if steps is None else steps
+    indices = [int(i) for i in np.linspace(0, len(data) - 1, n).round()]
+    ranks = np.zeros(samples + 1)
+    errors, deviations, tiles = [], [], []
+    for start in range(0, n, batch):
+        part = indices[start : start + batch]
+        items = data.items(part)
+        drawn = torch.stack([
+            generator.sample([seed + start + i + k * n for i in range(len(part))], sar=items["sar"], steps=steps)
+            for k in range(samples)
+        ])  # fmt: skip
+        truth, mean = items["image"], drawn.mean(0)
+        ranks += np.bincount((drawn < truth).sum(0).flatten().numpy(), minlength=samples + 1)
+        variance = drawn.var(0, correction=1).mean(1)
+        wrong = (mean - truth).square().mean(1)
+        errors.append(wrong.sqrt().flatten().half())
+        deviations.append(variance.sqrt().flatten().half())
+        tiles += list(zip(wrong.mean((1, 2)).tolist(), part, strict=True))
+        if progress:
+            progress(start + len(part), n, f"{samples} samples")
+    error, deviation = (torch.cat(found).float().numpy() * LEVELS for found in (errors, deviations))
+    by_deviation, by_error = _left(error, deviation), _left(error, error)
+    rms, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.mean(deviation**2)))
+    some = np.random.default_rng(0).choice(len(error), min(len(error), 100_000), replace=False)
+    step = SHARES[1] - SHARES[0]
+    found = Calibration(
+        model=generator.info.name,
+        data=data.name,
+        steps=steps,
+        samples=samples,
+        n=n,
+        seeds=[seed, seed + n * samples - 1],
+        setting=setting(next(generator.parameters()).device),
+        error=rms,
+        deviation=spread,
+        spread_over_skill=spread / rms * float(np.sqrt(1 + 1 / samples)),
+        rank_correlation=float(spearmanr(error[some], deviation[some]).statistic) if spread > 0 else 0.0,
+        ranks=(ranks / ranks.sum()).tolist(),
+        by_deviation=by_deviation,
+        by_error=by_error,
+        ause=float(np.sum(np.subtract(by_deviation, by_error)) * step),
+        ause_of_chance=float(np.sum(np.subtract(1, by_error)) * step),
+    )
+    if picture is not None:
+        _draw(generator, data, [index for _, index in sorted(tiles)], samples, steps, seed, picture)
+    return found
+
+
+def _left(error: NDArray[np.floating], order: NDArray[np.floating]) -> list[float]:
+    """Root mean square error of what is left when the largest by `order` are left out, over that of all, at SHARES."""
+    squares = np.square(error[np.argsort(order, kind="stable")], dtype=np.float64)
+    kept = [len(squares) - int(share * len(squares)) for share in SHARES]
+    sums = np.cumsum(squares)
+    whole = sums[-1] / len(squares)
+    return [float(np.sqrt(sums[k - 1] / k / whole)) for k in kept] if whole > 0 else [1.0] * len(kept)
+
+
+def _draw(
+    generator: Generator, data: ImageData, ranked: list[int], samples: int, steps: int, seed: int, path: Path
+) -> None:
+    """Tiles in columns: best, median, worst by the error of the mean; the deviation is white at 64 levels."""
+    middle = len(ranked) // 2
+    shown = [*ranked[:SHOWN], *ranked[middle : middle + SHOWN], *ranked[-SHOWN:]]
+    items = data.items(shown)
+    drawn = torch.stack([
+        generator.sample([seed + i + k * len(shown) for i in range(len(shown))], sar=items["sar"], steps=steps)
+        for k in range(samples)
+    ])  # fmt: skip
+    deviation: Tensor = drawn.std(0).mean(1, keepdim=True) * LEVELS / 64 * 2 - 1
+    side_by_side(
+        {
+            f"SAR: {SHOWN} best, {SHOWN} median, {SHOWN} worst tiles": grey_sar(items["sar"], generator.info.sar),
+            "one sample": drawn[0],
+            f"mean of {samples}": drawn.mean(0),
+            "optical, the truth": items["image"],
+            f"deviation of {samples}, white = 64 levels of 255": deviation,
+        },
+        path,
+        zoom=max(1, 128 // data.size),
+    )

@@ -1,0 +1,454 @@
+"""A study: recipes that share one teacher, trained with the same iterations and batch, measured on the same noises.
+
+title = "EuroSAT, 64 px: every method from one teacher"
+teacher = "weights/eurosat-teacher"
+students = ["eurosat-consistency", "eurosat-boot"]  # shipped recipes or TOML files
+steps = [1, 2, 4, 8]                # each student is measured at those of them it publishes
+teacher_steps = [50, 250]
+n = 1000
+seed = 0
+features = "eurosat-landcover"
+pace = 250                          # speed-ups are over the teacher at so many steps; absent: its most
+mean_of = 0                         # translators: also the mean of so many samples of each tile
+[train]                             # for every student
+iterations = 1000
+batch = 32
+[labels]                            # recipe name = "what the table calls it"
+[own.eurosat-boot]                  # where one student's [train] differs; the page says so
+iterations = 500
+[rewards]                           # column = "module:function" or a feature classifier's folder; means over pictures
+green = "distillers.training.reward:greenness"
+
+Paths are seen from where the command runs. One call makes the whole table, and a second one only what is missing or was
+measured otherwise. Every training is a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillers.data import ImageData
+from distillers.errors import BadInput
+from distillers.evaluation.evaluate import (
+    QUALITY,
+    Column,
+    Report,
+    Row,
+    check_evaluation,
+    class_table,
+    device_name,
+    evaluate,
+    hacking_notes,
+    latencies_of,
+    markdown_table,
+    region_table,
+    reward_columns,
+)
+from distillers.evaluation.features import Features, load_features
+from distillers.generator import Generator
+from distillers.jobs.publish import draw_rows, splits
+from distillers.jobs.recipe import Recipe, read_toml
+from distillers.progress import drawing_bar
+from distillers.runtime import cpu_quota, usable_cores
+from distillers.training.options import checked
+from distillers.training.reward import RewardFunction, load_reward
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The TOML file, checked. Build one with `Study.load`."""
+
+    title: str
+    teacher: str
+    students: tuple[str, ...]
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    teacher_steps: tuple[int, ...] = (50,)
+    n: int = 1000
+    seed: int = 0
+    features: str = "eurosat-landcover"
+    pace: int | None = None
+    mean_of: int = 0
+    train: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewards: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "teacher_steps"):
+            counts = getattr(self, name)
+            if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+                raise BadInput(f"study.{name}", counts, "different step counts of 1 or more, at least one")
+        if not self.students:
+            raise BadInput("study.students", self.students, "one recipe or more")
+
+    @classmethod
+    def load(cls, file: Path) -> Study:
+        """Read a study. Raises BadInput for what is missing, unknown or of the wrong type."""
+        if not file.is_file():
+            raise BadInput("study", str(file), "a TOML file")
+        table = read_toml(file)
+        for name in ("title", "teacher", "students"):
+            if name not in table:
+                raise BadInput(f"study.{name}", None, f"given: a study has a title, a teacher and students ({file})")
+        return cls(**checked(cls, table, "study"))
+
+    def overrides(self, name: str) -> list[str]:
+        """What the study says about a recipe, as `fewstep distill` takes it."""
+        train = {**self.train, **self.own.get(name, {})}
+        return [f"teacher={json.dumps(self.teacher)}", *_assignments(train, "train")]
+
+    def plans(self) -> dict[str, tuple[str, Recipe]]:
+        """Recipe name -> (as the study names it, the recipe under the study's settings)."""
+        plans: dict[str, tuple[str, Recipe]] = {}
+        for student in self.students:
+            own = Recipe.load(student)
+            plan = Recipe.load(student, self.overrides(own.name))
+            if own.teacher is None or Path(own.teacher).name != Path(self.teacher).name:
+                raise BadInput(
+                    "study.students", f"{student}, of {own.teacher or 'data'}", f"students of {self.teacher}"
+                )
+            for _, other in plans.values():
+                if plan.name == other.name:
+                    raise BadInput("study.students", student, "recipes of different names")
+                # pairs of pictures have no held-out split: such students are measured on the others' data
+                if "preferences" not in (plan.data.get("kind"), other.data.get("kind")) and _source(plan) != _source(
+                    other
+                ):
+                    raise BadInput("study.students", f"{student}, on {_source(plan)}", f"on {_source(other)}")
+            plans[plan.name] = (student, plan)
+        for table in ("labels", "own"):
+            for name, value in getattr(self, table).items():
+                if name not in plans:
+                    raise BadInput(f"study.{table}.{name}", value, ", ".join(plans))
+        return plans
+
+
+def _assignments(table: dict[str, Any], above: str) -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _assignments(value, f"{above}.{key}")
+        else:
+            yield f"{above}.{key}={json.dumps(value)}"
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe.data.get(key) for key in ("kind", "path", "size") if key in recipe.data}
+
+
+def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: Say = print) -> dict[str, str]:
+    """Train what is missing, measure what is not measured, write FILE's .json, .md and .png.
+
+    Args:
+        runs: a folder for each student, and the reports.
+        jobs: trainings at a time.
+
+    Returns:
+        The students whose training failed, with its last words; the table is of the others.
+
+    Raises:
+        BadInput: anything that would make the table wrong or impossible, before the first training.
+    """
+    if jobs < 1:
+        raise BadInput("jobs", jobs, "1 or more")
+    study = Study.load(file)
+    plans = study.plans()
+    sources = [plan for _, plan in plans.values() if plan.data.get("kind") != "preferences"]
+    if not sources:
+        raise BadInput("study.students", list(plans), "one or more that learn from data with a test split")
+    test, train = splits(sources[0])
+    teacher = Generator.from_pretrained(study.teacher, device)
+    space = load_features(study.features, Path(study.teacher).parent)
+    judges = {name: load_reward(which) for name, which in study.rewards.items()}
+    check_evaluation(teacher, None, test, n=study.n, seed=study.seed, features=space, mean_of=study.mean_of)
+    for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
+        teacher.times(steps)
+    for _, plan in plans.values():
+        plan.open_teacher(train)
+        _check_folder(runs / plan.name, plan)
+
+    failed = _train_missing(study, plans, runs, device, jobs, say)
+    measure = _Measuring(study, teacher, test, space, judges, device)
+    teacher_steps = tuple(sorted(study.teacher_steps))
+    pace = study.pace or teacher_steps[-1]
+    report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", train=train)
+    students = {name: Generator.from_pretrained(runs / name, device) for name in plans if name not in failed}
+    reports = {
+        name: measure.report(
+            student,
+            _steps(student, study),
+            runs / name / "report.json",
+            mean_of=study.mean_of,
+            history=runs / name / "training" / "samples",
+        )
+        for name, student in students.items()
+    }
+    costs = {name: json.loads((runs / name / "training" / "cost.json").read_text()) for name in students}
+    paced = _pace([(teacher, report), *((students[name], reports[name]) for name in students)], pace, test)
+    lines = _lines(study, report, reports, costs, paced)
+    _write(file, study, report, reports, lines, costs, failed)
+    before = "teacher" if teacher.info.role == "teacher" else Path(study.teacher).name
+    shown = {f"{before}, {_count(teacher_steps[-1])}": (teacher, teacher_steps[-1])}
+    for name, student in students.items():
+        counts = sorted(_steps(student, study))
+        shown |= {f"{_label(study, name)}, {_count(k)}": (student, k) for k in (counts[0], counts[-1])}
+    draw_rows(shown, test, file.with_suffix(".png"))
+    return failed
+
+
+# --- training
+def _train_missing(
+    study: Study, plans: dict[str, tuple[str, Recipe]], runs: Path, device: str, jobs: int, say: Say
+) -> dict[str, str]:
+    """Every student whose folder is not finished. The failed ones, with their last words."""
+    runs.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, int(cpu_quota() or usable_cores()) // jobs))
+
+    def distil(name: str) -> tuple[str, str | None]:
+        log = runs / f"{name}.log"
+        say(f"{name}: training; what it says goes to {log}")
+        command = [sys.executable, "-m", "distillers.cli", "distill", plans[name][0], *study.overrides(name)]
+        options = ["--out", str(runs / name), "--device", torch.device(device).type]
+        with log.open("w") as file:
+            ended = subprocess.run([*command, *options], stdout=file, stderr=subprocess.STDOUT, env=environment)
+        if ended.returncode == 0:
+            say(f"{name}: trained")
+            return name, None
+        words = [line for line in log.read_text().splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
+        say(f"{name}: failed: {words[-1]}")
+        return name, words[-1].strip()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        ends = list(pool.map(distil, [name for name in plans if not _finished(runs / name)]))
+    return {name: words for name, words in ends if words is not None}
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "fewstep.json").is_file() and (folder / "training" / "cost.json").is_file()
+
+
+BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")  # leave the weights as they are
+
+
+def _check_folder(folder: Path, plan: Recipe) -> None:
+    """A finished folder must be what the study would make."""
+
+    def decisive(recipe: Recipe) -> dict[str, Any]:
+        return replace(recipe, train={k: v for k, v in recipe.train.items() if k not in BESIDE}).table()
+
+    if _finished(folder) and decisive(Recipe.load(folder / "recipe.toml")) != decisive(plan):
+        raise BadInput("runs", str(folder), "a student of this recipe and study; move it away, or choose other --runs")
+
+
+# --- measuring
+@dataclass(frozen=True)
+class _Measuring:
+    """What all measurements of a study share."""
+
+    study: Study
+    teacher: Generator
+    data: ImageData
+    features: Features
+    judges: dict[str, RewardFunction]
+    device: str
+
+    @cached_property
+    def drawn_by_teacher(self) -> Tensor:
+        """What a student's samples are held against, to see whom it follows: 256 pictures at the study's most steps."""
+        labels, steps = self.teacher.info.labels, max(self.study.teacher_steps)
+        parts = [range(first, first + 64) for first in range(0, 256, 64)]
+        return torch.cat([
+            self.teacher.sample(part, labels=[i % len(labels) for i in part] if labels else None, steps=steps)
+            for part in parts
+        ])  # fmt: skip
+
+    def report(
+        self,
+        generator: Generator,
+        steps: tuple[int, ...],
+        kept: Path,
+        *,
+        train: ImageData | None = None,
+        mean_of: int = 0,
+        history: Path | None = None,
+    ) -> Report:
+        """What is kept in a file, if it was measured in the same way on the same weights; measured now otherwise."""
+        s = self.study
+        way = {
+            "n": s.n, "seed": s.seed, "features": s.features, "steps": list(steps), "mean_of": mean_of,
+            "rewards": s.rewards,
+            "weights": generator.info.sha256, "device": device_name(self.device), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        told = _told(kept)
+        if told.get("measured") == way:
+            return Report.from_dict(told)
+        if history is not None and (self.teacher.info.task == "sar-to-optical" or not any(history.glob("*.npy"))):
+            history = None
+        with drawing_bar() as show:
+            report = evaluate(
+                generator, self.data, n=s.n, features=self.features, seed=s.seed, steps=steps, train=train,
+                mean_of=mean_of, latency_repeats=0, progress=show, rewards=self.judges, history=history,
+                drawn_by_teacher=None if history is None else self.drawn_by_teacher,
+            )  # fmt: skip
+        told = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
+        kept.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
+        return report
+
+
+def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData) -> float:
+    """Time every model at every step count, taking turns, into the reports; the teacher's p50 at `steps`, in ms.
+
+    Never kept: a latency is of its hour. The first of `measured` is the teacher.
+    """
+    rows = [
+        (generator, row) for generator, report in measured for row in report.rows
+        if row.steps and row.name == f"{generator.info.role}, {_count(row.steps)}"  # not the mean of some
+    ]  # fmt: skip
+    teacher = measured[0][0]
+    found = latencies_of([(teacher, steps), *((generator, row.steps or 0) for generator, row in rows)], data.items([0]))
+    for (_, row), latency in zip(rows, found[1:], strict=True):
+        row.latency_ms = latency
+    return found[0]["p50"]
+
+
+def _told(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):  # absent, or half written by a killed process
+        return {}
+
+
+def _steps(student: Generator, study: Study) -> tuple[int, ...]:
+    """Those of the study that the student publishes; its default where there is none."""
+    published = student.info.step_times or study.steps
+    return tuple(k for k in study.steps if k in published) or (student.info.default_steps,)
+
+
+# --- the table
+@dataclass(frozen=True)
+class _Line:
+    """One line of the table: whose, what was measured, how much faster than the teacher, what the training took."""
+
+    label: str
+    recipe: str | None
+    row: Row
+    speed_up: float | None
+    cost: dict[str, Any] | None
+
+    @property
+    def seconds_per_iteration(self) -> float | None:
+        return self.cost["seconds"] / self.cost["iterations"] if self.cost else None
+
+    @property
+    def compute(self) -> float | None:
+        """Seconds times threads on a CPU; seconds on a GPU."""
+        threads = self.cost["threads"] if self.cost and self.cost["device"].startswith("cpu") else 1
+        return self.cost["seconds"] * threads if self.cost else None
+
+    def to_dict(self) -> dict[str, Any]:
+        measured = {k: v for k, v in asdict(self.row).items() if v is not None}
+        return {**measured, "label": self.label, "recipe": self.recipe, "speed_up": self.speed_up}
+
+
+def _lines(
+    study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any], paced: float
+) -> list[_Line]:
+    """Real, baselines, teacher, students in the study's order; `paced` is what speed-ups are over, in ms."""
+
+    def speed_up(row: Row) -> float | None:
+        return None if row.latency_ms is None else paced / row.latency_ms["p50"]
+
+    own = sorted(teacher.rows, key=lambda row: {"real": 0, "baseline": 1}.get(row.role, 2))
+    few = Path(study.teacher).name  # what is tuned may be a student itself
+    return [
+        *(_Line(row.name.replace("student", few, 1), None, row, None, None) for row in own),
+        *(
+            _Line(row.name.replace("student", _label(study, name), 1), name, row, speed_up(row), costs[name])
+            for name, report in students.items() for row in report.rows if row.role == "student"
+        ),
+    ]  # fmt: skip
+
+
+def _write(
+    file: Path, study: Study, teacher: Report, students: dict[str, Report], lines: list[_Line],
+    costs: dict[str, Any], failed: dict[str, str],
+) -> None:  # fmt: skip
+    """FILE.json and FILE.md."""
+    reports = {Path(study.teacher).name: teacher, **students}
+    notes = [*teacher.notes, *_notes(study, students, failed)]
+    told = {
+        "title": study.title, "study": asdict(study), "rows": [line.to_dict() for line in lines], "training": costs,
+        "settings": {name: report.setting for name, report in reports.items()}, "features": teacher.features,
+        "task": teacher.task, "data": teacher.data, "split": teacher.split, "n": teacher.n, "seeds": teacher.seeds,
+        "notes": notes, "failed": failed,
+    }  # fmt: skip
+    file.with_suffix(".json").write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
+    pace = f"speed-up over the teacher at {study.pace or max(study.teacher_steps)}"
+    quality: list[Column[_Line]] = [(head, _of_row(value), form) for head, value, form in QUALITY]
+    columns: list[Column[_Line]] = [
+        ("method", lambda line: line.label, ""), *quality,
+        *((head, _of_row(value), form) for head, value, form in reward_columns([line.row for line in lines])),
+        ("p50 ms", lambda line: line.row.latency_ms and line.row.latency_ms["p50"], ".1f"),
+        (pace, lambda line: line.speed_up, ".1f"),
+        ("s per iteration", lambda line: line.seconds_per_iteration, ".3f"),
+        ("peak MB", lambda line: line.cost and line.cost["peak_memory_mb"], ".0f"),
+        ("compute s", lambda line: line.compute, ".0f"),
+    ]  # fmt: skip
+    parts = [f"# {study.title}", f"![samples]({file.with_suffix('.png').name})", markdown_table(columns, lines)]
+    if by_region := region_table([(line.label, line.row) for line in lines], "method"):
+        parts += ["By region:", by_region]
+    if by_class := class_table([(line.label, line.row) for line in lines]):
+        parts += ["KID x1000 by class, each against the real pictures of that class:", by_class]
+    parts += ["\n".join([teacher.conditions(), *notes])]
+    parts += [
+        f"`fewstep compare {file.name if file.is_absolute() else file.as_posix()}` makes this page, its picture and "
+        f"{file.with_suffix('.json').name} again."
+    ]
+    file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def _of_row(value: Callable[[Row], Any]) -> Callable[[_Line], Any]:
+    return lambda line: value(line.row)
+
+
+def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) -> list[str]:
+    trained = ", ".join(_assignments(study.train, "train")) or "as in the recipes"
+    own = "".join(f" {_label(study, k)}: {', '.join(_assignments(v, 'train'))}." for k, v in study.own.items())
+    notes = [
+        f"Training of every student: {trained}; all else as in its recipe.{own} Seconds are those of iterations alone; "
+        "compute is seconds times threads on a CPU, seconds on a GPU; peak MB is the whole process on a CPU, tensors "
+        "on a GPU.",
+        "Latencies are of one picture, warm; all models took turns, so the speed-ups are of one run.",
+    ]
+    if study.mean_of and any("mean of" in row.name for report in students.values() for row in report.rows):
+        notes.append(f"Mean of {study.mean_of}: the mean of so many samples of one tile. It is no sample of anything.")
+    missing = [name for name, report in students.items() if not any(row.steps in study.steps for row in report.rows)]
+    notes += [
+        f"{_label(study, name)} publishes none of the steps asked for; its own were measured." for name in missing
+    ]
+    for name, report in students.items():
+        notes += [f"{_label(study, name)}: {line}" for line in hacking_notes(report.history)]
+    return notes + [f"{_label(study, name)} is missing: {words}" for name, words in failed.items()]
+
+
+def _label(study: Study, name: str) -> str:
+    return study.labels.get(name, name)
+
+
+def _count(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"

@@ -1,0 +1,212 @@
+"""Which small student? Candidates ranked without any training: how fast they are, how alike the teacher they start.
+
+A candidate is the teacher's network class with other options. What is measured: parameters; the latency of one pass on
+this device; and the linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019) of
+its middle block's activations with the teacher's, on the same noised inputs, over random initialisations. Agreement at
+initialisation is a hint, not a promise: it says what an architecture makes of its inputs before it has learnt
+anything, not what it can learn, and among U-Nets it mostly follows the width. A budget in ms is a fact; within it,
+train the first two or three.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers.errors import BadInput
+from distillers.evaluation.evaluate import Column, device_name, latencies, markdown_table
+from distillers.models import conditions
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.radiometry import Radiometry
+from distillers.teacher import Teacher
+from distillers.training.distiller import rebuilt
+
+SIZES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4)  # of the teacher's widths
+NOISES = (1.0, 0.6, 0.3)  # times of the inputs, as shares of the schedule's range
+SEEDS = (0, 1, 2)
+INPUTS = 64  # a time
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One network, measured. `network` is what differs from the teacher's options; {} is the teacher's own network."""
+
+    network: dict[str, Any]
+    parameters: int
+    latency_ms: float  # median of one pass, one picture
+    agreement: float  # 0 to 1, mean over initialisations
+    spread: float  # their standard deviation
+
+    @property
+    def line(self) -> str:
+        """For a recipe."""
+        options = ", ".join(f"{key} = {value}" for key, value in self.network.items())
+        return f"network = {{ {options} }}" if options else 'start = "untrained"'
+
+
+def suggest(teacher: Teacher, *, budget_ms: float | None = None, candidates: int = 10) -> list[Candidate]:
+    """Candidates on the teacher's device: those within the budget by agreement, then the others, fastest first.
+
+    Args:
+        budget_ms: of one pass of one picture; None: no limit.
+        candidates: at most so many, from the largest to the smallest.
+
+    Raises:
+        BadInput: a budget or count that is not above 0, or a network whose size is not told by width or depth.
+    """
+    if budget_ms is not None and not budget_ms > 0:
+        raise BadInput("budget_ms", budget_ms, "a number above 0")
+    if candidates < 1:
+        raise BadInput("candidates", candidates, "1 or more")
+    options = variants(teacher.denoiser.network)[:candidates]
+    device = next(teacher.denoiser.parameters()).device
+    own, inputs = teacher.denoiser, noised_inputs(teacher, device)
+    wanted = activations(own, inputs)
+
+    def drawn(network: dict[str, Any], seed: int) -> Denoiser:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = rebuilt(own.network, network, "network").to(device).eval()
+        return Denoiser(made, own.schedule, own.prediction)
+
+    made = [drawn(network, SEEDS[0]) for network in options]
+    x_t, t, cond = inputs[0]
+    alone = (x_t[:1], t, cond and {key: value[:1] for key, value in cond.items()})
+    with torch.inference_mode():
+        times = latencies([partial(one, *alone) for one in made], device=device)
+    found = []
+    for network, first, latency in zip(options, made, times, strict=True):
+        agreements = [
+            agreement(activations(one, inputs), wanted)
+            for one in (first, *(drawn(network, seed) for seed in SEEDS[1:]))
+        ]
+        parameters = sum(p.numel() for p in first.network.parameters())
+        mean, spread = statistics.fmean(agreements), statistics.stdev(agreements)
+        found.append(Candidate(network, parameters, latency["p50"], mean, spread))
+    limit = float("inf") if budget_ms is None else budget_ms
+    within = sorted((c for c in found if c.latency_ms <= limit), key=lambda c: -c.agreement)
+    return within + sorted((c for c in found if c.latency_ms > limit), key=lambda c: c.latency_ms)
+
+
+def table(found: Sequence[Candidate], teacher: Teacher, budget_ms: float | None = None) -> str:
+    """Markdown: a line for each candidate, and under it what to write into a recipe."""
+    columns: list[Column[Candidate]] = [
+        ("for the recipe", lambda c: f"`{c.line}`", ""), ("parameters", lambda c: c.parameters, ","),
+        ("ms a pass", lambda c: c.latency_ms, ".2f"), ("agreement", lambda c: c.agreement, ".3f"),
+        ("+-", lambda c: c.spread, ".3f"),
+        ("budget", lambda c: None if budget_ms is None else "over" if c.latency_ms > budget_ms else "within", ""),
+    ]  # fmt: skip
+    device = device_name(next(teacher.denoiser.parameters()).device)
+    said = (
+        f"Agreement: CKA with {teacher.info.name} before any training, {len(SEEDS)} initialisations. A hint, not a "
+        f"promise. Medians on {device}, {torch.get_num_threads()} threads."
+    )
+    best = found[0]
+    if budget_ms is not None and best.latency_ms > budget_ms:
+        return f"{markdown_table(columns, found)}\n\n{said}\n\nNone is within {budget_ms:g} ms; the fastest is first.\n"
+    return f"{markdown_table(columns, found)}\n\n{said}\n\n    {best.line}\n"
+
+
+# --- the candidates --------------------------------------------------------------------------------------------------
+def variants(network: nn.Module) -> list[dict[str, Any]]:
+    """Options that make a network of this class smaller, the largest first; {} is its own size."""
+    config: Any = network.config
+    found: list[dict[str, Any]] = []
+    if "block_out_channels" in config:  # UNet2DModel
+        widths = config.block_out_channels
+        group = math.lcm(config.norm_num_groups, config.attention_head_dim or 1)  # both divide a width
+        for size in SIZES:
+            scaled = [max(group, round(size * width / group) * group) for width in widths]
+            for layers in dict.fromkeys((config.layers_per_block, 1)):
+                given = {"block_out_channels": scaled, "layers_per_block": layers}
+                found.append({key: value for key, value in given.items() if value != _plain(config[key])})
+    elif "num_attention_heads" in config:  # DiTTransformer2DModel
+        layers, heads = config.num_layers, config.num_attention_heads
+        depths = dict.fromkeys((layers, max(1, layers // 2), max(1, layers // 4)))
+        for h in dict.fromkeys((heads, max(1, heads // 2), max(1, heads // 4))):
+            for depth in depths:
+                given = {"num_layers": depth, "num_attention_heads": h}
+                found.append({key: value for key, value in given.items() if value != config[key]})
+    else:
+        raise BadInput("teacher", type(network).__name__, "UNet2DModel or DiTTransformer2DModel")
+    return [options for i, options in enumerate(found) if options not in found[:i]]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# --- how alike they are ----------------------------------------------------------------------------------------------
+Input = tuple[Tensor, Tensor, Cond | None]
+
+
+@torch.inference_mode()
+def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
+    """(x_t, t, cond) at each of NOISES, without data: unit noise at t_max; below it, what the teacher makes of it."""
+    denoiser, schedule = teacher.denoiser, teacher.denoiser.schedule
+    rng, info, codec = torch.Generator().manual_seed(0), teacher.info, teacher.codec
+    example, cond = teacher.example()
+    shape = (INPUTS, *example.shape[1:])
+    told = (
+        None if cond is None else {key: value.expand(INPUTS, *value.shape[1:]).clone() for key, value in cond.items()}
+    )
+    if told and "label" in told:
+        told["label"] = torch.arange(INPUTS) % len(teacher.info.labels)
+    if told and "sar" in told:
+        noise = torch.randn(INPUTS, codec.channels(info.sar_channels), *example.shape[-2:], generator=rng)
+        told["sar"] = conditions.encode(codec.decode(noise), Radiometry.of(info.sar), codec)
+    told = told and {key: value.to(device) for key, value in told.items()}
+    t = torch.tensor(schedule.t_max, dtype=torch.float64, device=device)
+    noise = torch.randn(shape, generator=rng).to(device)
+    x_t = schedule.start(noise, t)
+    found: list[Input] = [(x_t, t, told)]
+    for share in NOISES[1:]:
+        x0 = denoiser(x_t, t, told)
+        t = schedule.spaced(torch.tensor(share, dtype=torch.float64, device=device))
+        x_t = schedule.add_noise(x0, torch.randn(shape, generator=rng).to(device), t)
+        found.append((x_t, t, told))
+    return found
+
+
+@torch.inference_mode()
+def activations(denoiser: Denoiser, inputs: Sequence[Input]) -> list[Tensor]:
+    """What the middle block answers at each time, a row for each position of each input, (N, channels)."""
+    found = [denoiser.features(*one, (middle(denoiser.network),))[0] for one in inputs]
+    return [(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in found]
+
+
+def middle(network: nn.Module) -> str:
+    """The name of the block that is compared: a U-Net's lowest, a transformer's at half its own depth."""
+    blocks = getattr(network, "transformer_blocks", None)
+    return "mid_block" if blocks is None else f"transformer_blocks.{len(blocks) // 2}"
+
+
+def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Mean linear CKA over the times."""
+    return statistics.fmean(linear_cka(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def linear_cka(a: Tensor, b: Tensor) -> float:
+    """HSIC(a, b) / sqrt(HSIC(a, a) HSIC(b, b)) of activations (N, d), (N, d') with linear kernels; N of 4 or more.
+
+    1 for the same up to rotation, scale and shift; 0, on average, for independent ones, which takes the unbiased
+    estimate of HSIC (Song et al. 2012): the plain one is larger the more features there are.
+    """
+    a, b = (x.double() - x.double().mean(0) for x in (a, b))
+    size = _hsic(a, a) * _hsic(b, b)
+    return _hsic(a, b) / math.sqrt(size) if size > 0 else 0.0
+
+
+def _hsic(a: Tensor, b: Tensor) -> float:
+    """Times N (N - 3), which cancels: of K = a a^T and M = b b^T, both with an empty diagonal, without making them."""
+    n, own_a, own_b = len(a), a.square().sum(1), b.square().sum(1)
+    rows_a, rows_b = a @ a.sum(0) - own_a, b @ b.sum(0) - own_b  # K 1, M 1
+    both = (a.T @ b).square().sum() - own_a @ own_b  # tr(K M)
+    return float(both + rows_a.sum() * rows_b.sum() / ((n - 1) * (n - 2)) - 2 * (rows_a @ rows_b) / (n - 2))

@@ -1,0 +1,395 @@
+"""Rasters in and out: a scene of backscatter as a model sees it, and a product that is whole or not there at all.
+
+Reading decides bands, units and where there are data, once for the whole scene. Writing goes by rows into a plain file
+beside, which becomes a Cloud-Optimised GeoTIFF, which is renamed. rasterio does the files; it knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillers.errors import BadInput
+from distillers.models import radiometry
+from distillers.models.radiometry import Radiometry
+
+MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a header lies
+LEAST_SIDE = 8  # px; below it there is nothing to translate
+WINDOW, WINDOWS = 256, 8  # px a side, and how many down and across: what units and white are decided by
+GROUND_M = (5.0, 20.0)  # pixel sizes that models of 10 m can be trusted with
+CACHE_MB = 128  # without a limit GDAL takes a twentieth of the machine's memory
+KEPT_TAGS = ("AREA_OR_POINT", "TIFFTAG_DATETIME", "datetime")
+COG = {
+    "driver": "COG",
+    "compress": "deflate",
+    "predictor": "yes",
+    "level": "1",  # faster than the default, and on pictures with grain no larger
+    "blocksize": "512",
+    "overview_resampling": "average",
+    "bigtiff": "if_safer",
+    "num_threads": "all_cpus",
+}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+class Source:
+    """An open raster of backscatter: which bands, in which units, where there are data. One thread at a time.
+
+    Raises:
+        BadInput: not a readable raster, complex, without bands, in range geometry, all nodata, bands or units unclear.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        seen: Radiometry,
+        *,
+        units: str = "auto",
+        bands: str | None = None,
+        nodata: float | None = None,
+    ) -> None:
+        rasterio = import_rasterio()
+        if not path.is_file():
+            raise BadInput("scene", str(path), "an existing file")
+        try:
+            self.raster = rasterio.open(path)
+        except rasterio.errors.RasterioError as error:
+            raise BadInput("scene", path.name, f"a raster that opens, such as a whole GeoTIFF ({error})") from None
+        self.path, self.radiometry = path, seen
+        self.notes: list[str] = []
+        self.nodata = nodata
+        try:
+            self._check(rasterio)
+            self.bands, self.bands_how = self._bands(bands)
+            samples = self._sample()
+            self.units, self.units_why = self._units(units, samples)
+            self.shift = {band: 0.0 for band in self.bands}
+            if seen.anchored(self.units):
+                self.shift = {
+                    band: seen.level(band) - radiometry.white_of(values, self.units) for band, values in samples.items()
+                }
+        except BaseException:
+            self.raster.close()
+            raise
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.raster.height, self.raster.width
+
+    @property
+    def georeferenced(self) -> bool:
+        return self.raster.crs is not None or not self.raster.transform.is_identity
+
+    def _check(self, rasterio: Any) -> None:
+        r = self.raster
+        if r.count == 0 or not r.height or not r.width:
+            inside = f"; it holds {', '.join(r.subdatasets[:4])}" if r.subdatasets else ""
+            raise BadInput("scene", f"{self.path.name}: {r.count} bands", f"a raster with bands{inside}")
+        if r.height * r.width > MAX_PIXELS:
+            raise BadInput("scene", f"{r.width}x{r.height} pixels", f"{MAX_PIXELS} pixels together")
+        if min(r.height, r.width) < LEAST_SIDE:
+            raise BadInput("scene", f"{r.width}x{r.height} pixels", f"at least {LEAST_SIDE} pixels on each side")
+        if any("complex" in kind for kind in r.dtypes):  # complex_int16 is no dtype of NumPy
+            raise BadInput(
+                "scene", f"complex values ({r.dtypes[0]}), as single-look complex products have",
+                "detected backscatter: multi-look and terrain-correct first (SNAP, pyroSAR, sarsen)",
+            )  # fmt: skip
+        if r.crs is None and r.transform.is_identity and (r.gcps[0] or r.rpcs):
+            raise BadInput(
+                "scene", "range geometry: ground control points but no map grid, as GRD products come",
+                "a terrain-corrected raster: make one first (SNAP, pyroSAR, sarsen, or an RTC product)",
+            )  # fmt: skip
+        if not self.georeferenced:
+            self.notes.append("The scene has no georeference; the result has none either.")
+        self._check_ground()
+
+    def _check_ground(self) -> None:
+        """Notes about pixels of another size or shape than the models have seen."""
+        x, y = _metres(self.raster)
+        if x is None or y is None:
+            return
+        low, high = GROUND_M
+        if not (low <= x <= high and low <= y <= high):
+            self.notes.append(f"Pixels are {x:.3g} x {y:.3g} m; the models have learnt from 10 m: resample for sense.")
+        elif max(x, y) > 1.5 * min(x, y):
+            self.notes.append(f"Pixels are not square ({x:.3g} x {y:.3g} m); the models have learnt from square ones.")
+
+    def _bands(self, wanted: str | None) -> tuple[dict[str, int], str]:
+        r = self.raster
+        found, how = radiometry.name_bands(wanted, r.descriptions, self.path.stem)
+        if len({r.dtypes[i - 1] for i in found.values()}) > 1:
+            raise BadInput("bands", found, "bands of one data type")
+        if self.radiometry.form == "amplitude" and len(found) > 1:
+            kept = next((b for b in ("VH", *self.radiometry.bands) if b in found), next(iter(found)))
+            found, how = {kept: found[kept]}, f"{how}; the model takes one band"
+        if "assumed" in how:
+            self.notes.append(f"Polarisation {how}; --bands says otherwise.")
+        return found, how
+
+    def _sample(self) -> dict[str, NDArray[Any]]:
+        """Valid values by band, from windows spread over the scene, or from all of it where those hold none."""
+        from rasterio.windows import Window
+
+        height, width = self.shape
+        side = min(WINDOW, height, width)
+        tops, lefts = (np.unique(np.linspace(0, length - side, WINDOWS).astype(int)) for length in (height, width))
+        few = [Window(left, top, side, side) for top in tops for left in lefts]
+        every = (Window(0, top, width, min(side, height - top)) for top in range(0, height, side))
+        for windows, enough in ((few, 1000), (every, 1)):
+            found: dict[str, list[NDArray[Any]]] = {band: [] for band in self.bands}
+            valid_pixels = 0
+            for window in windows:
+                values, valid = self._read(window)
+                for band, numbers in zip(self.bands, values, strict=True):
+                    found[band].append(numbers[valid])
+                valid_pixels += int(valid.sum())
+                if windows is not few and valid_pixels > 1 << 22:
+                    break
+            if valid_pixels >= enough:
+                return {band: np.concatenate(parts) for band, parts in found.items()}
+        raise BadInput("scene", "no pixel with data", "a raster with valid pixels in the bands asked for")
+
+    def _units(self, wanted: str, samples: dict[str, NDArray[Any]]) -> tuple[str, str]:
+        if wanted == "auto":
+            return radiometry.decide_units(samples)
+        for band, values in samples.items():
+            low, high = float(values.min()), float(values.max())
+            wrong = (low < radiometry.LOWEST_DB or high > radiometry.HIGHEST_DB) if wanted == "db" else high <= 0
+            if wrong:
+                given = f"{wanted}, of values from {low:.4g} to {high:.4g} in {band}"
+                raise BadInput("units", given, "db: values from -80 to 50; linear, amplitude, dn: some above 0")
+        return wanted, "as asked for"
+
+    def _read(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """((bands, h, w) in the raster's numbers, scaled if the file says so; (h, w) valid in all bands)."""
+        rasterio, indexes = import_rasterio(), list(self.bands.values())
+        try:
+            values = self.raster.read(indexes, window=window)
+            valid = (self.raster.read_masks(indexes, window=window) > 0).all(0)
+        except rasterio.errors.RasterioError as error:
+            top = int(window.row_off)
+            raise BadInput(
+                "scene", f"{self.path.name}: rows {top} to {top + int(window.height)} cannot be read",
+                f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})",
+            ) from None  # fmt: skip
+        if self.nodata is not None:  # as the file's own: before scaling
+            valid &= (values != self.nodata).all(0)
+        scales, offsets = (
+            np.array([told[i - 1] for i in indexes]) for told in (self.raster.scales, self.raster.offsets)
+        )
+        if (scales != 1).any() or (offsets != 0).any():
+            values = values * scales[:, None, None] + offsets[:, None, None]
+        if values.dtype.kind == "f":
+            valid &= np.isfinite(values).all(0)
+        return values, valid
+
+    def rows(self, top: int, height: int, below: int, right: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Rows from `top` as the model sees them, (channels, height + below, W + right), and where they are valid.
+
+        What lies beyond the scene is reflected. Invalid pixels hold whatever they hold.
+        """
+        from rasterio.windows import Window
+
+        values, valid = self._read(Window(0, top, self.raster.width, height))
+        heard = {
+            band: radiometry.decibels(numbers, self.units) + np.float32(self.shift[band])
+            for band, numbers in zip(self.bands, values, strict=True)
+        }
+        pad = ((0, below), (0, right))
+        seen = self.radiometry.unit(heard, calibrated=not self.radiometry.anchored(self.units))
+        return np.pad(seen, ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
+
+
+def _metres(raster: Any) -> tuple[float | None, float | None]:
+    """Pixel width and height in metres, as far as the CRS says."""
+    t, crs = raster.transform, raster.crs
+    if crs is None:
+        return None, None
+    x, y = float(np.hypot(t.a, t.d)), float(np.hypot(t.b, t.e))
+    if crs.is_geographic:  # degrees of the equator's 111 km, narrower away from it
+        latitude = np.clip((t @ (raster.width / 2, raster.height / 2))[1], -89, 89)
+        return x * 111_320 * float(np.cos(np.radians(latitude))), y * 110_574
+    try:
+        factor = float(crs.linear_units_factor[1])
+    except Exception:  # a CRS without units, as local engineering grids are
+        return None, None
+    if crs.to_epsg() in (3395, 3857):  # Mercator's metres shrink with latitude
+        radius = 6_378_137.0
+        y_middle = (t @ (raster.width / 2, raster.height / 2))[1]
+        factor /= float(np.cosh(y_middle / radius))
+    return x * factor, y * factor
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Product:
+    """A raster to make on a scene's grid: where, its bands by name, how numbers are stored (value = number x scale)."""
+
+    path: Path
+    names: Sequence[str]
+    dtype: str
+    nodata: int
+    scale: float = 1.0
+
+
+@contextmanager
+def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]) -> Iterator[list[Any]]:
+    """Rasters to write rows into; on leaving all of them become COGs under their names, or none does.
+
+    Raises:
+        BadInput: the disk is full, the place cannot be written.
+    """
+    rasterio = import_rasterio()
+    beside = [
+        [p.path.with_name(f".{p.path.name}.{os.getpid()}.{part}.tif") for part in ("rows", "cog")] for p in products
+    ]
+    try:
+        with ExitStack() as stack:
+            opened = [
+                stack.enter_context(_open(source, p, plain)) for p, (plain, _) in zip(products, beside, strict=True)
+            ]
+            for raster in opened:
+                raster.update_tags(**{k: v for k, v in source.raster.tags().items() if k in KEPT_TAGS}, **tags)
+            yield opened
+        for plain, whole in beside:
+            rasterio.shutil.copy(plain, whole, **COG)
+            _check_whole(whole)
+        for product, (_, whole) in zip(products, beside, strict=True):
+            os.replace(whole, product.path)
+    except (rasterio.errors.RasterioError, OSError) as error:
+        raise BadInput("out", products[0].path.name, f"a place that can be written, with room ({error})") from None
+    finally:
+        for pair in beside:
+            for path in pair:
+                path.unlink(missing_ok=True)
+
+
+def _open(source: Source, product: Product, path: Path) -> Any:
+    rasterio = import_rasterio()
+    raster, colours = source.raster, len(product.names) == 3
+    profile = {
+        "driver": "GTiff",
+        "width": raster.width,
+        "height": raster.height,
+        "count": len(product.names),
+        "dtype": product.dtype,
+        "nodata": product.nodata,
+        "tiled": True,
+        "blockxsize": 512,
+        "blockysize": 64,  # a row of tiles fills whole blocks
+        "interleave": "pixel" if colours else "band",
+        "bigtiff": "if_safer",
+    }
+    if source.georeferenced:
+        profile |= {"crs": raster.crs, "transform": raster.transform}
+    opened = rasterio.open(path, "w", **profile)
+    opened.descriptions = list(product.names)
+    opened.scales = [product.scale] * len(product.names)
+    if colours:
+        enum = rasterio.enums.ColorInterp
+        opened.colorinterp = [enum.red, enum.green, enum.blue]
+    return opened
+
+
+def _check_whole(path: Path) -> None:
+    """The last pixel reads, and the first: what GDAL could not write (a full disk) it may have kept to itself."""
+    from rasterio.windows import Window
+
+    with import_rasterio().open(path) as written:
+        for column, row in ((0, 0), (written.width - 1, written.height - 1)):
+            written.read(window=Window(column, row, 1, 1))
+
+
+def check_output(scene: Path, out: Path) -> None:
+    """BadInput for a name that a GeoTIFF cannot have, or that is the scene's own."""
+    if out.suffix.lower() not in (".tif", ".tiff"):
+        raise BadInput("out", str(out), "a name that ends in .tif")
+    if out.exists() and scene.exists() and out.samefile(scene):
+        raise BadInput("out", str(out), "another file than the scene itself")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise BadInput("out", str(out), "a name in an existing folder that can be written")
+
+
+def preview(raster: str | Path, side: int = 2048) -> NDArray[np.uint8]:
+    """(h, w, 3) of a translated scene, at most `side` pixels a side, from its overviews; holes are 0."""
+    rasterio = import_rasterio()
+    with rasterio.open(raster) as opened:
+        shrink = max(1.0, max(opened.shape) / side)
+        shape = (3, max(1, round(opened.height / shrink)), max(1, round(opened.width / shrink)))
+        pixels: NDArray[np.uint8] = opened.read([1, 2, 3], out_shape=shape)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
+def write_stac(out: Path, scene: Path, polarisations: Sequence[str], about: Mapping[str, Any]) -> None:
+    """`out` with .json: a STAC 1.0 item with projection, SAR and `about` fields, derived from the scene.
+
+    Raises:
+        BadInput: a raster without a CRS: an item needs a place.
+    """
+    from rasterio.warp import transform_bounds, transform_geom
+
+    with import_rasterio().open(out) as raster:
+        if raster.crs is None:
+            raise BadInput("stac", f"{scene.name}, which has no CRS", "a georeferenced scene: an item needs a place")
+        t, w, h = raster.transform, raster.width, raster.height
+        ring = [[float(v) for v in t @ corner] for corner in ((0, 0), (w, 0), (w, h), (0, h), (0, 0))]
+        geometry = transform_geom(raster.crs, "EPSG:4326", {"type": "Polygon", "coordinates": [ring]})
+        xs, ys = zip(*ring, strict=True)
+        box = transform_bounds(raster.crs, "EPSG:4326", min(xs), min(ys), max(xs), max(ys))
+        place = {"proj:epsg": raster.crs.to_epsg(), "proj:shape": [h, w], "proj:transform": list(t)}
+        taken = raster.tags().get("datetime")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    extensions = ("projection/v1.1.0", "sar/v1.0.0")
+    item = {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "stac_extensions": [f"https://stac-extensions.github.io/{name}/schema.json" for name in extensions],
+        "id": out.stem,
+        "geometry": geometry,
+        "bbox": list(box),
+        "properties": {
+            "datetime": f"{taken[:19]}Z" if taken else now,
+            "created": now,
+            **place,
+            "sar:instrument_mode": "IW",
+            "sar:frequency_band": "C",
+            "sar:polarizations": list(polarisations),
+            "sar:product_type": "synthetic-optical",
+            **about,
+        },
+        "links": [{"rel": "derived_from", "href": scene.name, "type": "image/tiff; application=geotiff"}],
+        "assets": {
+            "visual": {
+                "href": out.name,
+                "type": "image/tiff; application=geotiff; profile=cloud-optimized",
+                "roles": ["visual"],
+            }
+        },
+    }
+    beside = out.with_name(f".{out.name}.{os.getpid()}.json")
+    try:
+        beside.write_text(json.dumps(item, indent=2) + "\n")
+        os.replace(beside, out.with_suffix(".json"))
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def import_rasterio() -> Any:
+    """The package, or BadInput with how to get it."""
+    try:
+        import rasterio
+        import rasterio.enums
+        import rasterio.errors
+        import rasterio.shutil
+    except ImportError:
+        raise BadInput("scene", "a GeoTIFF, without rasterio", "pip install 'fewstep[raster]'") from None
+    return rasterio

@@ -1,0 +1,549 @@
+"""A whole georeferenced scene through a translator, in constant memory: rows are read, cut, drawn, blended, written.
+
+A scene is cut into tiles that overlap by a quarter or more. Tiles agree where they overlap because the noise belongs to
+the ground, not to the tile (`NoiseField`); what differs still is blended by raised cosines that add up to one. So the
+result depends on the seed and the place alone, not on how many tiles are drawn at a time.
+
+Files are `raster.py`'s, units and bands `radiometry.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import count, islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distillers.errors import BadInput
+from distillers.generator import MAX_SEED, Generator
+from distillers.models.radiometry import UNITS, Radiometry
+from distillers.runtime import cpu_quota, usable_cores
+from distillers.sar.raster import (
+    CACHE_MB,
+    Product,
+    Source,
+    check_output,
+    import_rasterio,
+    write_stac,
+    writing,
+)
+
+TILE = 256  # px a side, unless a scene is smaller
+MAX_SAMPLES = 64
+QUANTILES = (0.05, 0.95)
+COLOURS = ("red", "green", "blue")
+STATISTICS = ("mean", "standard deviation", *(f"{100 * q:g} % quantile" for q in QUANTILES))
+SCALE = 1 / 256  # of the statistics: 16-bit numbers hold levels of 0 to 255 in steps of 1/256
+HOLE = 65535  # no data in them
+COLLAPSED = 1.0  # levels of 255: below this mean deviation N samples are one
+WARNING = (
+    "Colours are inferred, not measured; objects may be invented or missing. "
+    "Not for measurement, targeting or damage claims."
+)
+
+Progress = Callable[[int, int], None]  # pixels done, of how many
+Forward = Callable[[Callable[[], Tensor]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a scene is translated. `None` leaves the choice to the model or the raster; sizes are pixels.
+
+    bands, units: see `radiometry.name_bands`, `decide_units`. nodata: a number that means no data, beside NaN and what
+    the file says. samples: more than 1 also gives mean, deviation and quantiles over seeds seed, seed + 1, ...
+    tile, overlap: multiples of the model's `size_multiple`; overlap is a quarter to a half of a tile. batch: tiles at a
+    time; threads on a CPU, where single tiles on each core are fastest.
+    """
+
+    steps: int | None = None
+    seed: int = 0
+    samples: int = 1
+    units: str = "auto"
+    bands: str | None = None
+    nodata: float | None = None
+    tile: int | None = None
+    overlap: int | None = None
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED - MAX_SAMPLES:
+            raise BadInput("seed", self.seed, f"0 to {MAX_SEED - MAX_SAMPLES}")
+        if not 1 <= self.samples <= MAX_SAMPLES:
+            raise BadInput("samples", self.samples, f"1 to {MAX_SAMPLES}")
+        if self.units not in ("auto", *UNITS):
+            raise BadInput("units", self.units, " | ".join(("auto", *UNITS)))
+        if self.batch is not None and self.batch < 1:
+            raise BadInput("batch", self.batch, "1 or more")
+
+
+# --- the ground's noise ----------------------------------------------------------------------------------------------
+class NoiseField:
+    """Unit Gaussian noise over an endless plane; each value is a function of (seed, step, place) alone.
+
+    The plane is made of blocks, each from its own Philox stream (Salmon et al. 2011): key = (seed, step), counter =
+    (row, column). A crop of it is what a tile starts from, so neighbours start from the same noise where they overlap.
+    """
+
+    BLOCK = 64  # positions a side
+
+    def __init__(self, channels: int, kept: int = 128) -> None:
+        self.channels, self._kept = channels, kept
+        self._blocks: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
+
+    def crop(self, seed: int, step: int, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
+        """(channels, height, width) float32 at a place in the network's positions, 0 or more."""
+        b = self.BLOCK
+        out = np.empty((self.channels, height, width), dtype=np.float32)
+        for row in range(top // b, ceil((top + height) / b)):
+            for column in range(left // b, ceil((left + width) / b)):
+                y0, y1 = max(top, row * b), min(top + height, (row + 1) * b)
+                x0, x1 = max(left, column * b), min(left + width, (column + 1) * b)
+                block = self._block(seed, step, row, column)
+                out[:, y0 - top : y1 - top, x0 - left : x1 - left] = block[
+                    :, y0 - row * b : y1 - row * b, x0 - column * b : x1 - column * b
+                ]
+        return out
+
+    def _block(self, *place: int) -> NDArray[np.float32]:
+        """Kept for the neighbours; two threads may make the same one, which is the same."""
+        block = self._blocks.get(place)
+        if block is None:
+            seed, step, row, column = place
+            bits = np.random.Philox(key=np.array([seed, step], np.uint64), counter=[0, 0, row, column])
+            shape = (self.channels, self.BLOCK, self.BLOCK)
+            block = self._blocks[place] = np.random.Generator(bits).standard_normal(shape, dtype=np.float32)
+            with suppress(KeyError):  # another thread was first
+                while len(self._blocks) > self._kept:
+                    self._blocks.popitem(last=False)
+        return block
+
+
+# --- the tiles -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Axis:
+    """One side of a scene cut into tiles: they start at multiples of `stride`, the last may reach beyond the scene."""
+
+    length: int
+    tile: int
+    overlap: int
+
+    @property
+    def stride(self) -> int:
+        return self.tile - self.overlap
+
+    @property
+    def count(self) -> int:
+        return 1 + max(0, ceil((self.length - self.tile) / self.stride))
+
+    @property
+    def covered(self) -> int:
+        """Pixels from the first tile's start to the last one's end."""
+        return (self.count - 1) * self.stride + self.tile
+
+    def weight(self, index: int) -> NDArray[np.float32]:
+        """(tile,): how much a tile counts; the weights of all tiles add up to 1.
+
+        Where a neighbour overlaps: nothing in the outer quarter, where convolutions saw the zeros beyond the tile; then
+        a raised cosine over half of the overlap.
+        """
+        weight = np.ones(self.tile)
+        outer = self.overlap // 4
+        length = self.overlap - 2 * outer
+        ramp = np.zeros(self.overlap)
+        ramp[outer : outer + length] = 0.5 - 0.5 * np.cos(np.pi * (np.arange(length) + 0.5) / max(length, 1))
+        ramp[outer + length :] = 1
+        if index > 0:
+            weight[: self.overlap] = ramp
+        if index < self.count - 1:
+            weight[self.tile - self.overlap :] = ramp[::-1]
+        return weight.astype(np.float32)
+
+
+def axis(length: int, options: Options, generator: Generator) -> Axis:
+    """The tiles of one side. BadInput for a tile or an overlap that does not fit the model."""
+    multiple = generator.size_multiple
+    tile = options.tile or max(TILE // multiple, 1) * multiple
+    overlap = ceil(tile / 4 / multiple) * multiple if options.overlap is None else options.overlap
+    if tile % multiple or tile < 2 * multiple:
+        raise BadInput("tile", tile, f"a multiple of {multiple}, {2 * multiple} or more")
+    if overlap % multiple or not tile / 4 <= overlap <= tile / 2:
+        raise BadInput("overlap", overlap, f"a multiple of {multiple}, a quarter to a half of the tile ({tile})")
+    whole = ceil(length / multiple) * multiple
+    return Axis(length, tile, overlap) if whole > tile else Axis(length, whole, 0)
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tile:
+    """One tile of one sample."""
+
+    sample: int
+    row: int
+    column: int
+    sar: NDArray[np.float32] | None  # (channels, tile, tile) without holes; None: all of it is one
+    valid: NDArray[np.bool_]  # of its whole row of tiles
+
+
+@dataclass
+class Facts:
+    """What was done, for the log, the tags, the sidecar and the headers."""
+
+    model: str
+    model_sha256: str
+    steps: int
+    seed: int
+    samples: int
+    units: str
+    units_why: str
+    bands: dict[str, int]
+    bands_how: str
+    sar: dict[str, Any]
+    white_shift_db: dict[str, float]
+    width: int
+    height: int
+    tile: tuple[int, int]  # down, across
+    overlap: tuple[int, int]
+    tiles: int = 0
+    skipped: int = 0
+    valid_share: float = 0.0
+    mean_deviation: float | None = None  # of N samples, levels of 255
+    seconds: float = 0.0
+    megapixels_per_second: float = 0.0
+    version: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def tags(self) -> dict[str, str]:
+        """What the file says of itself: nothing of when or how fast, so that equal work gives equal bytes."""
+        return {
+            "FEWSTEP_SYNTHETIC": "yes",
+            "FEWSTEP_WARNING": WARNING,
+            "FEWSTEP_MODEL": self.model,
+            "FEWSTEP_MODEL_SHA256": self.model_sha256,
+            "FEWSTEP_STEPS": str(self.steps),
+            "FEWSTEP_SEED": str(self.seed),
+            "FEWSTEP_SAMPLES": str(self.samples),
+            "FEWSTEP_UNITS": f"{self.units} ({self.units_why})",
+            "FEWSTEP_BANDS": ", ".join(f"{band} = band {i}" for band, i in self.bands.items()) + f" ({self.bands_how})",
+            "FEWSTEP_SAR": json.dumps(self.sar),
+            "FEWSTEP_VERSION": self.version,
+        }
+
+
+def translate(
+    generator: Generator,
+    scene: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    stac: bool = False,
+    progress: Progress | None = None,
+    forward: Forward | None = None,
+) -> Facts:
+    """Translate a raster of backscatter into a Cloud-Optimised GeoTIFF of red, green and blue (uint8, 0 = no data).
+
+    CRS and transform are those of the scene, bit for bit. With `options.samples` > 1 the file holds the first sample,
+    and `uncertainty_path(out)` mean, standard deviation and quantiles over all, in levels of 0 to 255. Files are
+    written beside and renamed when whole: whatever goes wrong, a name that is there is a whole file.
+
+    Args:
+        progress: called with pixels done and pixels in all; what it raises ends the work.
+        forward: runs a call of the network, for a server that has a thread for it; by default it is just called.
+        stac: write a STAC item beside, `out` with .json.
+
+    Raises:
+        BadInput: what `Source` refuses, an output that is the input or cannot be written, a model of another task.
+    """
+    options, scene, out = options or Options(), Path(scene), Path(out)
+    info = generator.info
+    if info.task != "sar-to-optical":
+        raise BadInput("model", info.name, "a model of sar-to-optical")
+    steps = len(generator.times(options.steps))
+    for target in (out, uncertainty_path(out))[: 1 + (options.samples > 1)]:
+        check_output(scene, target)
+    started, seen = time.perf_counter(), Radiometry.of(info.sar)
+    with ExitStack() as stack:
+        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False))
+        source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
+        stack.callback(source.raster.close)
+        height, width = source.shape
+        down, across = axis(height, options, generator), axis(width, options, generator)
+        facts = Facts(
+            model=info.name,
+            model_sha256=model_hash(generator),
+            steps=steps,
+            seed=options.seed,
+            samples=options.samples,
+            units=source.units,
+            units_why=source.units_why,
+            bands=source.bands,
+            bands_how=source.bands_how,
+            sar=seen.to_dict(),
+            white_shift_db=source.shift,
+            width=width,
+            height=height,
+            tile=(down.tile, across.tile),
+            overlap=(down.overlap, across.overlap),
+            version=_version(),
+            warnings=[WARNING, *source.notes],
+        )
+        products = [Product(out, COLOURS, "uint8", 0)]
+        if options.samples > 1:
+            names = [f"{what} {colour}" for what in STATISTICS for colour in COLOURS]
+            products.append(Product(uncertainty_path(out), names, "uint16", HOLE, SCALE))
+        with writing(source, products, facts.tags()) as rasters:
+            work = _Work(generator, source, down, across, options, steps, facts, forward or _call)
+            work.run(rasters, progress)
+    facts.seconds = time.perf_counter() - started
+    facts.megapixels_per_second = height * width / facts.seconds / 1e6
+    if facts.mean_deviation is not None and facts.mean_deviation < COLLAPSED:
+        facts.warnings.append(
+            f"The student has collapsed to a point: {options.samples} samples differ by {facts.mean_deviation:.2f} "
+            "levels of 255 on average. Their deviation says nothing about the error."
+        )
+    if stac:
+        told = ("model", "model_sha256", "steps", "seed", "samples", "units")
+        about = {f"fewstep:{key}": getattr(facts, key) for key in told}
+        write_stac(out, scene, list(facts.bands), {"description": f"Synthetic: drawn from SAR. {WARNING}", **about})
+    return facts
+
+
+def uncertainty_path(out: str | Path) -> Path:
+    """Where the statistics over samples of a scene go."""
+    return Path(out).with_suffix(".uncertainty.tif")
+
+
+@dataclass
+class _Work:
+    """One scene at work. Each stage has its own threads, each file one: reading | drawing tiles | writing."""
+
+    generator: Generator
+    source: Source
+    down: Axis
+    across: Axis
+    options: Options
+    steps: int
+    facts: Facts
+    forward: Forward
+
+    def run(self, rasters: Sequence[Any], progress: Progress | None) -> None:
+        """Draw the scene and write it into the open rasters."""
+        on_cpu = next(self.generator.parameters()).device.type == "cpu"
+        lanes, together = lanes_and_batch(self.generator, self.options.batch)
+        noise = NoiseField(self.generator.codec.channels(3))
+
+        def draw(tiles: list[Tile]) -> NDArray[np.float32]:
+            pictures = self.forward(lambda: self._pixels(tiles, noise))
+            return pictures.float().clamp(-1, 1).cpu().numpy()
+
+        with (
+            ThreadPoolExecutor(1, "fewstep-read") as reader,
+            ThreadPoolExecutor(lanes, "fewstep-tile", initializer=one_thread if on_cpu else None) as drawers,
+            ThreadPoolExecutor(1, "fewstep-write") as writer,
+        ):
+            try:
+                groups = _grouped(self._tiles(reader), together)
+                self._blend(_ahead(drawers, draw, groups, lanes + 2), writer, rasters, progress)
+            except BaseException:  # Ctrl-C must not wait for what nobody wants any more
+                for pool in (reader, drawers, writer):
+                    pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _tiles(self, reader: Executor) -> Iterator[Tile]:
+        """The tiles in order: row by row, in a row sample by sample; the next row is read while this one is drawn."""
+        (height, width), down, across = self.source.shape, self.down, self.across
+        right = across.covered - width
+
+        def read(row: int) -> Future[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+            top = row * down.stride
+            rows = min(down.tile, height - top)
+            return reader.submit(self.source.rows, top, rows, down.tile - rows, right)
+
+        coming = read(0)
+        for row in range(down.count):
+            sar, valid = coming.result()
+            if row + 1 < down.count:
+                coming = read(row + 1)
+            places = [np.s_[..., c * across.stride : c * across.stride + across.tile] for c in range(across.count)]
+            cut = [_filled(sar[place], valid[place]) for place in places]
+            for sample in range(self.options.samples):
+                for column, tile in enumerate(cut):
+                    yield Tile(sample, row, column, tile, valid)
+
+    def _pixels(self, tiles: list[Tile], noise: NoiseField) -> Tensor:
+        """(B, 3, tile, tile) of tiles, their noise the ground's; zeros for a tile without data, which costs nothing."""
+        work = [i for i, tile in enumerate(tiles) if tile.sar is not None]
+        out = torch.zeros(len(tiles), 3, self.down.tile, self.across.tile)
+        if not work:
+            return out
+        factor, device = self.generator.codec.factor, next(self.generator.parameters()).device
+
+        def field(step: int) -> Tensor:
+            crops = []
+            for i in work:
+                top, left = tiles[i].row * self.down.stride, tiles[i].column * self.across.stride
+                place = (n // factor for n in (top, left, self.down.tile, self.across.tile))
+                crops.append(noise.crop(self.options.seed + tiles[i].sample, step, *place))
+            return torch.from_numpy(np.stack(crops)).to(device)
+
+        with torch.inference_mode():
+            sar = torch.from_numpy(np.stack([tile.sar for tile in tiles if tile.sar is not None]))
+            cond = self.generator.encode_condition(sar=sar)
+            x0 = self.generator(field(0), cond, self.steps, map(field, count(1)))
+            out[work] = self.generator.codec.decode(x0).float().cpu()
+        return out
+
+    def _blend(
+        self,
+        drawn: Iterator[tuple[Tile, NDArray[np.float32]]],
+        writer: Executor,
+        rasters: Sequence[Any],
+        progress: Progress | None,
+    ) -> None:
+        """Add the tiles up, each under its weight, in one order; hand on the rows that no later tile reaches."""
+        (height, width), down, across, facts = self.source.shape, self.down, self.across, self.facts
+        samples = self.options.samples
+        canvas = np.zeros((3, down.tile, across.covered), dtype=np.float32)
+        carried = [np.zeros((3, down.overlap, width), dtype=np.float32) for _ in range(samples)]
+        finished: list[NDArray[np.uint8]] = []
+        written: deque[Future[None]] = deque()
+        deviations, pixels = 0.0, 0
+        for tile, picture in drawn:
+            facts.tiles += tile.sar is not None
+            facts.skipped += tile.sar is None
+            left = tile.column * across.stride
+            weight = down.weight(tile.row)[:, None] * across.weight(tile.column)
+            canvas[:, :, left : left + across.tile] += weight * picture
+            if tile.column < across.count - 1:
+                continue
+            body = canvas[:, :, :width]  # this sample's row of tiles is whole
+            body[:, : down.overlap] += carried[tile.sample]
+            top = tile.row * down.stride
+            end = down.stride if tile.row < down.count - 1 else height - top
+            finished.append(_levels(body[:, :end]))
+            carried[tile.sample] = body[:, down.stride :][:, : down.overlap].copy()
+            canvas[:] = 0
+            if tile.sample < samples - 1:
+                continue
+            valid = tile.valid[:end, :width]
+            while len(written) > 1:  # a slow disk holds the work up, instead of filling the memory
+                written.popleft().result()
+            written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), top))
+            if samples > 1:
+                statistics, total = _statistics(finished, valid)
+                deviations += total
+                written.append(writer.submit(_write, rasters[1], statistics, top))
+            pixels += int(valid.sum())
+            finished = []
+            if progress is not None:
+                progress((top + end) * width, height * width)
+        for future in written:
+            future.result()
+        facts.valid_share = pixels / (height * width)
+        if samples > 1:
+            facts.mean_deviation = deviations / max(pixels, 1)
+
+
+def _filled(sar: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+    """The tile with each hole filled from its nearest valid pixel; None if there is none."""
+    if valid.all():
+        return sar
+    if not valid.any():
+        return None
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(~valid, return_distances=False, return_indices=True)
+    return sar[:, nearest[0], nearest[1]]
+
+
+def _grouped(tiles: Iterable[Tile], size: int) -> Iterator[list[Tile]]:
+    iterator = iter(tiles)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _ahead(
+    pool: Executor, function: Callable[[list[Tile]], NDArray[np.float32]], groups: Iterable[list[Tile]], depth: int
+) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
+    """(tile, its picture) in order, while `depth` further groups are at work or wait."""
+    waiting: deque[tuple[list[Tile], Future[NDArray[np.float32]]]] = deque()
+    for group in groups:
+        waiting.append((group, pool.submit(function, group)))
+        if len(waiting) > depth:
+            first, future = waiting.popleft()
+            yield from zip(first, future.result(), strict=True)
+    for first, future in waiting:
+        yield from zip(first, future.result(), strict=True)
+
+
+def _call(function: Callable[[], Tensor]) -> Tensor:
+    return function()
+
+
+def lanes_and_batch(generator: Generator, wanted: int | None) -> tuple[int, int]:
+    """(threads that draw, tiles in one call): single tiles on every core of a CPU, one batch on a GPU."""
+    on_cpu = next(generator.parameters()).device.type == "cpu"
+    return (wanted or max(1, int(cpu_quota() or usable_cores())), 1) if on_cpu else (1, wanted or 16)
+
+
+def one_thread() -> None:
+    """Single tiles on every core, one thread each: faster than all cores on one tile, and torch's sums then have one
+    order, however many tiles are drawn at a time."""
+    torch.set_num_threads(1)
+
+
+# --- from pixels to levels --------------------------------------------------------------------------------------------
+def _levels(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(3, h, W) in [-1, 1] to levels of 0 to 255."""
+    return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _colours(levels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """0 means no data, so the darkest level of a valid pixel is 1."""
+    return np.where(valid, np.maximum(levels, 1), 0).astype(np.uint8)
+
+
+def _write(product: Any, bands: NDArray[Any], top: int) -> None:
+    from rasterio.windows import Window
+
+    product.write(bands, window=Window(0, top, bands.shape[2], bands.shape[1]))
+
+
+def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], float]:
+    """((bands, h, W) mean, deviation and quantiles in steps of SCALE, sum over pixels of the mean deviation)."""
+    height, width = valid.shape
+    out = np.empty((3 * len(STATISTICS), height, width), dtype=np.uint16)
+    total = 0.0
+    for left in range(0, width, 1024):  # in parts, for memory
+        part = np.s_[..., left : left + 1024]
+        stack = np.stack([sample[part] for sample in samples]).astype(np.float32)
+        deviation = stack.std(0, ddof=1)
+        found = np.concatenate([stack.mean(0), deviation, *np.quantile(stack, QUANTILES, axis=0)])
+        out[part] = np.where(valid[part], np.rint(found / SCALE), HOLE).astype(np.uint16)
+        total += float(deviation.mean(0)[valid[part]].sum())
+    return out, total
+
+
+def model_hash(generator: Generator) -> str:
+    """One sha256 for all parts of the folder, as its manifest has them."""
+    return hashlib.sha256(json.dumps(generator.info.sha256, sort_keys=True).encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fewstep")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,143 @@
+"""The contract of a method: which networks it needs, and one training step as a generator of turns.
+
+A turn is `yield player, loss`. The loop zeroes that player's gradients, runs backward, clips, moves that player only,
+and resumes the generator. One-network training is one yield; a critic is `yield "critic", ...` before `yield
+"student", ...`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distillers import weights
+from distillers.errors import BadInput
+from distillers.models.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from distillers.autoencoder import Autoencoder
+    from distillers.data import ImageData
+    from distillers.generator import Generator
+    from distillers.teacher import Teacher
+
+# "x0" (B, C, H, W) in the network's space, and the condition: "label", "sar"; "loser", like x0, in preference pairs
+Batch = dict[str, Tensor]
+Turn = tuple[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Networks(nn.ModuleDict):
+    """The networks of a method by name: denoisers, critics, discriminator heads."""
+
+    if TYPE_CHECKING:  # torch types every submodule as Tensor | Module
+
+        def __getitem__(self, key: str) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distiller(ABC):
+    """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
+    taught: ClassVar[bool] = True  # False: it learns from data alone, and its recipe names no teacher
+    leaves: ClassVar[str] = "student"  # how the names of the players begin whose evaluation average is published
+
+    def data(self, data: ImageData, teacher: Teacher) -> ImageData:
+        """What of the data it learns from: all, unless it says otherwise."""
+        return data
+
+    @abstractmethod
+    def networks(self, teacher: Teacher) -> Networks:
+        """ "student", "teacher" (frozen) and whoever else learns or is remembered, by name."""
+
+    @abstractmethod
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        """Yield (player, scalar loss) turns for one iteration; progress runs from 0 to 1 over the training.
+
+        Draws randomness from torch's global generator, which the loop seeds for every iteration.
+        """
+
+    @abstractmethod
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator | Autoencoder:
+        """What leaves the house: the trained network and the times it is called at, or an autoencoder."""
+
+
+def frozen(module: M) -> M:
+    """The module itself, in evaluation mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def trainable_copy(module: M) -> M:
+    """A deep copy that learns. It answers alike for the same input: whoever drops labels says so in its method."""
+    learner = copy.deepcopy(module).train().requires_grad_(True)
+    for part in learner.modules():
+        if type(part).__name__ == "LabelEmbedding":  # diffusers' DiT drops a tenth of its labels while it trains
+            part.dropout_prob = 0.0  # type: ignore[assignment]
+    return learner
+
+
+def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] | None, field: str) -> Denoiser:
+    """A denoiser that learns, with the teacher's schedule and prediction.
+
+    Args:
+        start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network.
+        network: options of the teacher's network class that differ, such as block_out_channels; it starts untrained.
+        field: the method's name, for messages.
+
+    Raises:
+        BadInput: options that the class does not have, a folder with another network, or both at once.
+    """
+    own = teacher.denoiser
+    if start not in (None, "untrained"):
+        if network:
+            raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
+        found = weights.read(str(start)).denoiser
+        if not isinstance(found, Denoiser):
+            raise BadInput(f"{field}.start", start, "a folder of one network, such as one of its students")
+        shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (found, own)]
+        if shapes[0] != shapes[1] or found.prediction != own.prediction:
+            raise BadInput(f"{field}.start", start, "a folder whose network and prediction are the teacher's")
+        return trainable_copy(found)
+    if start is None and not network:
+        return trainable_copy(own)
+    return trainable_copy(Denoiser(rebuilt(own.network, network or {}, field), own.schedule, own.prediction))
+
+
+def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Module:
+    """A new network of the same class with these options changed; its weights are random."""
+    kind: Any = type(network)
+    config: Any = network.config if hasattr(network, "config") else network.options
+    known = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    for key in options:
+        if key not in known:
+            raise BadInput(f"{field}.network.{key}", options[key], f"options of {kind.__name__}: " + ", ".join(known))
+    try:
+        made: nn.Module = kind(**{**known, **options})
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{field}.network", dict(options), f"options of {kind.__name__} ({error})") from None
+    return made
+
+
+def slow_copy(module: M) -> M:
+    """A deep copy that only follows by `follow` (a target network or an evaluation average)."""
+    return frozen(copy.deepcopy(module))
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
+    """slow <- decay slow + (1 - decay) fast, parameters and buffers."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - decay)
+    for kept, new in zip(slow.buffers(), fast.buffers(), strict=True):
+        kept.copy_(new)
+
+
+def labels_and_images(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Split a batch into clean data and condition (None when there is none)."""
+    cond = {k: v for k, v in batch.items() if k in ("label", "sar")}
+    return batch["x0"], cond or None

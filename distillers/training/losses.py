@@ -1,0 +1,292 @@
+"""What two methods or more share: distances, the teacher's step, the student's own samples, what is learnt from them.
+
+Functions of tensors and networks, without state. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillers.errors import BadInput
+from distillers.evaluation.features import EfficientNetFeatures
+from distillers.generator import Generator
+from distillers.models.codec import ImageCodec
+from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.schedule import NoiseSchedule, VariancePreserving, like
+from distillers.teacher import Teacher
+from distillers.weights import lcm_times
+
+Solver = Literal["heun", "ddim"]
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of each sample. (B, ...) -> (B,)."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(||a - b||^2 + c^2) - c over all dimensions of a sample (Song and Dhariwal 2023, eq. 7). (B, ...) -> (B,).
+
+    c defaults to 0.00054 sqrt(D), as there. LCM's element-wise pseudo-Huber is another loss.
+    """
+    difference = (a - b).flatten(1)
+    if c is None:
+        c = 0.00054 * math.sqrt(difference.shape[1])
+    return (difference.square().sum(1) + c * c).sqrt() - c
+
+
+def blurred(pictures: Tensor, pixels: int) -> Tensor:
+    """Means over squares of so many pixels: the colours without the detail. (B, C, H, W) -> (B, C, H', W')."""
+    return F.avg_pool2d(pictures, min(pixels, *pictures.shape[-2:]))
+
+
+def focal_frequency(a: Tensor, b: Tensor) -> Tensor:
+    """Squared difference of the spectra, each frequency weighted by how far off it is (Jiang et al. 2021).
+
+    Pictures (B, C, H, W) -> (B,). The weight |A - B|, scaled to a greatest value of 1, carries no gradient.
+    """
+    gap = torch.fft.fft2((a - b).float(), norm="ortho")
+    squared = gap.real**2 + gap.imag**2
+    weight = squared.detach().sqrt()
+    weight = weight / weight.amax((-2, -1), keepdim=True).clamp_min(1e-12)
+    return (weight * squared).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def best_shift(a: Tensor, b: Tensor, radius: int) -> Tensor:
+    """b, each sample moved by the up to `radius` pixels that bring it nearest to a; edges repeat. (B, C, H, W).
+
+    Pairs from two sensors are misregistered by a pixel or two; a distance without this freedom rewards blur.
+    """
+    if radius == 0:
+        return b
+    height, width = a.shape[-2:]
+    moves = [(i, j) for i in range(2 * radius + 1) for j in range(2 * radius + 1)]
+    padded = F.pad(b, (radius,) * 4, mode="replicate")
+    grey, target = padded.mean(1), a.mean(1)  # brightness is enough to find the place
+    errors = torch.stack([(grey[:, i : i + height, j : j + width] - target).square().mean((1, 2)) for i, j in moves])
+    best = [moves[k] for k in errors.argmin(0).tolist()]
+    return torch.stack([padded[n, :, i : i + height, j : j + width] for n, (i, j) in enumerate(best)])
+
+
+# --- the teacher's trajectory ----------------------------------------------------------------------------------------
+@torch.no_grad()
+def teacher_step(
+    teacher: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, solver: Solver = "ddim"
+) -> Tensor:
+    """x_s, one solver step of the teacher's probability-flow ODE below x_t (Song et al. 2023, eq. 6)."""
+    schedule: NoiseSchedule = teacher.schedule  # type: ignore[assignment]
+    x0 = teacher(x_t, t, cond)
+    x_s = schedule.step(x_t, x0, t, s)
+    return x_s if solver == "ddim" else schedule.heun_step(x_t, x0, teacher(x_s, s, cond), t, s)
+
+
+def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """t = t_{n+1} and s = t_n for `count` draws of n ~ U{1..N-1} on the grid of N points."""
+    grid = schedule.grid(points).to(device)
+    n = torch.randint(points - 1, (count,), device=device)
+    return grid[n + 1], grid[n]
+
+
+# --- the consistency function ----------------------------------------------------------------------------------------
+def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+    """f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t), with f(x, t_min) = x exactly (Song et al. 2023, eq. 5).
+
+    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the
+    teacher's own denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
+    """
+    schedule = denoiser.schedule
+    ratio = schedule.noise_ratio(t)
+    floor = schedule.noise_ratio(t.new_tensor(schedule.t_min))
+    c_skip = like(floor**2 / ((ratio - floor) ** 2 + floor**2), x_t)
+    return c_skip * x_t + (1 - c_skip) * denoiser(x_t, t, cond)
+
+
+def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Times of multi-step sampling, descending: stock LCMScheduler's for diffusers' schedules, the grid's otherwise."""
+    if isinstance(schedule, VariancePreserving):
+        return lcm_times(schedule, steps)
+    return schedule.grid(steps + 1)[1:].flip(0).tolist()
+
+
+def check_steps(field: str, steps: Sequence[int]) -> None:
+    """BadInput unless these are step counts to publish: one or more, different, each 1 or more."""
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        raise BadInput(field, tuple(steps), "different step counts of 1 or more, at least one")
+
+
+def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[int]) -> Generator:
+    """What leaves: the student, re-noised between its steps. Guidance, where there was any, is in its weights."""
+    info = replace(
+        teacher.info,
+        sampler="consistency",
+        step_times={k: sampling_times(student.schedule, k) for k in steps},
+        default_steps=min(steps),
+        guidance_scale=1.0,
+    )
+    return Generator(student, teacher.codec, info)
+
+
+def drawn(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Sequence[int] = (1,)) -> Tensor:
+    """x0 as `Generator` makes it from unit noise: one call with a gradient, the calls before it without.
+
+    The sampler has k calls, k any of `steps`, and the one with the gradient is any of them: the student's input is what
+    it meets when it is served (backward simulation: Yin et al., "Improved Distribution Matching Distillation", 2024).
+    """
+    schedule = student.schedule
+    k = steps[int(torch.randint(len(steps), ()))]
+    times = torch.tensor(sampling_times(schedule, k), dtype=torch.float64, device=noise.device)
+    last = int(torch.randint(k, ()))
+    x_t = schedule.start(noise, times[0])
+    with torch.no_grad():
+        for t, s in pairwise(times[: last + 1]):
+            x_t = schedule.add_noise(student(x_t, t, cond), torch.randn_like(noise), s)
+    return student(x_t, times[last], cond)
+
+
+# --- two players -----------------------------------------------------------------------------------------------------
+def judged_real(logits: Tensor) -> Tensor:
+    """Non-saturating loss of who wants these logits to say "real": E softplus(-D) (Goodfellow et al. 2014)."""
+    return F.softplus(-logits).mean()
+
+
+def judged_fake(logits: Tensor) -> Tensor:
+    """The same for "fake": E softplus(D)."""
+    return F.softplus(logits).mean()
+
+
+def ramp(progress: float, start: float, length: float) -> float:
+    """0 until `start`, then linearly to 1 over `length`, both in units of the training's progress."""
+    return min(max((progress - start) / length, 0.0), 1.0) if length > 0 else float(progress >= start)
+
+
+# --- the student's distribution and the teacher's --------------------------------------------------------------------
+SNR_CAP = 20.0
+
+
+def denoising(
+    denoiser: nn.Module, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None, cap: float = SNR_CAP
+) -> Tensor:
+    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2: denoising score matching, as our teachers are trained.
+
+    SNR + 1 makes it the velocity loss (Salimans and Ho 2022, sec. 4); the cap keeps the last, almost clean times from
+    taking most of it (Hang et al. 2023). Mean over samples and elements.
+    """
+    weight = (denoiser.schedule.snr(t).clamp(max=cap) + 1).to(x0)  # type: ignore[operator, union-attr]
+    return (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
+
+
+def noised(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """t ~ U on the middle 96 % of the range, and x_t (Yin et al. 2024)."""
+    t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))
+    return t, schedule.add_noise(x0, torch.randn_like(x0), t)
+
+
+def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+    """A scalar whose gradient for x0 is weight (fake - real) / mean|x0 - real|, over the number of elements.
+
+    x0 are the student's samples; real and fake the denoised estimates of the teacher and of the critic at a noised x0
+    (Yin et al., "One-step Diffusion with Distribution Matching Distillation", 2024, eq. 7-8, without its factor of
+    time). It descends KL(student || teacher); another divergence by weight (B,): see `ratio_weight`.
+    """
+    with torch.no_grad():
+        size = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+        gap = (fake - real) / like(size, x0)
+        goal = x0 - (gap if weight is None else like(weight, x0) * gap)
+    return per_sample_mse(x0, goal).mean() / 2
+
+
+def score_identity(x0: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
+    """SiD: mean of w (real - fake) . ((real - x0) - alpha (real - fake)), w = 1 / mean|x0 - real|, over elements.
+
+    Zhou et al., "Score identity Distillation", 2024. Unlike `distribution_matching` its gradient goes through both
+    networks into x0; the weight carries none. Negative in normal operation.
+    """
+    size = (x0 - real).detach().abs().flatten(1).mean(1).clamp_min(1e-6)
+    product = (real - fake) * ((real - x0) - alpha * (real - fake))
+    return (product / like(size, x0)).mean()
+
+
+Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon"]
+
+
+@torch.no_grad()
+def ratio_weight(logits: Tensor, divergence: Divergence) -> Tensor:
+    """h(r) = f''(r) r^2 at the density ratio r = p_teacher / p_student, scaled to mean 1 over the batch. (B,) -> (B,).
+
+    The gradient of an f-divergence is the reverse KL's, weighted so (Xu et al., "One-step Diffusion Models with
+    f-Divergence Distribution Matching", 2025). r = exp(logit) of a discriminator of the noised samples: real against
+    made. Constant for the reverse KL, r for the forward one, r / (r + 1) for Jensen-Shannon.
+    """
+    if divergence == "reverse-kl":
+        return torch.ones_like(logits)
+    weight = logits.clamp(-10, 10).exp() if divergence == "forward-kl" else logits.sigmoid()
+    return weight / weight.mean()
+
+
+# --- perceptual distances --------------------------------------------------------------------------------------------
+def feature_distance(denoiser: Denoiser, a: Tensor, b: Tensor, cond: Cond | None, layers: Sequence[str]) -> Tensor:
+    """LPIPS' form (Zhang et al. 2018, eq. 1) on a frozen denoiser's own activations at its least noise.
+
+    Activations are scaled to unit length over the channels; their squared difference is averaged over positions and
+    layers. In the network's space, so it needs neither pixels nor other weights, and it is no space that our reports
+    measure in. Only a carries a gradient. (B, ...), (B, ...) -> (B,).
+    """
+    t = torch.tensor(denoiser.schedule.t_min, device=a.device)
+    seen = denoiser.features(a, t, cond, layers)
+    with torch.no_grad():
+        wanted = denoiser.features(b, t, cond, layers)
+    return unit_length_distance(seen, wanted)
+
+
+def unit_length_distance(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and positions of the squared difference of activations, each scaled to unit length.
+
+    Zhang et al. 2018, eq. 1, with all channels weighted alike. Layers are maps (B, C, H, W), tokens (B, N, C) or
+    vectors (B, C); result (B,).
+    """
+    distances = []
+    for ours, theirs in zip(seen, wanted, strict=True):
+        channels = 1 if ours.ndim == 4 else -1
+        gap = F.normalize(ours.float(), dim=channels) - F.normalize(theirs.float(), dim=channels)
+        distances.append(gap.square().sum(channels).reshape(len(gap), -1).mean(1))
+    return torch.stack(distances).mean(0)
+
+
+def perceptual_distance(network: EfficientNetFeatures, a: Tensor, b: Tensor) -> Tensor:
+    """The same form on EfficientNet's maps of pictures (B, 3, H, W) in [-1, 1]; only a carries a gradient. -> (B,)."""
+    seen = network.stages(a)
+    with torch.no_grad():
+        wanted = network.stages(b)
+    return unit_length_distance(seen, wanted)
+
+
+class Lpips(nn.Module):
+    """LPIPS on VGG (Zhang et al. 2018) of what a codec decodes, by torchmetrics and torchvision's weights."""
+
+    def __init__(self, codec: ImageCodec) -> None:
+        super().__init__()
+        try:
+            from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+            self.net = _NoTrainLpips(net="vgg")
+        except Exception as error:  # no torchvision, one built for another torch, or its weights cannot be had
+            raise BadInput("distance", "lpips", f"needs torchvision and its VGG weights ({error})") from None
+        self.codec = codec
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) in the network's space -> (B,). Small pictures are enlarged to 64 px for VGG."""
+        pictures = [self.codec.decode(x) for x in (a, b)]
+        if min(pictures[0].shape[-2:]) < 64:
+            pictures = [F.interpolate(x, (64, 64), mode="bilinear", antialias=True) for x in pictures]
+        distance: Tensor = self.net(*pictures, normalize=False)
+        return distance.flatten()

@@ -1,0 +1,152 @@
+"""Rewards: what people like, as a number per picture; and the pairs that a reward chooses.
+
+A reward is `reward(pixels, cond) -> (B,)` in its own unit, higher is better; pixels (B, 3, H, W) in [-1, 1], about.
+Feedback by gradient needs a differentiable one; comparing two pictures does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distillers.data.preferences import Preferred, write_preferences
+from distillers.errors import BadInput
+from distillers.evaluation.features import FeatureNet
+from distillers.evaluation.pictures import to_pixels
+from distillers.generator import Generator
+from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.denoiser import Cond
+
+RewardFunction = Callable[[Tensor, Cond | None], Tensor]
+
+
+class Recognised(nn.Module):
+    """ln p(the asked class | picture) by a feature classifier: is it what was asked for? At most 0."""
+
+    def __init__(self, classifier: FeatureNet) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixels: Tensor, cond: Cond | None) -> Tensor:
+        if cond is None or "label" not in cond:
+            raise BadInput("reward", self.classifier.card.name, "a class-to-image teacher: a classifier judges labels")
+        chosen: Tensor = self.classifier.classify(pixels)[1].log_softmax(1).gather(1, cond["label"][:, None])
+        return chosen[:, 0]
+
+
+def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
+    """Mean of green minus the mean of red and blue; 1 is half of the range from black to white. (B, 3, H, W) -> (B,).
+
+    Pixels count as they are seen, cut to [-1, 1]: no picture is greener than green.
+    """
+    red, green, blue = pixels.clamp(-1, 1).mean((2, 3)).unbind(1)
+    return green - (red + blue) / 2
+
+
+def load_reward(name: str) -> RewardFunction:
+    """A feature classifier's folder as `Recognised`, or "module:function", a reward of the user's own on Python's path.
+
+    Raises:
+        BadInput: neither a folder nor something that can be imported.
+    """
+    if Path(name).is_dir():
+        return Recognised(FeatureNet.load(name))
+    module, colon, function = name.partition(":")
+    allowed = "a folder of a feature classifier, or module:function, a callable (pixels, cond) -> (B,)"
+    try:
+        found: RewardFunction = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput("reward", name, f"{allowed} ({error})") from None
+    if not colon or not callable(found):
+        raise BadInput("reward", name, allowed)
+    return found
+
+
+class Reward(nn.Module):
+    """A reward of samples in the network's space, tried once on an example.
+
+    Raises:
+        BadInput: it is not finite there, has another shape than one number per picture, or lacks a gradient that is
+            needed.
+    """
+
+    def __init__(
+        self, reward: RewardFunction, codec: ImageCodec, x0: Tensor, cond: Cond | None, differentiable: bool = True
+    ) -> None:
+        super().__init__()
+        self.reward, self.codec = reward, codec
+        tried = x0.clone().requires_grad_()
+        with torch.enable_grad():
+            value = torch.as_tensor(reward(codec.decode(tried), cond))
+        silent = differentiable and not value.requires_grad
+        if value.shape != (len(x0),) or not bool(value.isfinite().all()) or silent:
+            given = f"{value.tolist()} for an example" + (", without a gradient" if silent else "")
+            raise BadInput("reward", given, f"one finite{', differentiable' * differentiable} number per picture")
+
+    def forward(self, x0: Tensor, cond: Cond | None) -> Tensor:
+        """(B, ...) -> (B,)."""
+        return self.reward(self.codec.decode(x0), cond).float()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a reward made of pairs: how many it could tell apart, how many were ties, and its means."""
+
+    pairs: int
+    ties: int
+    winners: float
+    losers: float
+
+
+def choose_pairs(
+    generator: Generator, reward: RewardFunction, folder: Path, *, n: int, steps: int, seed: int
+) -> Chosen:
+    """Draw n pairs, let the reward choose, and write them as a preference folder (see `distillers.data.preferences`).
+
+    Both pictures of pair i have the same class, in turn; their seeds are seed + 2 i and seed + 2 i + 1. Ties are left
+    out, so that fewer than n may be written.
+
+    Raises:
+        BadInput: a translator; a step count that was not published; what is no reward; ties alone; an existing folder.
+    """
+    info = generator.info
+    if info.task == "sar-to-optical":
+        raise BadInput("model", info.name, "one that draws pictures, with classes or without: no translator")
+    if n < 1:
+        raise BadInput("n", n, "1 or more")
+    rewards: list[Tensor] = []  # (winners, losers) of what was told apart
+    ties = 0
+
+    def pairs(batch: int = 32) -> Iterator[Preferred]:
+        nonlocal ties
+        judge: Reward | None = None
+        for first in range(0, n, batch):
+            numbers = range(first, min(first + batch, n))
+            labels = [info.classes[i % len(info.classes)] for i in numbers] if info.labels else None
+            cond = {"label": torch.tensor(labels)} if labels else None
+            drawn = [generator.sample([seed + 2 * i + k for i in numbers], labels=labels, steps=steps) for k in (0, 1)]
+            judge = judge or Reward(reward, PixelUnshuffle(1), drawn[0], cond, differentiable=False)
+            values = torch.stack([judge(pictures, cond) for pictures in drawn], 1)
+            pictures = np.stack([to_pixels(pictures) for pictures in drawn], 1)
+            for i, value, both in zip(numbers, values, pictures, strict=True):
+                w = int(value.argmax())
+                if value[0] == value[1]:
+                    ties += 1
+                    continue
+                rewards.append(value[[w, 1 - w]])
+                yield Preferred(
+                    winner=both[w],
+                    loser=both[1 - w],
+                    label=info.labels[labels[i - first]] if labels else None,
+                    extra={"seeds": [seed + 2 * i + w, seed + 2 * i + 1 - w], "rewards": value[[w, 1 - w]].tolist()},
+                )
+
+    written = write_preferences(folder, pairs(), info.labels)
+    winners, losers = torch.stack(rewards).double().mean(0).tolist()
+    return Chosen(written, ties, winners, losers)

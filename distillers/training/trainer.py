@@ -1,0 +1,691 @@
+"""`train`: the one loop. Turns, accelerate, evaluation averages, checkpoints, resume, progress, tracker.
+
+It knows no method: a `Distiller` yields (player, loss) turns and the loop moves that player. Exact resume costs no
+state: iteration i draws its data and noise from generators seeded by (seed, i, process), so a run that is killed and
+started again repeats what an uninterrupted one would have done, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from distillers.autoencoder import Autoencoder
+from distillers.data import ImageData
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.progress import progress_bar
+from distillers.teacher import Teacher
+from distillers.training.distiller import Distiller, Networks, Turn, follow, slow_copy
+from distillers.training.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Compile, Execution, Rehearsal, run_as
+from distillers.training.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+REHEARSED = (0.0, 0.9)  # shares of the training whose turns are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The [train] table of a recipe."""
+
+    iterations: int = 10_000
+    batch: int = 64  # images per iteration and process
+    accumulation: int = 1  # micro-batches that one iteration's batch is split into
+    learning_rate: float = 1e-4
+    learning_rates: dict[str, float] | None = None  # per player, where it differs
+    optimizer: str = "radam"  # radam | adamw | adam
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 100  # iterations of linear rise
+    decay: str = "constant"  # constant | cosine | linear, to zero at the last iteration
+    clip: float = 1.0  # gradient norm per player
+    ema: float = 0.999  # decay of the evaluation average; 0 = none
+    precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
+    compile: Compile = "auto"  # torch.compile: auto = where the training is long enough and it is measured to be faster
+    seed: int = 0
+    checkpoint_every: int = 500  # iterations
+    sample_every: int = 0  # iterations between sample grids; 0 = only at the end
+    samples: int = 16
+    watch_every: int = 0  # iterations between figures of quality on held-out data; 0 = none
+    watch_samples: int = 256  # pictures for each of them
+    watch_steps: int = 0  # network calls per picture; 0 = the generator's fewest, 20 for a teacher
+    publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
+    log_every: int = 50
+    workers: int = 0  # processes that draw batches; 0 = a thread, which is enough for a CPU and for cheap pictures
+    tracker: str = "tensorboard"  # any name accelerate knows, or "none"
+
+    def __post_init__(self) -> None:
+        counts = ("iterations", "batch", "accumulation", "checkpoint_every", "samples", "watch_samples", "log_every")
+        for name in (*counts, "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
+        for name, allowed in (
+            ("optimizer", ("radam", "adamw", "adam")),
+            ("decay", ("constant", "cosine", "linear")),
+            ("precision", ("no", "bf16", "fp16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"train.{name}", getattr(self, name), ", ".join(allowed))
+        if self.batch % self.accumulation:
+            raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
+        if not 0 <= self.ema < 1:
+            raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
+        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay", "workers"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
+        if self.publish == "best" and not (self.watch_every and self.ema):
+            raise BadInput("train.publish", "best", "last, or train.watch_every and train.ema above 0")
+        if not 0 <= self.seed < 2**32:
+            raise BadInput("train.seed", self.seed, "0 to 4294967295")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput("train.betas", self.betas, "two numbers of 0 up to, not including, 1")
+        for player, rate in (self.learning_rates or {}).items():
+            if not rate > 0:
+                raise BadInput(f"train.learning_rates.{player}", rate, "a number above 0")
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and where the last good checkpoint stands."""
+
+
+def train(
+    distiller: Distiller,
+    teacher: Teacher,
+    data: ImageData,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    description: dict[str, Any] | None = None,
+    device: str | None = None,
+    held_out: ImageData | None = None,
+) -> Generator | Autoencoder:
+    """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
+
+    Args:
+        out: run folder: checkpoints/, samples/, logs/, cost.json; with a watch also watch.jsonl and best.pt.
+        description: recorded in each checkpoint; a checkpoint of another description is refused.
+        held_out: what the watch compares with; the training data where there is nothing else.
+
+    Returns:
+        The generator or the autoencoder with the averaged weights, on CPU: the last ones, or the best where
+        `settings.publish` says so.
+
+    Raises:
+        TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
+        BadInput: the checkpoints in `out` belong to another recipe; a tracker or player that does not exist.
+    """
+    from rich.progress import TextColumn
+
+    tracker = _tracker(settings.tracker)
+    pauses = (settings.log_every, settings.sample_every, settings.watch_every, settings.checkpoint_every)
+    out.mkdir(parents=True, exist_ok=True)
+    run = begin(distiller, teacher, settings, out, description=description, device=device, tracker=tracker)
+    accelerator, start = run.accelerator, run.resume()
+    if tracker and accelerator.is_main_process:
+        accelerator.init_trackers("fewstep")
+    if start == 0:
+        accelerator.print(f"networks run {run.choose_execution(data)}")
+    watch = None
+    if settings.watch_every and accelerator.is_main_process:
+        watch = Watch(held_out or data, settings.watch_samples, settings.watch_steps, out)
+    try:
+        with (
+            _Termination() as termination,
+            progress_bar(TextColumn("{task.fields[loss]}"), disable=not accelerator.is_main_process) as progress,
+        ):
+            bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
+            run.start_clock()
+            for i in range(start, settings.iterations):
+                run.iteration(i, data)
+                done = i + 1
+                last, stop = done == settings.iterations, run.any_process(termination.asked)
+                if not (last or stop or any(every and done % every == 0 for every in pauses)):
+                    continue
+                run.stop_clock()
+                if done % settings.log_every == 0 or last or stop:
+                    losses = run.log(done)
+                    shown = "  ".join(f"{player} {value:.4f}" for player, value in losses.items())
+                    progress.update(bar, completed=done, loss=shown)
+                    if not progress.console.is_terminal:  # a log file has no bar
+                        progress.console.print(f"iteration {done} of {settings.iterations}: loss {shown}")
+                if settings.sample_every and done % settings.sample_every == 0 and not last:
+                    run.draw_samples(done, data)
+                if watch and (done % settings.watch_every == 0 or last):
+                    found = run.watch(done, watch)
+                    progress.console.print(f"iteration {done} of {settings.iterations}: {found}")
+                if done % settings.checkpoint_every == 0 or last or stop:
+                    run.save(done)
+                if stop and not last:
+                    where = f"asked to stop at iteration {done}"
+                    raise TrainingStopped(f"{where}; the same command continues from {run.checkpoints}")
+                run.start_clock()
+        run.write_cost(settings.iterations)
+        run.draw_samples(settings.iterations, data)
+    finally:
+        run.close()
+    return run.generator(settings.publish)
+
+
+def begin(
+    distiller: Distiller,
+    teacher: Teacher,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    description: dict[str, Any] | None = None,
+    device: str | None = None,
+    tracker: str | None = None,
+) -> Run:
+    """The run before its first iteration: networks, optimizers, seeds. Arguments as `train`'s."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training of this process may have differed
+    accelerator = Accelerator(
+        mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
+    )
+    set_seed(settings.seed)  # networks() may add fresh parameters
+    return Run(distiller, teacher, settings, accelerator, out, description or {})
+
+
+def _tracker(name: str) -> str | None:
+    """The name, if accelerate can log there; None for "none"."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = sorted(str(tracker) for tracker in get_available_trackers())
+    if name != "none" and name not in installed:
+        others = ", ".join(sorted(set(LOGGER_TYPE_TO_CLASS) - set(installed)))
+        raise BadInput("train.tracker", name, f"none, {', '.join(installed)}; once installed: {others}")
+    return None if name == "none" else name
+
+
+class Run:
+    """The state of one training: networks, optimizers, averages, and their checkpoints."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        teacher: Teacher,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        out: Path,
+        description: dict[str, Any],
+    ) -> None:
+        self.distiller, self.settings, self.accelerator = distiller, settings, accelerator
+        self.teacher, self.description = teacher, json.loads(json.dumps(description))  # as a checkpoint gives it back
+        self.out, self.checkpoints = out, out / "checkpoints"
+        self.nets = distiller.networks(teacher).to(accelerator.device)
+        teacher.codec.to(accelerator.device)
+        distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
+        own = {id(p) for p in teacher.denoiser.parameters()}
+        # made of the teacher alone, and made again with it: checkpoints need not hold it
+        self.given = {"teacher"}
+        for name, net in self.nets.items():
+            found = {id(p) for p in net.parameters()}
+            if found <= own and (found or not net.state_dict()):
+                self.given.add(name)
+        players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
+        for name in settings.learning_rates or {}:
+            if name not in players:
+                raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
+        self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
+        students = [name for name in players if name.startswith(distiller.leaves)]
+        self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
+        self.losses: dict[str, Tensor] = {}  # sums since the last log
+        self.turns: Counter[str] = Counter()
+        self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
+        self.waited = 0.0  # s of these that iterations waited for data
+        self.execution = Execution()
+        self._thread, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
+        self._workers: Iterator[dict[str, Tensor]] | None = None
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+    def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
+        s = self.settings
+        kind = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[s.optimizer]
+        rate = (s.learning_rates or {}).get(name, s.learning_rate)
+        optimizer: torch.optim.Optimizer = kind(
+            net.parameters(), lr=rate, betas=s.betas, weight_decay=s.weight_decay, foreach=True
+        )
+        for group in optimizer.param_groups:
+            group["peak"] = rate
+        return optimizer
+
+    # --- one iteration -----------------------------------------------------------------------------------------------
+    def iteration(self, i: int, data: ImageData) -> None:
+        """Draw a batch, play its turns, follow with the averages."""
+        s = self.settings
+        micro = self._micro_batches(i, data)
+        self.play([self.distiller.step(self.nets, part, i / s.iterations) for part in micro], self.rate(i))
+        decay = min(s.ema, (1 + i) / (10 + i))  # a short memory at first, so that the start is forgotten
+        for name, average in self.averages.items():
+            follow(average, self.nets[name], decay)
+
+    def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
+        """Draw iteration i's batch in the network's terms, cut for accumulation."""
+        started = time.perf_counter()
+        pictures = self._from_workers(i, data) if self.settings.workers else self._from_thread(i, data)
+        self.waited += time.perf_counter() - started
+        torch.manual_seed(_mix(self.settings.seed, i, self.accelerator.process_index))
+        return self._encoded(pictures)
+
+    def _encoded(self, pictures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Encode pictures in the network's terms, cut for accumulation."""
+        parts = self.settings.accumulation
+        batch = self.teacher.encode_batch(pictures, self.accelerator.device)
+        return [{k: v.chunk(parts)[j] for k, v in batch.items()} for j in range(parts)]
+
+    def _from_thread(self, i: int, data: ImageData) -> dict[str, Tensor]:
+        """Draw iteration i's pictures; a thread draws the next ones meanwhile."""
+        draws = _Draws(data, self.settings, self.accelerator.process_index)
+        for k in (i, i + 1):
+            if k not in self._ahead and k < max(self.settings.iterations, i + 1):
+                self._ahead[k] = self._thread.submit(draws.__getitem__, k)
+        return self._ahead.pop(i).result()
+
+    def _from_workers(self, i: int, data: ImageData) -> dict[str, Tensor]:
+        """Take iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn."""
+        s, draws = self.settings, _Draws(data, self.settings, self.accelerator.process_index)
+        if self._workers is None:
+            data.draw(1, np.random.default_rng(0))  # decodes what is read once, so that the processes share it
+            cuda = self.accelerator.device.type == "cuda"
+            loader = DataLoader(
+                draws, batch_size=None, sampler=range(i, s.iterations), num_workers=s.workers, pin_memory=cuda
+            )
+            self._workers = iter(loader)
+        return next(self._workers)
+
+    def close(self) -> None:
+        """End the loaders and the trackers. The process group stays, for whoever publishes waits in it."""
+        self._thread.shutdown(cancel_futures=True)
+        self._workers = None
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    # --- how networks are run ----------------------------------------------------------------------------------------
+    def choose_execution(self, data: ImageData) -> str:
+        """Measure eager, channels-last and compiled networks, and run them in the fastest way that agrees.
+
+        "auto" leaves short trainings eager, where compiling would take longer than it saves.
+
+        Returns:
+            What was chosen and why, in words.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        chosen: list[Any] = [*self._fastest(data)] if self.accelerator.is_main_process else [None, None]
+        broadcast_object_list(chosen)
+        self.execution, why = chosen
+        run_as(self.nets, self.execution)
+        return f"{self.execution} ({why})"
+
+    def _fastest(self, data: ImageData) -> tuple[Execution, str]:
+        s = self.settings
+        if s.compile == "never":
+            return Execution(), "as train.compile says"
+        short = Execution(), "the training is too short for compiling to pay"
+        if s.compile == "auto" and s.iterations < SHORT:
+            return short
+        plain = self.rehearse(data)
+        if s.compile == "auto" and plain.seconds * s.accumulation * s.iterations < PAYS_AFTER:
+            return short
+        times, said = {Execution(): plain.seconds}, []
+        for candidate in (Execution(channels_last=True), Execution(compiled=True)):
+            if candidate.compiled:
+                candidate = replace(candidate, channels_last=min(times, key=times.__getitem__).channels_last)
+            try:
+                found = self.rehearse(data, candidate)
+            except Exception as error:  # no compiler, or code that it cannot compile: many kinds of error
+                said.append(f"{candidate} failed: {str(error).strip().splitlines()[0]}")
+                continue
+            if trouble := plain.disagreement(found):
+                said.append(f"{candidate} disagrees with eager: {trouble}")
+                continue
+            times[candidate] = found.seconds
+            said.append(f"{candidate} takes {found.seconds / plain.seconds:.2f} of eager's time")
+        compiled = [e for e in times if e.compiled]
+        if s.compile == "always" and compiled:
+            return compiled[0], "; ".join(said)
+        best = min(times, key=times.__getitem__)
+        return best if times[best] * LEAST_GAIN < plain.seconds else Execution(), "; ".join(said)
+
+    def rehearse(self, data: ImageData, execution: Execution | None = None) -> Rehearsal:
+        """Play the turns of an early and a late iteration with networks run in this way; no network is changed by it.
+
+        Late ones too, for some players enter late.
+        """
+        run_as(self.nets, execution or Execution())
+        before = {name: value.clone() for name, value in self.nets.state_dict().items()}
+        seconds, turns = [], list[tuple[str, float, Tensor]]()
+        for _ in range(4):  # the first warms up
+            pictures, turns = self._from_thread(0, data), []
+            torch.manual_seed(_mix(self.settings.seed, 0, self.accelerator.process_index))
+            batch = self._encoded(pictures)[0]
+            started = time.perf_counter()
+            for progress in REHEARSED:
+                turns += self._rehearsed(batch, progress)
+            seconds.append((time.perf_counter() - started) / len(REHEARSED))
+            self.nets.load_state_dict(before)
+        for name in self.optimizers:
+            self.nets[name].zero_grad()
+        run_as(self.nets, Execution())
+        return Rehearsal(turns, min(seconds[1:]))
+
+    def _rehearsed(self, batch: dict[str, Tensor], progress: float) -> Iterator[tuple[str, float, Tensor]]:
+        """Play the turns at this progress and give (player, loss, gradient) of each."""
+        steps = self.distiller.step(self.nets, batch, progress)
+        while True:
+            with self.accelerator.autocast():
+                turn = next(steps, None)
+            if turn is None:
+                return
+            player, loss = turn
+            self.nets[player].zero_grad()
+            self.accelerator.backward(loss)
+            parts = [p.grad.float().flatten() for p in self.nets[player].parameters() if p.grad is not None]
+            yield player, float(loss.detach()), torch.cat(parts)
+
+    def play(self, steps: list[Iterator[Turn]], rate: float) -> None:
+        """Advance all micro-batches turn by turn; after each turn move that turn's player, and it only.
+
+        The first micro-batch leads: what a method does after its last turn (its target network follows) happens once.
+        """
+        leader, *others = steps
+        while True:
+            with self.accelerator.autocast():
+                turn = next(leader, None)
+            if turn is None:
+                return  # the others are dropped where they stand
+            player, loss = turn
+            optimizer = self.optimizers[player]
+            optimizer.zero_grad()
+            self._backward(player, loss, len(steps))
+            for other in others:
+                with self.accelerator.autocast():
+                    player_again, loss = next(other)
+                assert player_again == player, "micro-batches of one iteration take the same turns"
+                self._backward(player, loss, len(steps))
+            self._move(player, optimizer, rate)
+            self.turns[player] += 1
+
+    def _backward(self, player: str, loss: Tensor, parts: int) -> None:
+        self.accelerator.backward(loss / parts)
+        self.losses[player] = self.losses.get(player, torch.zeros((), device=loss.device)) + loss.detach() / parts
+
+    def _move(self, player: str, optimizer: Any, rate: float) -> None:
+        parameters = [p for p in self.nets[player].parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:  # not by DDP, for turns call parts of a network
+            for p in parameters:
+                p.grad = self.accelerator.reduce(p.grad, "mean")
+        self.accelerator.clip_grad_norm_(parameters, self.settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+
+    def rate(self, i: int) -> float:
+        """Learning-rate factor of iteration i: linear warm-up, then the chosen decay."""
+        s = self.settings
+        warm = min(1.0, (i + 1) / max(s.warmup, 1))
+        left = 1 - i / s.iterations
+        return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * float(np.cos(np.pi * left))}[s.decay]
+
+    # --- what people see ---------------------------------------------------------------------------------------------
+    def log(self, done: int) -> dict[str, float]:
+        """Mean losses since the last call. Raises TrainingStopped if any was not finite."""
+        means = self.check(done)
+        self.losses, self.turns = {}, Counter()
+        self.accelerator.log({f"loss/{k}": v for k, v in means.items()}, step=done)
+        return means
+
+    def check(self, done: int) -> dict[str, float]:
+        """Mean losses since the last log, over all processes so that they stop alike.
+
+        Raises:
+            TrainingStopped: a loss is not finite, or a weight (the gradient of a finite loss may be infinite).
+        """
+        means = {k: float(self.accelerator.reduce(total, "mean")) / self.turns[k] for k, total in self.losses.items()}
+        norms = {k: torch.stack(torch._foreach_norm(list(self.nets[k].parameters()))) for k in self.optimizers}
+        bad = [k for k in norms if not np.isfinite(means.get(k, 0.0)) or not norms[k].isfinite().all()]
+        if bad:
+            raise TrainingStopped(
+                f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
+                f"last good checkpoint: {self._latest() or 'none yet'}. "
+                "Start again in another folder with a lower train.learning_rate or train.clip"
+                + (', or train.compile = "never".' if self.execution.compiled else ".")
+            )
+        return means
+
+    def any_process(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all leave in the same iteration."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
+
+    def generator(self, which: Literal["last", "best"] = "last") -> Generator | Autoencoder:
+        """The method's generator, or its autoencoder, with averaged weights, on CPU: the last or the watch's best."""
+        if which == "best" and self.accelerator.is_main_process:  # who measured, and publishes
+            self._load_best()
+        nets = Networks({**self.nets, **self.averages})
+        return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
+
+    @torch.no_grad()
+    def draw_samples(self, done: int, data: ImageData) -> None:
+        """Draw fixed seeds and conditions: samples/NNNNNN.png, and .npy as uint8 (B, H, W, 3) for `evaluate`.
+
+        A translator's stand between the SAR that they are made of and the real pictures. An autoencoder shows the same
+        items reconstructed.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        from distillers.evaluation.pictures import grey_sar, grid_png, side_by_side, to_pixels
+
+        count, folder = self.settings.samples, self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        generator = self._averaged()
+        count = min(count, len(data))
+        batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
+        pictures = generator.shown(batch)
+        for net in self.optimizers:
+            self.nets[net].train()
+        if "sar" in batch:
+            sar = grey_sar(batch["sar"], self.teacher.info.sar).expand_as(batch["image"])
+            rows = {"SAR": sar, f"iteration {done}": pictures, "real": batch["image"]}
+            side_by_side(rows, folder / f"{done:06d}.png")
+        else:
+            grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
+        np.save(folder / f"{done:06d}.npy", to_pixels(pictures))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": to_pixels(pictures)}, step=done, dataformats="NHWC")
+
+    def _averaged(self) -> Generator | Autoencoder:
+        nets = Networks({**self.nets, **self.averages})
+        return self.distiller.generator(nets, self.teacher).eval()
+
+    @torch.no_grad()
+    def watch(self, done: int, watch: Watch) -> str:
+        """Measure the averaged weights on held-out data, log the figures, keep the weights if they are the best."""
+        self.check(done)
+        figures, best = watch.measure(self._averaged(), done)
+        for net in self.optimizers:
+            self.nets[net].train()
+        self.accelerator.log({f"watch/{name}": value for name, value in figures.items()}, step=done)
+        if best and self.averages:
+            state = {name: net.state_dict() for name, net in self.averages.items()}
+            torch.save(state, self.out / "best.pt.new")
+            (self.out / "best.pt.new").rename(self.out / "best.pt")
+        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + (" (best)" if best else "")
+
+    def _load_best(self) -> None:
+        file = self.out / "best.pt"
+        if not file.is_file():
+            raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
+        for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
+            self.averages[name].load_state_dict(values)
+
+    # --- what it costs -----------------------------------------------------------------------------------------------
+    def start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Count the stretch since `start_clock`, once the device has done it. Not per iteration: waiting costs."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        self.seconds += time.perf_counter() - self._started
+
+    def cost(self, done: int) -> dict[str, Any]:
+        """What `done` iterations took: wall seconds of iterations alone (no logs, samples, checkpoints), peak memory.
+
+        Memory in MB: tensors on a GPU; on CPU the resident size of the whole process, whatever else it did before.
+        """
+        from distillers.evaluation.evaluate import device_name
+
+        device = self.accelerator.device
+        self.peak_mb = max(self.peak_mb, _peak_memory(device))
+        return {
+            "iterations": done,
+            "batch": self.settings.batch * self.accelerator.num_processes,  # images per iteration
+            "seconds": self.seconds,
+            "waited_for_data": self.waited,  # seconds of these
+            "execution": str(self.execution),
+            "peak_memory_mb": self.peak_mb,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "precision": self.settings.precision,
+        }
+
+    def write_cost(self, done: int) -> None:
+        """cost.json in the run folder."""
+        if self.accelerator.is_main_process:
+            (self.out / "cost.json").write_text(json.dumps(self.cost(done), indent=2) + "\n")
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def save(self, done: int) -> None:
+        """Write checkpoints/NNNNNNNN beside and rename: it is whole or absent. The two newest are kept."""
+        self.check(done)
+        if not self.accelerator.is_main_process:
+            return
+        self.checkpoints.mkdir(exist_ok=True)
+        temporary, final = self.checkpoints / f".{done:08d}", self.checkpoints / f"{done:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        state = {
+            "nets": {name: net.state_dict() for name, net in self.nets.items() if name not in self.given},
+            "averages": {name: net.state_dict() for name, net in self.averages.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "waited_for_data", "peak_memory_mb")}
+        about = {"iteration": done, "description": self.description, "execution": asdict(self.execution), **spent}
+        (temporary / "about.json").write_text(json.dumps(about))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        self.write_cost(done)
+        self._prune()
+
+    def resume(self) -> int:
+        """Load the newest checkpoint; the iteration to go on with, 0 if there is none."""
+        latest = self._latest()
+        if latest is None:
+            return 0
+        about = json.loads((latest / "about.json").read_text())
+        if about["description"] != self.description:
+            allowed = "an empty folder, or the recipe that began there"
+            raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
+        state = torch.load(latest / "state.pt", map_location=self.accelerator.device, weights_only=True)
+        for name, values in state["nets"].items():
+            self.nets[name].load_state_dict(values)
+        for name, values in state["averages"].items():
+            self.averages[name].load_state_dict(values)
+        for name, values in state["optimizers"].items():
+            self.optimizers[name].load_state_dict(values)
+        self.seconds, self.peak_mb = about.get("seconds", 0.0), about.get("peak_memory_mb", 0.0)
+        self.waited, self.execution = about.get("waited_for_data", 0.0), Execution(**about.get("execution", {}))
+        run_as(self.nets, self.execution)
+        if self.accelerator.is_main_process:
+            self._prune()
+        return int(about["iteration"])
+
+    def _prune(self) -> None:
+        """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
+        for old in {*self.checkpoints.glob("[0-9]*"), *self.checkpoints.glob(".[0-9]*")} - {*self._all()[-2:]}:
+            shutil.rmtree(old)
+
+    def _all(self) -> list[Path]:
+        return sorted(p for p in self.checkpoints.glob("[0-9]*") if (p / "about.json").is_file())
+
+    def _latest(self) -> Path | None:
+        return newest_checkpoint(self.out)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; None if there is none."""
+    return max((p for p in out.glob("checkpoints/[0-9]*") if (p / "about.json").is_file()), default=None)
+
+
+class _Draws(Dataset[dict[str, Tensor]]):
+    """Draws the batch of every iteration: item i is what iteration i of this process learns from."""
+
+    def __init__(self, data: ImageData, settings: TrainSettings, process: int) -> None:
+        self.data, self.batch, self.seed, self.process = data, settings.batch, settings.seed, process
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.data.draw(self.batch, np.random.default_rng((self.seed, i, self.process)))
+
+
+class _Termination:
+    """Notes SIGTERM while training, so that the loop can checkpoint at the end of the iteration."""
+
+    asked = False
+
+    def __enter__(self) -> _Termination:
+        self.before: Callable[..., Any] | int | None = None
+        with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MB: the most that tensors took on a GPU; elsewhere the most that this process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, kilobytes elsewhere
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several integers (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
