@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.models.codec import Vae
-from distillers.weights import AUTOENCODER, Info
+from distillers.weights.manifest import AUTOENCODER, Info
+from distillers.weights.read import read_autoencoder
+from distillers.weights.write import write_autoencoder
 
 BATCH = 64  # pictures at a time
 
@@ -30,14 +31,14 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
         """Open a folder that `save_pretrained` wrote. Raises BadInput for any other."""
-        codec, info = weights.read_autoencoder(folder, device)
+        codec, info = read_autoencoder(folder, device)
         if info is None or info.task != AUTOENCODER:
             raise BadInput("weights", str(folder), f"a folder whose fewstep.json says the task {AUTOENCODER}")
         return cls(codec, info)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write vae/ (fp16 safetensors) and the manifest."""
-        weights.write_autoencoder(Path(folder), self.codec, self.info)
+        write_autoencoder(Path(folder), self.codec, self.info)
 
     @torch.no_grad()
     def reconstruct(self, pictures: Tensor) -> Tensor:

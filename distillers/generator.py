@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.models import conditions
 from distillers.models.codec import ImageCodec
@@ -22,7 +21,10 @@ from distillers.models.denoiser import Cond, Denoiser, Routed
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
 from distillers.models.text import PromptEncoder, check_prompts
-from distillers.weights import Info, Parts
+from distillers.weights.manifest import Info
+from distillers.weights.network import guided, size_multiple
+from distillers.weights.read import Parts, read_pipeline
+from distillers.weights.write import write_pipeline
 
 MAX_SEED = 2**63 - 1
 
@@ -66,12 +68,12 @@ class Generator(nn.Module):
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Generator:
         """Open a published folder, or any supported diffusers pipeline as a many-step generator."""
-        parts: Parts = weights.read(folder, device, dtype)
+        parts: Parts = read_pipeline(folder, device, dtype)
         return cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder: fp16 safetensors, scheduler, manifest."""
-        weights.write(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
+        write_pipeline(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def times(self, steps: int | None = None) -> list[float]:
@@ -120,7 +122,7 @@ class Generator(nn.Module):
         times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
             raise BadInput("first", first, f"0 to {len(times) - 1}")
-        network = weights.guided(self.denoiser, self.info, self.info.guidance_scale)
+        network = guided(self.denoiser, self.info, self.info.guidance_scale)
         if start is not None:
             x_t = self.schedule.add_noise(start, noise, times[first])
         else:
@@ -242,4 +244,4 @@ class Generator(nn.Module):
     @property
     def size_multiple(self) -> int:
         """H and W must be multiples of this."""
-        return weights.size_multiple(self.denoiser.network, self.codec)
+        return size_multiple(self.denoiser.network, self.codec)

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.models import conditions
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.denoiser import Cond, Denoiser
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import Prediction, RectifiedFlow, from_config
-from distillers.weights import Info
+from distillers.weights.manifest import Info
+from distillers.weights.network import guided
+from distillers.weights.read import read_pipeline
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Teacher:
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> Teacher:
         """Open a folder that diffusers saved, or a hub id. Raises BadInput for what cannot be opened."""
-        parts = weights.read(path_or_hub_id, device)
+        parts = read_pipeline(path_or_hub_id, device)
         if not isinstance(parts.denoiser, Denoiser):
             raise BadInput("teacher", str(path_or_hub_id), "a folder of one network, such as one of its students")
         if parts.prompts is not None:
@@ -75,7 +76,7 @@ class Teacher:
 
     def guided(self, guidance_scale: float) -> nn.Module:
         """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
-        return weights.guided(self.denoiser, self.info, guidance_scale)
+        return guided(self.denoiser, self.info, guidance_scale)
 
     def example(self) -> tuple[Tensor, Cond | None]:
         """One sample of zeros (1, C, H, W) in the network's space, and a condition of the task: for its shapes."""

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from test_weights import contents, describe, transformer, untrained
 from torch import Tensor, nn
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.publish import write_card
 from distillers.models.lora import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
 from distillers.training.distiller import follow, slow_copy
 from distillers.training.toy import StudentNetwork
-from distillers.weights import ADAPTER, Info
+from distillers.weights.manifest import ADAPTER, Info, Lora
+from distillers.weights.write import _save_adapter
 
 LOADERS: Any = diffusers.loaders
 PIPELINE: Any = diffusers.DiffusionPipeline
@@ -239,7 +239,7 @@ def test_the_file_is_what_diffusers_own_loaders_read(tmp_path: Path) -> None:
     )  # fmt: skip
     net = learned(copy.deepcopy(base))
     state = lora_state(net)
-    weights._save_adapter(net, tmp_path / ADAPTER)
+    _save_adapter(net, tmp_path / ADAPTER)
 
     def ask(unet: nn.Module) -> Tensor:
         rng = torch.Generator().manual_seed(0)
@@ -267,7 +267,7 @@ def test_the_file_is_what_diffusers_own_loaders_read(tmp_path: Path) -> None:
 def test_the_adapter_is_one_listed_readable_half_precision_file(kind: str, saved: Path) -> None:
     folder = saved / kind / "student"
     info = Info.read(folder)
-    assert info.lora == weights.Lora(rank=4, base="teacher") and ADAPTER in info.sha256
+    assert info.lora == Lora(rank=4, base="teacher") and ADAPTER in info.sha256
     assert (folder / ADAPTER).stat().st_mode & 0o777 == 0o644
     state = load_file(folder / ADAPTER)
     assert {value.dtype for value in state.values()} == {torch.float16}

@@ -35,7 +35,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 LABELS = ["Red circle", "Forest", "Sea Lake"]
 SIDE = 16

@@ -19,7 +19,7 @@ from app.errors import ApiError
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 STEPS = {1: [999.0], 4: [999.0, 749.0, 499.0, 249.0]}

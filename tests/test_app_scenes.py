@@ -43,7 +43,7 @@ from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
 from distillers.sar.translate import WARNING, Options, translate
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -21,7 +21,7 @@ from test_weights import draw_with_diffusers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from distillers import cli, weights
+from distillers import cli
 from distillers.autoencoder import Autoencoder
 from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
@@ -43,7 +43,8 @@ from distillers.training.distiller import Batch
 from distillers.training.latents import Latents, encoded_once
 from distillers.training.losses import perceptual_distance
 from distillers.training.trainer import TrainSettings, begin
-from distillers.weights import Info
+from distillers.weights.manifest import Info, find, verify
+from distillers.weights.read import read_autoencoder, read_pipeline
 
 SIDE = 16
 TINY: dict[str, Any] = {
@@ -302,7 +303,7 @@ def test_the_folder_is_whole(folder: Path) -> None:
         (16, 16),
     )
     assert set(info.sha256) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
-    weights.verify(folder, info)
+    verify(folder, info)
     card = (folder / "README.md").read_text()
     assert "AutoencoderKL.from_pretrained" in card and "8x8 positions" in card and "tags: [autoencoder]" in card
     with Image.open(folder / "grid.png") as grid:
@@ -366,7 +367,7 @@ def test_a_size_that_does_not_halve_so_often_is_refused() -> None:
 
 
 def test_what_needs_a_generator_says_that_this_is_none(folder: Path, tmp_path: Path, pictures: Path) -> None:
-    for opened in (Generator.from_pretrained, Teacher.from_pretrained, weights.read):
+    for opened in (Generator.from_pretrained, Teacher.from_pretrained, read_pipeline):
         with pytest.raises(BadInput, match=r"task: got 'autoencoder'.*reconstructs"):
             opened(folder)
     scene = tmp_path / "sar.png"
@@ -393,7 +394,7 @@ def test_the_server_passes_it_over(folder: Path, tmp_path: Path) -> None:
     (root / folder.name).symlink_to(folder)
     (root / "broken").mkdir()
     (root / "broken" / "fewstep.json").write_text("{")
-    assert set(weights.find(root)) == {"student", folder.name, "broken"}
+    assert set(find(root)) == {"student", folder.name, "broken"}
     with running(root) as engine:
         assert set(engine.store.slots) == {"student", "broken"} and engine.store.failed == ["broken"]
 
@@ -546,7 +547,7 @@ def test_a_diffusion_model_trains_in_the_latents_and_carries_the_autoencoder(
         ours.config.scaling_factor, ours.config.shift_factor,
     )  # fmt: skip
     assert "vae.decode(x0 / vae.config.scaling_factor" in (made / "README.md").read_text()
-    assert weights.read_autoencoder(made)[0].kind == "vae"  # whose vae/ another recipe may name
+    assert read_autoencoder(made)[0].kind == "vae"  # whose vae/ another recipe may name
 
 
 def test_stock_diffusers_draws_the_same_from_its_latents(in_latents: tuple[Path, int], tmp_path: Path) -> None:
@@ -595,9 +596,9 @@ def test_what_does_not_go_with_latents_is_refused(
 def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path) -> None:
     publish(tmp_path, "pixels", "class-to-image", labels=LABELS, step_times={1: [999.0]})
     with pytest.raises(BadInput, match="AutoencoderKL in vae/"):
-        weights.read_autoencoder(tmp_path / "pixels")
+        read_autoencoder(tmp_path / "pixels")
     with pytest.raises(BadInput, match="existing folder or a hub id"):
-        weights.read_autoencoder("weights/misspelt")
+        read_autoencoder("weights/misspelt")
 
 
 # --- what ships ------------------------------------------------------------------------------------------------------

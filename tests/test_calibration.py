@@ -18,7 +18,7 @@ from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import VariancePreserving
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 DEVIATION = (0.05, 0.25)  # of dark and of bright ground, in units of [-1, 1]
 

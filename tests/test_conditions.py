@@ -11,7 +11,6 @@ import torch
 from draw_with_diffusers import condition, draw_with_parts, ramp
 from torch.nn import functional as F
 
-from distillers import weights
 from distillers.data import open_data, read_sar
 from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
@@ -23,6 +22,7 @@ from distillers.models.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Lev
 from distillers.sar.translate import Options, translate
 from distillers.teacher import Teacher
 from distillers.training.trainer import train
+from distillers.weights.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 NETWORK = {
@@ -156,7 +156,7 @@ def test_a_folder_with_levels_opens_as_it_was_saved(trained: tuple[Recipe, Path]
 
 
 def test_stock_diffusers_draws_a_folder_with_levels(trained: tuple[Recipe, Path]) -> None:
-    generator, about = Generator.from_pretrained(trained[1]), json.loads((trained[1] / weights.MANIFEST).read_text())
+    generator, about = Generator.from_pretrained(trained[1]), json.loads((trained[1] / MANIFEST).read_text())
     ours = generator.sample([0, 1], sar=ramp(generator.info.sar_channels, *generator.info.size), steps=2)
     theirs = torch.from_numpy(draw_with_parts(trained[1], about, 2)).permute(0, 3, 1, 2)
     torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)

@@ -26,7 +26,7 @@ from distillers.models.denoiser import embed_guidance
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Networks, Turn
 from distillers.training.trainer import TrainSettings, begin
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],

@@ -37,7 +37,7 @@ from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import VariancePreserving
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "sentinel-pairs"
 

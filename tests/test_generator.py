@@ -18,7 +18,8 @@ from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving, from_config
 from distillers.teacher import Teacher
-from distillers.weights import Info, lcm_times
+from distillers.weights.manifest import Info
+from distillers.weights.write import lcm_times
 
 LABELS = ["Forest", "River", "Sea Lake"]
 NETWORK = {

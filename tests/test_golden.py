@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_app import LABELS, publish
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.evaluation.self_check import FILE, check, write_golden
 from distillers.generator import Generator
+from distillers.weights.manifest import draws, find
 
 
 @pytest.mark.parametrize("task", ["image", "class-to-image", "sar-to-optical"])
@@ -47,7 +47,7 @@ def test_broken_ones_and_weights_that_draw_nothing(tmp_path: Path) -> None:
         check(generator, folder)
 
 
-PUBLISHED = [folder for folder in weights.find(Path("weights")).values() if weights.draws(folder)]
+PUBLISHED = [folder for folder in find(Path("weights")).values() if draws(folder)]
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)

@@ -27,7 +27,7 @@ from distillers.models.codec import PixelUnshuffle
 from distillers.models.schedule import from_config
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks
-from distillers.weights import AUTOENCODER, Info
+from distillers.weights.manifest import AUTOENCODER, Info
 
 NETWORK = {
     "block_out_channels": [8, 8],

@@ -47,7 +47,7 @@ from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.losses import SNR_CAP
 from distillers.training.trainer import TrainSettings, begin
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 16],

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from app.engine import tuning
 from app.engine.model import Model
 from app.main import create_app
 from app.settings import Settings
-from distillers import weights
 from distillers.cli import app as cli
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -95,7 +95,7 @@ def test_it_draws_what_stock_diffusers_draws(stock: tuple[Any, Path], guidance: 
     pipe, folder = stock
     generator = Generator.from_pretrained(folder)
     assert generator.info.task == "text-to-image" and generator.info.guidance_scale in (5.0, 7.5)
-    generator.info = weights.replace(generator.info, guidance_scale=guidance)
+    generator.info = replace(generator.info, guidance_scale=guidance)
     own = generator.sample([3, 4], prompts=WORDS, steps=steps).permute(0, 2, 3, 1).numpy() / 2 + 0.5
     theirs = drawn_by(pipe, [3, 4], steps, guidance)
     assert theirs.std() > 0.05 and np.abs(own - theirs).max() < 2e-3

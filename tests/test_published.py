@@ -14,17 +14,16 @@ import torch
 from draw_with_diffusers import COUNT, labels_of, ramp
 from safetensors import safe_open
 
-from distillers import weights
 from distillers.data import read_sar
 from distillers.generator import Generator
 from distillers.jobs.recipe import Recipe, shipped
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
-from distillers.weights import Info
+from distillers.weights.manifest import Info, draws, find, verify
 
 ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weights"))
-FOLDERS = {name: folder for name, folder in weights.find(ROOT).items() if weights.draws(folder)}
-AUTOENCODERS = {name: folder for name, folder in weights.find(ROOT).items() if name not in FOLDERS}
+FOLDERS = {name: folder for name, folder in find(ROOT).items() if draws(folder)}
+AUTOENCODERS = {name: folder for name, folder in find(ROOT).items() if name not in FOLDERS}
 FOLDER_MEGABYTES, ALL_MEGABYTES = 20, 80  # they travel with the repository
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
 
@@ -77,7 +76,7 @@ def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> N
 
 def test_every_weight_is_half_precision_and_listed(whichever: Path) -> None:
     info = Info.read(whichever)
-    weights.verify(whichever, info)
+    verify(whichever, info)
     tensors = [path for path in published(whichever) if path.suffix == ".safetensors"]
     assert tensors and {str(path.relative_to(whichever)) for path in tensors} <= set(info.sha256)
     for path in tensors:

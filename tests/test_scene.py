@@ -39,7 +39,8 @@ from distillers.sar.translate import (
     uncertainty_path,
 )
 from distillers.teacher import Teacher
-from distillers.weights import Info, lcm_times
+from distillers.weights.manifest import Info
+from distillers.weights.write import lcm_times
 
 rasterio = pytest.importorskip("rasterio", reason="scenes need rasterio: pip install 'fewstep[raster]'")
 from rasterio.transform import Affine, from_gcps, from_origin  # noqa: E402

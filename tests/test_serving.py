@@ -50,7 +50,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are pinned, paused and read in /proc")
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

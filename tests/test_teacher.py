@@ -21,7 +21,7 @@ from distillers.models.codec import PixelUnshuffle, Vae
 from distillers.models.denoiser import Guided
 from distillers.models.schedule import RectifiedFlow
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 SIDE = 8
 NETWORK = {

@@ -12,7 +12,8 @@ from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
 from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
-from distillers.weights import Info, lcm_times
+from distillers.weights.manifest import Info
+from distillers.weights.write import lcm_times
 
 pytest.importorskip("rasterio", reason="scenes need rasterio: pip install 'fewstep[raster]'")
 

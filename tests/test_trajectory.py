@@ -43,7 +43,7 @@ from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
 from distillers.training.losses import consistency_function, judged_fake, judged_real, per_sample_mse, sampling_times
 from distillers.training.toy import GaussianMixture, exact_teacher, gaussian_flow_map, ring
-from distillers.weights import ADAPTER, Info
+from distillers.weights.manifest import ADAPTER, Info
 
 Solver = Literal["ddim", "heun"]
 VP = VariancePreserving.from_betas()

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.publish import write_card
@@ -28,7 +27,8 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
 from distillers.teacher import Teacher
-from distillers.weights import Info, lcm_times
+from distillers.weights.manifest import Info, find
+from distillers.weights.write import _remove, lcm_times, staged, write_pipeline
 
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
 LABELS = ["Forest", "River", "Sea Lake"]
@@ -255,7 +255,7 @@ def test_what_no_stock_scheduler_samples_is_refused_before_anything_is_written(
 ) -> None:
     denoiser = Denoiser(untrained(describe()).denoiser.network, schedule, prediction)
     with pytest.raises(BadInput, match=r"schedule.*diffusers"):
-        weights.write(tmp_path / "x", denoiser, PixelUnshuffle(), describe())
+        write_pipeline(tmp_path / "x", denoiser, PixelUnshuffle(), describe())
     assert not list(tmp_path.iterdir())
 
 
@@ -388,7 +388,7 @@ def test_weights_that_do_not_fill_the_network_are_refused(
 @pytest.mark.parametrize("part", ["unet", "scheduler", WEIGHTS, "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("ours", [True, False], ids=["published", "any pipeline"])
 def test_a_missing_part_is_named(part: str, ours: bool, folder: Path, refused: Callable[[str], None]) -> None:
-    weights._remove(folder / part)
+    _remove(folder / part)
     if not ours:
         (folder / "fewstep.json").unlink()
     refused(part.split("/")[0])
@@ -478,7 +478,7 @@ def test_stopped_anywhere_the_folder_is_the_old_one_or_the_new_one_or_refused(
             pass
         finally:
             stopper.left = None
-        found = weights.find(tmp_path)
+        found = find(tmp_path)
         assert set(found) <= {"x"}  # never the one on its way
         try:
             opened = Generator.from_pretrained(folder).info.name if found else "none"
@@ -494,12 +494,12 @@ def test_stopped_anywhere_the_folder_is_the_old_one_or_the_new_one_or_refused(
 
 def test_an_error_leaves_the_old_folder(folder: Path) -> None:
     before = contents(folder)
-    with pytest.raises(ZeroDivisionError), weights.staged(folder) as new:
+    with pytest.raises(ZeroDivisionError), staged(folder) as new:
         (new / "fewstep.json").write_text("{}")
         1 / 0  # noqa: B018
     assert contents(folder) == before and [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 def test_published_folders_are_found_by_name(saved: Path) -> None:
-    assert set(weights.find(saved)) == set(FOLDERS)
-    assert weights.find(saved / "nowhere") == {}
+    assert set(find(saved)) == set(FOLDERS)
+    assert find(saved / "nowhere") == {}

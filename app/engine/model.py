@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from app.engine.backends import Backend, Inputs, Prepare, Way
     from app.engine.tuning import Profile
     from distillers.generator import Generator
-    from distillers.weights import Info
+    from distillers.weights.manifest import Info
 
 
 OFTEN = 8  # passes after which a shape is worth preparing

@@ -125,7 +125,7 @@ class Store:
 
     def _scan(self) -> None:
         """Folders that came, changed or went."""
-        from distillers.weights import draws, find
+        from distillers.weights.manifest import draws, find
 
         found = {name: folder for name, folder in find(self.settings.weights).items() if draws(folder)}
         for name, folder in sorted(found.items()):

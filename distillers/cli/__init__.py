@@ -336,7 +336,7 @@ def evaluate(
     from distillers.generator import Generator
     from distillers.jobs.publish import held_out, write_card
     from distillers.progress import drawing_bar
-    from distillers.weights import draws
+    from distillers.weights.manifest import draws
 
     if out is not None and out.suffix != ".json":
         raise BadInput("out", str(out), "a name that ends in .json")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from distillers.data import Batch, ImageData
     from distillers.evaluation.features import Features
     from distillers.generator import Generator
-    from distillers.weights import Info
+    from distillers.weights.manifest import Info
 
 Judge = Callable[[Tensor, dict[str, Tensor]], Tensor]  # pictures (B,3,H,W), condition -> (B,); see reward.py
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn

@@ -25,7 +25,7 @@ from distillers.models.denoiser import Denoiser, Routed
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin, newest_checkpoint, train
 from distillers.training.watch import best_iteration
-from distillers.weights import MANIFEST, Info
+from distillers.weights.manifest import MANIFEST, Info
 
 
 def distill(recipe: Recipe, folder: Path, device: str | None = None) -> None:

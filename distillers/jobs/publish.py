@@ -18,7 +18,6 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from distillers import weights
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
@@ -28,6 +27,9 @@ from distillers.generator import Generator
 from distillers.jobs.recipe import Recipe
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
+from distillers.weights.manifest import ADAPTER, AUTOENCODER, SAMPLERS, STUDENTS, Info, find
+from distillers.weights.network import guided
+from distillers.weights.write import lcm_times, staged
 
 ATTRIBUTION = {
     "avatars": "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0.",
@@ -58,7 +60,7 @@ def publish(
 
     iteration: where the training stood, if it had not ended; the recipe and the card say so.
     """
-    with weights.staged(folder) as new:
+    with staged(folder) as new:
         stood = {} if iteration is None else {"iteration": iteration}
         (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions() | stood}))
         teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
@@ -83,16 +85,16 @@ def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str
         guidance: None: 1 for a few-step model, else the pipeline's own.
     """
     generator = Generator.from_pretrained(pipeline)
-    if sampler not in weights.SAMPLERS:
-        raise BadInput("sampler", sampler, ", ".join(weights.SAMPLERS))
+    if sampler not in SAMPLERS:
+        raise BadInput("sampler", sampler, ", ".join(SAMPLERS))
     info = replace(generator.info, name=folder.name, sha256={})
     if steps:
         lcm = sampler == "consistency" and isinstance(generator.schedule, VariancePreserving)
-        times = {n: weights.lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
+        times = {n: lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
         told = {"role": "student", "method": "adopted", "sampler": sampler, "guidance_scale": 1.0}
         info = replace(info, **told, step_times=times, default_steps=min(steps))  # type: ignore[arg-type]
     generator.info = info if guidance is None else replace(info, guidance_scale=guidance)
-    weights.guided(generator.denoiser, generator.info, generator.info.guidance_scale)  # refused here, not when served
+    guided(generator.denoiser, generator.info, generator.info.guidance_scale)  # refused here, not when served
     generator.save_pretrained(folder)
     height, width = info.size
     return f"{info.task}, {width}x{height}, " + (f"steps {', '.join(map(str, steps))}" if steps else "any steps")
@@ -106,7 +108,7 @@ def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageDa
     if not (folder / "recipe.toml").is_file():
         raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
     test, train = splits(Recipe.load(folder / "recipe.toml"), path)
-    info = weights.Info.read(folder)
+    info = Info.read(folder)
     if len(info.classes) == len(info.labels):
         return test, train
     names = [test.labels[label] for label in info.classes]
@@ -198,7 +200,7 @@ def _shown(generator: Generator) -> list[int]:
 def results(root: Path) -> str:
     """One Markdown table of all reports below root, each figure as its report.json has it."""
     lines = ["| folder | row | NFE | Frechet | KID x1000 | PSNR | p50 ms | n |", "|---|---|---|---|---|---|---|---|"]
-    for name, folder in weights.find(root).items():
+    for name, folder in find(root).items():
         if not (folder / "report.json").is_file():
             continue
         for row in json.loads((folder / "report.json").read_text())["rows"]:
@@ -223,10 +225,10 @@ def _figure(value: float | None, form: str) -> str | None:
 
 def write_card(folder: Path) -> None:
     """README.md from fewstep.json, recipe.toml and, once measured, report.json."""
-    info = weights.Info.read(folder)
+    info = Info.read(folder)
     recipe = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
     report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
-    tags = [info.task] if info.task == weights.AUTOENCODER else ["diffusion", "few-step", info.method, info.task]
+    tags = [info.task] if info.task == AUTOENCODER else ["diffusion", "few-step", info.method, info.task]
     lines = [
         "---",
         "library_name: diffusers",
@@ -286,7 +288,7 @@ def _calibration(folder: Path) -> list[str]:
     return [*lines, "![tiles](report-tiles.png)", ""] if (folder / "report-tiles.png").is_file() else lines
 
 
-def _what(info: weights.Info) -> str:
+def _what(info: Info) -> str:
     kind = {
         "image": "pictures",
         "class-to-image": f"pictures of {len(info.classes)} classes",
@@ -294,7 +296,7 @@ def _what(info: weights.Info) -> str:
         "text-to-image": "pictures of what a text says",
     }
     size = "x".join(map(str, info.size))
-    if info.task == weights.AUTOENCODER:
+    if info.task == AUTOENCODER:
         side = "x".join(str(n // info.patch) for n in info.size)
         looked = f" Its loss compared the features of {', '.join(info.trained_with)}." if info.trained_with else ""
         return (
@@ -307,16 +309,16 @@ def _what(info: weights.Info) -> str:
     what = f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
     if len(info.shares) == 1:
         return f"{what} It is one of several, and draws only: {_names(info, info.shares[0])}."
-    drawn = (f" `{weights.STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
+    drawn = (f" `{STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
     return what + "".join(drawn)
 
 
-def _names(info: weights.Info, share: Sequence[int]) -> str:
+def _names(info: Info, share: Sequence[int]) -> str:
     return ", ".join(info.labels[label] for label in share)
 
 
-def _use(info: weights.Info, stock: bool) -> list[str]:
-    if info.task == weights.AUTOENCODER:
+def _use(info: Info, stock: bool) -> list[str]:
+    if info.task == AUTOENCODER:
         return [
             "# plain diffusers, no line of ours; pictures are (B, 3, H, W) in [-1, 1]",
             "from diffusers import AutoencoderKL",
@@ -341,7 +343,7 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
     if info.codec == "vae":
         patch = "; pixels are `vae.decode(x0 / vae.config.scaling_factor + vae.config.shift_factor).sample`"
-    parts = f"each folder in {weights.STUDENTS}/" if len(info.shares) > 1 else "UNet2DModel"
+    parts = f"each folder in {STUDENTS}/" if len(info.shares) > 1 else "UNet2DModel"
     lines = [
         f"# parts open with stock classes: {parts} and the scheduler{patch}",
         "from distillers import Generator",
@@ -368,7 +370,7 @@ def _use(info: weights.Info, stock: bool) -> list[str]:
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 
 
-def _use_adapter(info: weights.Info, part: str) -> list[str]:
+def _use_adapter(info: Info, part: str) -> list[str]:
     """How stock diffusers puts the adapter onto the teacher's network. Its pipelines for these networks cannot."""
     if not info.lora or not info.lora.base:
         return []
@@ -385,18 +387,18 @@ def _use_adapter(info: weights.Info, part: str) -> list[str]:
         f"class Network({kind}, PeftAdapterMixin): ...",
         "",
         f'network = Network.from_pretrained("{info.lora.base}", subfolder="{part}")',
-        f'network.load_lora_adapter("{info.name}", weight_name="{weights.ADAPTER}", prefix="{part}")',
+        f'network.load_lora_adapter("{info.name}", weight_name="{ADAPTER}", prefix="{part}")',
         "```",
     ]
 
 
-def _limits(info: weights.Info) -> str:
+def _limits(info: Info) -> str:
     if info.task == "sar-to-optical":
         return (
             "Colours are inferred, not measured; objects may be invented or missing. SAR input: "
             f"{info.sar}. Trained on two regions and one season: expect wrong colours elsewhere."
             + (RADIOMETRY if (info.sar or {}).get("form") == "db" else "")
         )
-    if info.task == weights.AUTOENCODER:
+    if info.task == AUTOENCODER:
         return "A small network trained briefly on one kind of picture; others come back worse."
     return "A small network trained briefly; it shows the method, not the state of the art."

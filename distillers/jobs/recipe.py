@@ -29,7 +29,8 @@ from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
 from distillers.training.options import checked
 from distillers.training.trainer import TrainSettings
-from distillers.weights import AUTOENCODER, Info, read_autoencoder
+from distillers.weights.manifest import AUTOENCODER, Info
+from distillers.weights.read import read_autoencoder
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 

@@ -26,7 +26,7 @@ from distillers.teacher import Teacher
 from distillers.training.discriminator import PatchDiscriminator, standing_still
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen
 from distillers.training.losses import judged_fake, judged_real, perceptual_distance
-from distillers.weights import AUTOENCODER
+from distillers.weights.manifest import AUTOENCODER
 
 
 @dataclass(frozen=True, kw_only=True)

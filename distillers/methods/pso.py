@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.denoiser import Cond, Denoiser
@@ -36,6 +35,7 @@ from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
 from distillers.training.losses import per_sample_mse
 from distillers.training.reward import Reward, load_reward
+from distillers.weights.network import guided
 
 SAFE = 3.8  # 2 beta ln(1 + eps): below it the samples of a toy problem left the data
 WAYS_OUT = 'mode = "offline"; or policy_std above 0, which makes the last step a Gaussian around its output'
@@ -189,7 +189,7 @@ class Sampler(nn.Module):
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """x0 as it is predicted while sampling."""
-        x0: Tensor = weights.guided(denoiser, self.info, self.info.guidance_scale)(x_t, t, cond)
+        x0: Tensor = guided(denoiser, self.info, self.info.guidance_scale)(x_t, t, cond)
         return x0
 
     @torch.no_grad()

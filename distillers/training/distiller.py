@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distillers import weights
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
+from distillers.weights.read import read_pipeline
 
 if TYPE_CHECKING:
     from distillers.autoencoder import Autoencoder
@@ -97,7 +97,7 @@ def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] 
     if start not in (None, "untrained"):
         if network:
             raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
-        found = weights.read(str(start)).denoiser
+        found = read_pipeline(str(start)).denoiser
         if not isinstance(found, Denoiser):
             raise BadInput(f"{field}.start", start, "a folder of one network, such as one of its students")
         shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (found, own)]

@@ -22,7 +22,7 @@ from distillers.models.codec import ImageCodec
 from distillers.models.denoiser import Cond, Denoiser
 from distillers.models.schedule import NoiseSchedule, VariancePreserving, like
 from distillers.teacher import Teacher
-from distillers.weights import lcm_times
+from distillers.weights.write import lcm_times
 
 Solver = Literal["heun", "ddim"]
 

@@ -22,7 +22,7 @@ from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Cond, Denoiser
 from distillers.models.schedule import NoiseSchedule, Prediction, Trigonometric, like
 from distillers.teacher import Teacher
-from distillers.weights import Info
+from distillers.weights.manifest import Info
 
 
 class GaussianMixture(nn.Module):

@@ -1,0 +1,206 @@
+"""The manifest of a weights folder, `fewstep.json`: what a pipeline cannot say of itself, and its files' SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from distillers.errors import BadInput
+from distillers.models import conditions
+from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.radiometry import Radiometry
+from distillers.models.schedule import (
+    Prediction,
+)
+
+MANIFEST = "fewstep.json"
+
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
+
+AUTOENCODER = "autoencoder"
+
+TASKS = ("image", "class-to-image", "sar-to-optical", "text-to-image", AUTOENCODER)
+
+SAMPLERS = ("consistency", "ddim")
+
+ROLES = ("teacher", "student")
+
+STUDENTS = "students"
+
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, "scheduler")  # the network first: see `staged`
+
+DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter of a folder. Its alpha is its rank, whatever it was trained with: see `lora_state`."""
+
+    rank: int
+    base: str | None  # name of the teacher whose network it changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """`fewstep.json`. Sizes are pixels; times are in the schedule's unit, descending."""
+
+    name: str
+    task: str
+    method: str
+    role: str  # "teacher" | "student"
+    data: str  # name of the data set it was trained on
+    sampler: str  # "consistency": re-noise between steps; "ddim": deterministic probability-flow steps
+    size: tuple[int, int]
+    step_times: dict[int, list[float]] = field(default_factory=dict)  # published step counts; empty = any (teachers)
+    default_steps: int = 1
+    labels: list[str] = field(default_factory=list)
+    codec: str = PixelUnshuffle.kind
+    patch: int = 1  # pixels a side that become one position of the network
+    guidance_scale: float = 1.0
+    teacher: str | None = None
+    sar: dict[str, Any] | None = None  # what the model sees of SAR: `Radiometry` in words
+    shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
+    trained_with: list[str] = field(default_factory=list)  # feature spaces that a loss compared in: no report may
+    lora: Lora | None = None  # set by `write_pipeline` if the folder holds an adapter
+    sha256: dict[str, str] = field(default_factory=dict)
+    format: int = 1
+
+    @classmethod
+    def read(cls, folder: Path) -> Info:
+        """Read and check a manifest. Raises BadInput naming what is wrong with it."""
+        from pydantic import TypeAdapter, ValidationError
+
+        path = folder / MANIFEST
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BadInput(str(path), str(error), "a readable fewstep.json") from None
+        if not isinstance(raw, dict):
+            raise BadInput(str(path), type(raw).__name__, "a JSON object")
+        known = {f.name for f in fields(cls)}
+        unknown, missing = set(raw) - known, {"name", "task", "method", "role", "sampler", "size"} - set(raw)
+        if unknown or missing:
+            raise BadInput(str(path), f"unknown {sorted(unknown)}, missing {sorted(missing)}", ", ".join(sorted(known)))
+        try:
+            info = TypeAdapter(cls).validate_python(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}", first["input"], first["msg"]) from None
+        info._check(path)
+        return info
+
+    def _check(self, path: Path) -> None:
+        values = {"task": TASKS, "sampler": SAMPLERS, "role": ROLES, "format": (1,)}
+        for key, allowed in values.items():
+            if getattr(self, key) not in allowed:
+                raise BadInput(f"{path}: {key}", getattr(self, key), ", ".join(map(str, allowed)))
+        if not all(len(times) == steps for steps, times in self.step_times.items()):
+            raise BadInput(f"{path}: step_times", self.step_times, "as many times as steps")
+        if self.step_times and self.default_steps not in self.step_times:
+            raise BadInput(f"{path}: default_steps", self.default_steps, f"one of {sorted(self.step_times)}")
+        if self.patch < 1 or min(self.size) < 1 or not isinstance(self.sar_channels, int):
+            raise BadInput(f"{path}: patch, size, sar", (self.patch, self.size, self.sar), "whole numbers above 0")
+        if self.shares:
+            self._check_shares(f"{path}: shares")
+        if self.lora and (self.lora.rank < 1 or ADAPTER not in self.sha256):
+            raise BadInput(f"{path}: lora", self.lora, f"a rank of 1 or more, and {ADAPTER} under sha256")
+
+    def _check_shares(self, where: str) -> None:
+        every, found = range(len(self.labels)), [label for share in self.shares for label in share]
+        covered = set(found) == set(every) if len(self.shares) > 1 else set(found) <= set(every)
+        if not (covered and len(set(found)) == len(found) and all(self.shares)):
+            raise BadInput(
+                where, self.shares, f"0 to {len(every) - 1}, each in one share, all of them if there are two"
+            )
+        if self.guidance_scale != 1:
+            raise BadInput(f"{where}, guidance_scale", self.guidance_scale, "1: no student knows the null class")
+
+    @property
+    def classes(self) -> list[int]:
+        """The labels that are answered for, ascending: all, or a lone student's share."""
+        return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))
+
+    @property
+    def classes_in_words(self) -> str:
+        """What may be asked for, for messages: "0 to 23", or a lone student's share by number."""
+        classes = self.classes
+        gapless = classes == list(range(classes[0], classes[-1] + 1))
+        numbers = f"{classes[0]} to {classes[-1]}" if gapless else ", ".join(map(str, classes))
+        return numbers + (f", the share of {self.name}" if len(classes) < len(self.labels) else "")
+
+    def student_of(self, label: int | None) -> int:
+        """Which of its networks answers for a label."""
+        return next((k for k, share in enumerate(self.shares) if label in share), 0)
+
+    @property
+    def sar_channels(self) -> int:
+        """Pixel channels of the SAR input; 0 for models that take none."""
+        return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
+
+    def condition_channels(self, codec: ImageCodec) -> int:
+        """Channels that stand beside the noisy image at the network's input, what SAR becomes there; 0 without SAR."""
+        return conditions.channels(Radiometry.of(self.sar), codec) if self.task == "sar-to-optical" else 0
+
+    def write(self, folder: Path) -> None:
+        entries = asdict(self)
+        for name in ("lora", "shares", "trained_with"):  # unknown to folders and readers older than they are
+            if not entries[name]:
+                del entries[name]
+        (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def find(root: Path) -> dict[str, Path]:
+    """Published folders below root, by name. Hidden ones are on their way: see `staged`."""
+    folders = (p.parent for p in sorted(Path(root).glob(f"*/{MANIFEST}")))
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
+
+
+def draws(folder: Path) -> bool:
+    """Whether a published folder draws pictures. All but autoencoders do; `read_pipeline` refuses a broken one."""
+    try:
+        return bool(read_json(folder / MANIFEST).get("task") != AUTOENCODER)
+    except BadInput:
+        return True
+
+
+def verify(folder: Path, info: Info) -> None:
+    """Raise BadInput if a part listed in the manifest is missing or is not the file that was published."""
+    parts = sorted(p for part in PARTS for p in folder.glob(f"{part}/**/*.safetensors"))
+    for path in (*parts, *folder.glob(ADAPTER)):
+        if str(path.relative_to(folder)) not in info.sha256:
+            raise BadInput(str(path), "a file that is not listed", "the files listed in fewstep.json")
+    for name, digest in info.sha256.items():
+        path = folder / name
+        if not path.is_file():
+            raise BadInput(str(path), "missing", "the file listed in fewstep.json")
+        if sha256_of(path) != digest:
+            raise BadInput(str(path), "a file with another sha256", f"sha256 {digest} as listed in fewstep.json")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Compute the SHA-256 of every file below a folder, by its path relative to it."""
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sha256_of(path: Path) -> str:
+    """Compute a file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; {} where there is no file. Raises BadInput if it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(str(path), str(error), "valid JSON") from None
+    if not isinstance(value, dict):
+        raise BadInput(str(path), type(value).__name__, "a JSON object")
+    return value

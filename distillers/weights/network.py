@@ -1,0 +1,36 @@
+"""What a network can do under its manifest: classifier-free guidance, and the sizes of picture it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from distillers.errors import BadInput
+from distillers.models.codec import ImageCodec
+from distillers.models.denoiser import Denoiser, Guided, Routed
+from distillers.weights.manifest import Info
+
+
+def class_rows(network: nn.Module) -> int:
+    """Rows of a network's class embedding. DiT has one more than the classes it counts, for the null class."""
+    config: Any = network.config
+    counted = config.get("num_embeds_ada_norm")
+    return counted + 1 if counted else config.get("num_class_embeds") or 0
+
+
+def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn.Module:
+    """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
+    if guidance_scale == 1:
+        return denoiser
+    if info.task == "text-to-image":  # what no words say comes with the condition
+        return Guided(denoiser, guidance_scale, null_label=-1)
+    if not info.labels or class_rows(denoiser.network) <= len(info.labels):
+        raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
+    return Guided(denoiser, guidance_scale, null_label=len(info.labels))
+
+
+def size_multiple(network: nn.Module, codec: ImageCodec) -> int:
+    """H and W in pixels must be multiples of this: the codec's factor times the network's patch or downsampling."""
+    config: Any = network.config
+    return codec.factor * (config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))

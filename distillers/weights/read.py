@@ -1,0 +1,272 @@
+"""Opens a weights folder, or any supported diffusers pipeline, as a denoiser with its codec and its text encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distillers.errors import BadInput
+from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
+from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.schedule import (
+    NoiseSchedule,
+    Prediction,
+    from_diffusers,
+)
+from distillers.models.text import PromptEncoder, read_prompts
+from distillers.weights.manifest import (
+    ADAPTER,
+    AUTOENCODER,
+    DIFFUSERS_PREDICTIONS,
+    MANIFEST,
+    STUDENTS,
+    Info,
+    read_json,
+    verify,
+)
+from distillers.weights.network import class_rows
+
+PIPELINES = (
+    "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline",
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+)  # fmt: skip
+
+NETWORKS = (  # the last is DiT as older diffusers saved it
+    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel",
+)  # fmt: skip
+
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An opened folder."""
+
+    denoiser: Denoiser | Routed
+    codec: ImageCodec
+    info: Info
+    prompts: PromptEncoder | None = None  # of text-to-image
+
+
+def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> tuple[Vae, Info | None]:
+    """Open the autoencoder of a folder or hub id, whatever else lies beside its vae/; and the manifest, if it has one.
+
+    Raises:
+        BadInput: no such folder, no AutoencoderKL in it, missing or damaged weights.
+    """
+    folder = _local(path_or_hub_id)
+    info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    if info:
+        verify(folder, info)
+    codec = _codec(folder, info)
+    if not isinstance(codec, Vae):
+        raise BadInput("autoencoder", str(path_or_hub_id), "a folder or hub id with an AutoencoderKL in vae/")
+    return codec.to(device), info
+
+
+def read_pipeline(
+    path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Parts:
+    """Open a weights folder or any supported diffusers pipeline (folder or hub id).
+
+    Raises:
+        BadInput: no such folder, a pipeline or network class we do not know, missing or damaged weights.
+    """
+    folder = _local(path_or_hub_id)
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") not in (None, *PIPELINES):
+        raise BadInput(f"{folder}: pipeline", index["_class_name"], ", ".join(PIPELINES))
+    info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    if info and info.task == AUTOENCODER:
+        allowed = "a folder that draws pictures; this one reconstructs them, for a recipe's model.autoencoder"
+        raise BadInput(f"{folder}: task", info.task, allowed)
+    if info:
+        verify(folder, info)
+    places = _networks(folder, index, info)
+    place = _part(folder, index, "scheduler")
+    scheduler = read_json(place / "scheduler_config.json")
+    schedule, prediction = _schedule(place, scheduler), _prediction(place, scheduler)
+    networks = [_load(place, NETWORKS, dtype) for place in places]
+    codec, prompts = _codec(folder, info, dtype), None
+    if type(networks[0]).__name__ == "UNet2DConditionModel":
+        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
+        prompts = read_prompts(folder, zeros, dtype).to(device)
+    info = info or _describe(folder, networks[0], codec, index)
+    for network in networks:
+        _check_fit(folder, network, codec, info, prompts)
+    denoisers = [Denoiser(network.to(device), schedule, prediction) for network in networks]
+    denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
+    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
+
+
+def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
+    """Where the network lies, or each student's."""
+    if info and len(info.shares) > 1:
+        return [folder / STUDENTS / str(k) for k in range(len(info.shares))]
+    for part in ("unet", "transformer"):
+        if (place := _part(folder, index, part) / "config.json").is_file():
+            return [place.parent]
+    raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
+
+
+def _local(path_or_hub_id: str | Path) -> Path:
+    """A folder on disk: the given one, or the local copy of a hub id: JSON and safetensors, never code."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    is_hub_id = isinstance(path_or_hub_id, str) and path_or_hub_id.count("/") == 1 and path_or_hub_id[0] not in "./~"
+    if not is_hub_id or path.parent.is_dir():  # weights/misspelt is no hub id where there is a weights/
+        raise BadInput("model", str(path_or_hub_id), "an existing folder or a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    weights = "diffusion_pytorch_model"
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_hub_id),
+                allow_patterns=[
+                    "*.json",
+                    "tokenizer*/*.txt",
+                    "text_encoder*/model*.safetensors",
+                    f"*{weights}.safetensors",
+                    f"*{weights}-*.safetensors",
+                    ADAPTER,
+                ],
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        raise BadInput(
+            "model", path_or_hub_id, f"an existing folder or a reachable hub id ({type(error).__name__})"
+        ) from None
+
+
+def _part(folder: Path, index: dict[str, Any], name: str) -> Path:
+    """Where a part of a pipeline lies: its own folder or, in the first pipelines of diffusers, the root."""
+    return folder if name in index and not (folder / name).is_dir() else folder / name
+
+
+def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network of a folder, whole: diffusers itself would fill what is missing with random numbers."""
+    import diffusers
+
+    kind = read_json(folder / "config.json").get("_class_name")
+    if kind not in classes:
+        raise BadInput(str(folder / "config.json"), kind, "a network of class " + ", ".join(classes))
+    network: nn.Module
+    try:
+        network, report = getattr(diffusers, kind).from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # damaged safetensors surface as several private exception types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(str(folder), reason, "readable safetensors weights") from None
+    if report["missing_keys"] or type(network).__name__ == "Transformer2DModel":
+        reason = f"{type(network).__name__} without {sorted(report['missing_keys'])[:3]}"
+        raise BadInput(str(folder), reason, "a whole network of class " + ", ".join(classes))
+    return network
+
+
+def _schedule(folder: Path, scheduler: dict[str, Any]) -> NoiseSchedule:
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    kind = scheduler.get("_class_name", "no scheduler")
+    known = {k.name for k in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"LCMScheduler"}
+    if kind not in known and not kind.startswith("FlowMatch"):  # any other has another clock, and would be misread
+        raise BadInput(str(folder), kind, "scheduler_config.json of FlowMatch... or " + ", ".join(sorted(known)))
+    try:
+        return from_diffusers({key: value for key, value in scheduler.items() if key in ("_class_name", *BETAS)})
+    except BadInput:
+        raise
+    except Exception as error:  # whatever diffusers' constructor makes of wrong options
+        raise BadInput(str(folder), f"{type(error).__name__}: {error}", "options of diffusers' DDIMScheduler") from None
+
+
+def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
+    kind = scheduler.get("_class_name", "")
+    if "FlowMatch" in kind:
+        return "flow"
+    given = scheduler.get("prediction_type", "epsilon")
+    if given not in DIFFUSERS_PREDICTIONS:
+        raise BadInput(
+            str(folder / "scheduler"), f"{kind} with {given}", "prediction_type " + ", ".join(DIFFUSERS_PREDICTIONS)
+        )
+    return DIFFUSERS_PREDICTIONS[given]
+
+
+def _codec(folder: Path, info: Info | None, dtype: torch.dtype = torch.float32) -> ImageCodec:
+    for part in ("vae", "vqvae"):
+        if (folder / part / "config.json").is_file():
+            return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
+    return PixelUnshuffle(info.patch if info else 1)
+
+
+GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
+
+
+def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
+    """What can be told of a pipeline that is not ours."""
+    config: Any = network.config
+    side = config.sample_size
+    if not side:
+        raise BadInput(f"{folder}: sample_size", side, "the size the network was trained at")
+    height, width = (side, side) if isinstance(side, int) else side
+    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    names = index.get("id2label") or {}
+    labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
+    extra = config.in_channels - codec.channels(3)
+    task = "class-to-image" if labels else "image"
+    if type(network).__name__ == "UNet2DConditionModel":
+        task = "text-to-image"
+    elif isinstance(codec, PixelUnshuffle) and extra > 0:
+        task = "sar-to-optical"
+    return Info(
+        name=folder.name,
+        task=task,
+        method="diffusion",
+        role="teacher",
+        data=folder.name,
+        sampler="ddim",
+        size=(height * codec.factor, width * codec.factor),
+        default_steps=50,
+        labels=labels,
+        codec=codec.kind,
+        patch=codec.factor,
+        guidance_scale=GUIDANCE.get(index.get("_class_name", ""), 1.0),
+        sar={"channels": extra, "range": [-1, 1]} if task == "sar-to-optical" else None,
+    )
+
+
+def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, prompts: PromptEncoder | None) -> None:
+    """Refuse a network that the manifest does not describe; it would fail later, deep inside torch."""
+    _check_words(folder, network, info, prompts)
+    config: Any = network.config
+    channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
+    if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
+        raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
+    expected = channels + info.condition_channels(codec)
+    if config.in_channels != expected or (config.out_channels or expected) not in (channels, 2 * channels):
+        given = f"{config.in_channels} in, {config.out_channels} out"
+        raise BadInput(f"{folder}: channels", given, f"{expected} in, {channels} out (or twice that: learned variance)")
+    classes = len(info.labels) if info.task == "class-to-image" else 0
+    if config.get("class_embed_type") or rows not in ((classes, classes + 1) if classes else (0,)):
+        raise BadInput(
+            f"{folder}: classes", config.get("class_embed_type") or rows, f"an embedding of {classes} classes"
+        )
+
+
+def _check_words(folder: Path, network: nn.Module, info: Info, prompts: PromptEncoder | None) -> None:
+    config: Any = network.config
+    if (info.task == "text-to-image") != (prompts is not None):
+        raise BadInput(f"{folder}: task", info.task, "text-to-image for a UNet2DConditionModel, and for no other")
+    if prompts is None:
+        return
+    if config.get("time_cond_proj_dim"):
+        raise BadInput(f"{folder}: time_cond_proj_dim", config.time_cond_proj_dim, "null: no embedded guidance scale")
+    kind = config.get("addition_embed_type")
+    if config.cross_attention_dim != prompts.width or kind != ("text_time" if prompts.xl else None):
+        given = f"{config.cross_attention_dim} wide, {kind} besides"
+        raise BadInput(f"{folder}: unet", given, f"a network that is told what its encoders say, {prompts.width} wide")

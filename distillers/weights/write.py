@@ -1,0 +1,213 @@
+"""Writes a weights folder that stock diffusers opens: fp16 safetensors, staged beside the old, the manifest last."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distillers.errors import BadInput
+from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
+from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.lora import fused, has_lora, lora_rank, lora_state
+from distillers.models.schedule import (
+    NoiseSchedule,
+    Prediction,
+    RectifiedFlow,
+    VariancePreserving,
+)
+from distillers.models.text import PromptEncoder
+from distillers.weights.manifest import (
+    ADAPTER,
+    DIFFUSERS_PREDICTIONS,
+    MANIFEST,
+    PARTS,
+    STUDENTS,
+    Info,
+    Lora,
+    digests,
+    read_json,
+)
+
+
+def write_autoencoder(folder: Path, codec: Vae, info: Info) -> None:
+    """Save an autoencoder and its manifest as a folder; stock `AutoencoderKL.from_pretrained` opens its vae/. fp16."""
+    with staged(folder) as new:
+        _save_half(codec.vae, new / "vae")
+        replace(info, sha256=digests(new)).write(new)
+
+
+def write_pipeline(
+    folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info, prompts: PromptEncoder | None = None
+) -> None:
+    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
+
+    A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
+    """
+    scheduler = _scheduler(denoiser.schedule, denoiser.prediction, info)
+    lora, index = None, None
+    with staged(folder) as new:
+        if isinstance(denoiser, Routed):  # no stock pipeline routes
+            for k, student in enumerate(denoiser.students):
+                _save_half(student.network, new / STUDENTS / str(k))  # type: ignore[arg-type]
+        else:
+            network = denoiser.network
+            if has_lora(network):
+                lora = Lora(rank=lora_rank(network), base=info.teacher)
+                _save_adapter(network, new / ADAPTER)
+                network = fused(network)
+            part = "unet" if type(network).__name__.startswith("UNet2D") else "transformer"
+            _save_half(network, new / part)
+            index = _model_index(network, scheduler, codec, info, prompts)
+        scheduler.save_pretrained(new / "scheduler")
+        if isinstance(codec, Vae):
+            _save_half(codec.vae, new / "vae")
+        if prompts:
+            for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
+                _save_half(encoder, new / f"text_encoder{suffix}")
+                tokenizer.save_pretrained(new / f"tokenizer{suffix}")
+        if index:
+            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        replace(info, sha256=digests(new), lora=lora).write(new)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose content takes the place of the old when the block ends without error.
+
+    What is not published (training/) stays. The network goes first and the manifest, with the digests of all parts,
+    comes last: killed at any moment, the folder is the old one, the new one, or refused; never a mixture that opens.
+    """
+    folder = folder.resolve()
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # left behind by a killed process
+    new.mkdir(parents=True)
+    try:
+        yield new
+        folder.mkdir(exist_ok=True)
+        for name in (*PARTS, ADAPTER, "model_index.json", "report.json", "golden.json"):  # they tell of the old weights
+            _remove(folder / name)
+        for item in sorted(new.iterdir(), key=lambda item: item.name == MANIFEST):
+            if item.is_dir():
+                _remove(folder / item.name)
+            item.replace(folder / item.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _save_half(network: nn.Module, folder: Path) -> None:
+    # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32.
+    saved: Any = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16)
+    saved.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors writes for the owner alone; a server may be another user
+        file.chmod(0o644)
+    config = read_json(folder / "config.json")
+    config.pop("_name_or_path", None)  # where the teacher lay on this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_adapter(network: nn.Module, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {key: value.to("cpu", torch.float16) for key, value in lora_state(network).items()}
+    save_file(state, file, {"format": "pt"})
+    file.chmod(0o644)
+
+
+def _model_index(
+    network: nn.Module, scheduler: Any, codec: ImageCodec, info: Info, prompts: PromptEncoder | None
+) -> dict[str, Any] | None:
+    """The stock pipeline that draws this folder's pictures; None where there is none and parts open one by one.
+
+    For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
+    LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance.
+    """
+    import diffusers
+
+    config: Any = network.config
+    parts, more = {"scheduler": scheduler}, dict[str, Any]()
+    if prompts is not None and isinstance(codec, Vae):
+        kind, parts["unet"], parts["vae"] = "StableDiffusionPipeline", network, codec.vae
+        for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
+            more[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
+            more[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
+        if prompts.xl:
+            kind, more["force_zeros_for_empty_prompt"] = "StableDiffusionXLPipeline", prompts.zeros_for_empty
+        else:
+            more |= {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+            more["requires_safety_checker"] = False
+    elif isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
+        kind, parts["transformer"], parts["vae"] = "DiTPipeline", network, codec.vae
+    elif (
+        isinstance(codec, PixelUnshuffle)
+        and codec.factor == 1
+        and config.in_channels == config.out_channels
+        and info.guidance_scale == 1
+        and hasattr(scheduler, "scale_model_input")
+    ):
+        kind, parts["unet"] = "ConsistencyModelPipeline", network
+    else:
+        return None
+    named = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    return {"_class_name": kind, "_diffusers_version": diffusers.__version__, **more, **named}
+
+
+def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> Any:
+    """The stock scheduler that walks the same path as `Generator`."""
+    import diffusers
+
+    if isinstance(schedule, RectifiedFlow) and prediction == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    kinds = {v: k for k, v in DIFFUSERS_PREDICTIONS.items()}
+    if not isinstance(schedule, VariancePreserving) or prediction not in kinds:
+        given = f"{schedule.name} with {prediction}"
+        raise BadInput(
+            "schedule, prediction", given, f"flow with flow, or vp with {', '.join(kinds)}: what diffusers samples"
+        )
+    config = {
+        **schedule.betas_config,
+        "num_train_timesteps": _clock(schedule),
+        "prediction_type": kinds[prediction],
+        "clip_sample": False,
+    }
+    if info.sampler == "consistency":
+        return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
+    # One step at t_min, as BOOT's students are called, is what "leading" makes of one step.
+    spacing = "leading" if info.step_times == {1: [schedule.t_min]} else "trailing"
+    return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
+
+
+LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
+
+
+def _clock(schedule: VariancePreserving) -> int:
+    return int(schedule.t_max) + 1
+
+
+def _lcm_points(schedule: VariancePreserving) -> int:
+    return min(LCM_POINTS, _clock(schedule))
+
+
+def lcm_times(schedule: VariancePreserving, steps: int) -> list[float]:
+    """The times stock LCMScheduler visits in so many steps, descending. Raises BadInput for none or over 50."""
+    import diffusers
+
+    if not 1 <= steps <= _lcm_points(schedule):
+        raise BadInput("steps", steps, f"1 to {_lcm_points(schedule)}")
+    scheduler: Any = diffusers.LCMScheduler(
+        num_train_timesteps=_clock(schedule), original_inference_steps=_lcm_points(schedule)
+    )
+    scheduler.set_timesteps(steps)
+    return [float(t) for t in scheduler.timesteps]
