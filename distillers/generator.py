@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from distillers.errors import BadInput
 from distillers.models import conditions
 from distillers.models.codec import ImageCodec
-from distillers.models.denoiser import Cond, Denoiser, Routed
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
 from distillers.models.text import PromptEncoder, check_prompts

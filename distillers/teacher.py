@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.models import conditions
 from distillers.models.codec import ImageCodec, PixelUnshuffle
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import Prediction, RectifiedFlow, from_config
 from distillers.weights.manifest import Info

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distillers.data import ImageData
-from distillers.evaluation.evaluate import Column, device_name, markdown_table
+from distillers.evaluation.report import Column, device_name, markdown_table
 from distillers.generator import Generator
 from distillers.jobs.distill import held_out_data
 from distillers.jobs.recipe import Recipe

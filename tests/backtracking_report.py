@@ -22,7 +22,7 @@ import torch
 from exact_report import MATCHING, MIXTURES, Proof, judge_samples, stages_of, teacher_for
 from PIL import Image, ImageDraw, ImageFont
 
-from distillers.evaluation.evaluate import markdown_table
+from distillers.evaluation.report import markdown_table
 from distillers.methods.disback import DisBack
 from distillers.methods.dmd2 import Dmd2
 from distillers.training.distiller import Distiller

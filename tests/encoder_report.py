@@ -28,7 +28,7 @@ from PIL import Image
 
 from app.media import png
 from app.media.images import Pixels, encode
-from distillers.evaluation.evaluate import markdown_table, setting
+from distillers.evaluation.report import markdown_table, setting
 
 SIDES = (64, 128, 256, 512, 1024)
 TURNS = {64: (51, 10), 128: (31, 4), 256: (21, 1), 512: (9, 1), 1024: (5, 1)}  # turns, and calls in each, as of a batch

@@ -23,7 +23,7 @@ from preference_report import TARGETS, held_against, modes, tuned, untuned
 from preference_report import strain as strain_of_pso
 from test_pso import WRONG
 
-from distillers.evaluation.evaluate import markdown_table
+from distillers.evaluation.report import markdown_table
 from distillers.methods import pso
 
 LEAST = 1.3  # a margin below this is too small

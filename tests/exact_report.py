@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from distillers.evaluation.evaluate import device_name
+from distillers.evaluation.report import device_name
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot, signal
 from distillers.methods.consistency import Consistency
@@ -37,6 +37,7 @@ from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.scm import ContinuousConsistency
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
+from distillers.training.settings import TrainSettings
 from distillers.training.toy import (
     ExactTeacher,
     GaussianMixture,
@@ -46,7 +47,7 @@ from distillers.training.toy import (
     exact_teacher,
     ring,
 )
-from distillers.training.trainer import Run, TrainSettings
+from distillers.training.trainer import Run
 
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {"ring": ring, "asymmetric": lambda: asymmetric(0)}
 SETTINGS = TrainSettings(

@@ -25,7 +25,7 @@ from torch import Tensor
 from distillers.generator import Generator
 from distillers.methods.consistency import Consistency
 from distillers.methods.pso import Pso
-from distillers.models.denoiser import Cond
+from distillers.models.conditions import Cond
 from distillers.training.distiller import Distiller
 from distillers.training.toy import ExactTeacher, GaussianMixture, energy_distance, exact_teacher, ring
 

@@ -14,12 +14,13 @@ import rasterio
 import torch
 from rio_cogeo import cog_validate
 
-from distillers.evaluation.evaluate import markdown_table, setting
 from distillers.evaluation.pictures import side_by_side
+from distillers.evaluation.report import markdown_table, setting
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.sar.raster import Source, preview
-from distillers.sar.translate import Facts, Options, translate, uncertainty_path
+from distillers.sar.tiles import Options
+from distillers.sar.translate import Facts, translate, uncertainty_path
 
 SHOWN = 160  # px a side, from the upper left
 SAMPLES = 8

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.jobs.publish import write_card
+from distillers.jobs.card import write_card
 from distillers.models.lora import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
 from distillers.training.distiller import follow, slow_copy
 from distillers.training.toy import StudentNetwork

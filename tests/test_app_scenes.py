@@ -41,7 +41,8 @@ from app.settings import Settings
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
-from distillers.sar.translate import WARNING, Options, translate
+from distillers.sar.tiles import Options
+from distillers.sar.translate import WARNING, translate
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 

@@ -27,8 +27,9 @@ from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
 from distillers.data.images import ImageFolder
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction, psnr
+from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction
 from distillers.evaluation.features import EfficientNetFeatures, FeatureCard, FeatureNet, load_features
+from distillers.evaluation.metrics import psnr
 from distillers.generator import Generator
 from distillers.jobs import publish as publishing
 from distillers.jobs.distill import distill, spread
@@ -42,7 +43,8 @@ from distillers.training.discriminator import PatchDiscriminator
 from distillers.training.distiller import Batch
 from distillers.training.latents import Latents, encoded_once
 from distillers.training.losses import perceptual_distance
-from distillers.training.trainer import TrainSettings, begin
+from distillers.training.settings import TrainSettings
+from distillers.training.trainer import begin
 from distillers.weights.manifest import Info, find, verify
 from distillers.weights.read import read_autoencoder, read_pipeline
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.evaluation.calibration import LEVELS, SHARES, Calibration, calibrate
-from distillers.evaluation.evaluate import copy_ratio, psnr, shifted_psnr
+from distillers.evaluation.metrics import copy_ratio, psnr, shifted_psnr
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser

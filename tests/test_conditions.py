@@ -19,7 +19,8 @@ from distillers.jobs.suggest import noised_inputs
 from distillers.models import conditions
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Levels, Radiometry
-from distillers.sar.translate import Options, translate
+from distillers.sar.tiles import Options
+from distillers.sar.translate import translate
 from distillers.teacher import Teacher
 from distillers.training.trainer import train
 from distillers.weights.manifest import MANIFEST

@@ -22,10 +22,11 @@ from distillers.generator import Generator
 from distillers.jobs.recipe import Recipe
 from distillers.methods.consistency import Consistency
 from distillers.models.codec import PixelUnshuffle
-from distillers.models.denoiser import embed_guidance
+from distillers.models.guidance import embed_guidance
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Networks, Turn
-from distillers.training.trainer import TrainSettings, begin
+from distillers.training.settings import TrainSettings
+from distillers.training.trainer import begin
 from distillers.weights.manifest import Info
 
 NETWORK: dict[str, Any] = {

@@ -9,7 +9,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
-from distillers.models.denoiser import Denoiser, Guided, GuidedTime, embed_guidance, fold_guidance
+from distillers.models.denoiser import Denoiser
+from distillers.models.guidance import Guided, GuidedTime, embed_guidance, fold_guidance
 from distillers.models.schedule import (
     EDM,
     PREDICTIONS,

@@ -24,7 +24,8 @@ from distillers.methods.consistency import Consistency
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.refine import Refine
 from distillers.models.codec import PixelUnshuffle
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Discriminator, Heads, standing_still

@@ -17,22 +17,12 @@ from torch import Tensor
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import (
-    Report,
-    evaluate,
-    extract,
-    frechet_distance,
-    kernel_distance,
-    latencies,
-    latency,
-    precision_recall,
-    psnr,
-    quick_benchmark,
-    rmse,
-    ssim,
-)
+from distillers.evaluation.evaluate import evaluate, latency, quick_benchmark
 from distillers.evaluation.features import Features, load_features
+from distillers.evaluation.latency import latencies
+from distillers.evaluation.metrics import extract, frechet_distance, kernel_distance, precision_recall, psnr, rmse, ssim
 from distillers.evaluation.pictures import grid, grid_png, side_by_side, to_pixels
+from distillers.evaluation.report import Report
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.methods.consistency import Consistency
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric, VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.distiller import follow

@@ -46,7 +46,8 @@ from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.schedule import VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.losses import SNR_CAP
-from distillers.training.trainer import TrainSettings, begin
+from distillers.training.settings import TrainSettings
+from distillers.training.trainer import begin
 from distillers.weights.manifest import Info
 
 NETWORK: dict[str, Any] = {

@@ -25,7 +25,8 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.methods import pso
 from distillers.methods.pso import Pso
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.lora import without_lora
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, Trigonometric
 from distillers.teacher import Teacher

@@ -12,7 +12,7 @@ from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor
 from typer.testing import CliRunner
 
-from distillers.cli import app
+from distillers.cli.arguments import app
 from distillers.data import ImageData, open_data
 from distillers.data.preferences import PreferencePairs
 from distillers.errors import BadInput
@@ -20,7 +20,7 @@ from distillers.evaluation.features import FeatureCard, FeatureNet
 from distillers.generator import Generator
 from distillers.methods.hyper_sd import HyperSD
 from distillers.models.codec import PixelUnshuffle
-from distillers.models.denoiser import Cond
+from distillers.models.conditions import Cond
 from distillers.training.reward import Recognised, Reward, choose_pairs, greenness, load_reward
 
 LABELS = ("Forest", "River", "Sea Lake")

@@ -27,17 +27,8 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import SENTINEL1_DB
 from distillers.models.schedule import VariancePreserving
 from distillers.sar.demonstration import demonstration
-from distillers.sar.translate import (
-    HOLE,
-    SCALE,
-    STATISTICS,
-    Axis,
-    NoiseField,
-    Options,
-    axis,
-    translate,
-    uncertainty_path,
-)
+from distillers.sar.tiles import Axis, NoiseField, Options, axis
+from distillers.sar.translate import HOLE, SCALE, STATISTICS, translate, uncertainty_path
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times

@@ -45,7 +45,7 @@ from distillers.benchmarks.serving.servers import (
     tree,
 )
 from distillers.benchmarks.serving.serving import Plan, abba, measure, spread, trend, workload
-from distillers.cli import app
+from distillers.cli.arguments import app
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle, Vae
-from distillers.models.denoiser import Guided
+from distillers.models.guidance import Guided
 from distillers.models.schedule import RectifiedFlow
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info

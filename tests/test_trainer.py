@@ -42,7 +42,8 @@ from distillers.training.distiller import (
     trainable_copy,
 )
 from distillers.training.losses import per_sample_mse
-from distillers.training.trainer import Run, TrainingStopped, TrainSettings, begin, train
+from distillers.training.settings import TrainSettings
+from distillers.training.trainer import Run, TrainingStopped, begin, train
 
 NETWORK: dict[str, Any] = {
     "block_out_channels": [8, 8],

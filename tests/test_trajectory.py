@@ -36,7 +36,9 @@ from distillers.methods.boot import Boot
 from distillers.methods.consistency import Consistency
 from distillers.methods.hyper_sd import HyperSD, jump
 from distillers.methods.scm import ContinuousConsistency, derivative_along, sin_cos
-from distillers.models.denoiser import Cond, Denoiser, Guided, GuidedTime
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
+from distillers.models.guidance import Guided, GuidedTime
 from distillers.models.lora import lora_rank, set_lora_scale
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
 from distillers.teacher import Teacher

@@ -16,7 +16,8 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.distill import distill, publish_run
 from distillers.jobs.recipe import Recipe
-from distillers.training.trainer import TrainingStopped, TrainSettings, train
+from distillers.training.settings import TrainSettings
+from distillers.training.trainer import TrainingStopped, train
 from distillers.training.watch import Watch, best_iteration, history
 
 TRAIN = {
@@ -114,7 +115,7 @@ def test_too_few_pictures_are_refused_before_the_training(tmp_path: Path) -> Non
 def test_the_command_publishes(run: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from distillers.cli import app
+    from distillers.cli.arguments import app
 
     said = CliRunner().invoke(app, ["publish", str(run), str(tmp_path / "watched"), "--which", "best"])
     assert said.exit_code == 0 and "the averages of iteration" in said.output

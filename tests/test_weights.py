@@ -21,7 +21,7 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.jobs.publish import write_card
+from distillers.jobs.card import write_card
 from distillers.models.codec import PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora

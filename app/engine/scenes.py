@@ -28,7 +28,8 @@ from distillers.errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillers.sar.translate import Facts, Options
+    from distillers.sar.tiles import Options
+    from distillers.sar.translate import Facts
 
 log = logging.getLogger("fewstep.scenes")
 PREVIEW = 1024  # pixels a side, at most
@@ -125,7 +126,8 @@ class Scenes:
 
     def translate(self, order: SceneOrder, progress: Callable[[int, int], None] | None = None) -> tuple["Facts", float]:
         """In the caller's thread; and the seconds on the engine's. Raises Cancelled when the order's nobody's."""
-        from distillers.sar import translate as scene
+        from distillers.sar.tiles import TILE
+        from distillers.sar.translate import translate
 
         forward_s = 0.0
 
@@ -143,11 +145,11 @@ class Scenes:
             return self.engine.run(turn)
 
         # On a CPU one tile at a time, and one that waits: whoever else asks waits for two tiles at most.
-        limit = min(self.settings.max_batch, self.settings.max_pixels // scene.TILE**2)
+        limit = min(self.settings.max_batch, self.settings.max_pixels // TILE**2)
         batch = 2 if self.engine.device == "cpu" else max(1, limit)
         try:
             with import_rasterio().Env(**ENV):
-                facts = scene.translate(
+                facts = translate(
                     order.model.generator,
                     order.scene,
                     order.optical,

@@ -55,7 +55,8 @@ from distillers.errors import BadInput
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from distillers.sar.translate import Facts, Options
+    from distillers.sar.tiles import Options
+    from distillers.sar.translate import Facts
 
 router = APIRouter(tags=["images"], route_class=Direct)
 PIXELS = "application/octet-stream"
@@ -153,7 +154,7 @@ def _unpacked(data: bytes, width: int, max_pixels: int) -> "NDArray[np.float32]"
 
 def scene_options(body: SceneFields, steps: int, seed: int) -> "Options":
     """The fields in the library's words. BadInput for what it refuses."""
-    from distillers.sar.translate import Options
+    from distillers.sar.tiles import Options
 
     return Options(
         steps=steps,

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import markdown_table, setting
+from distillers.evaluation.report import markdown_table, setting
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.sar.demonstration import demonstration
 from distillers.sar.raster import import_rasterio
-from distillers.sar.translate import TILE, Options, lanes_and_batch, one_thread, translate
+from distillers.sar.tiles import TILE, Options
+from distillers.sar.translate import lanes_and_batch, one_thread, translate
 
 PART = 1024  # px; larger scenes repeat one of this side
 COMMAND = "from distillers.benchmarks.scene import one; one()"

@@ -25,9 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import Column, latencies, markdown_table, setting
+from distillers.evaluation.latency import latencies
+from distillers.evaluation.report import Column, markdown_table, setting
 from distillers.jobs.recipe import Recipe
-from distillers.models.denoiser import Denoiser, GuidedTime
+from distillers.models.denoiser import Denoiser
+from distillers.models.guidance import GuidedTime
 from distillers.training.execution import Execution, run_as
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin

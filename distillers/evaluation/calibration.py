@@ -28,8 +28,8 @@ from torch import Tensor
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import setting
 from distillers.evaluation.pictures import Curve, chart, grey_sar, side_by_side
+from distillers.evaluation.report import setting
 from distillers.generator import Generator
 from distillers.sar.translate import COLLAPSED
 

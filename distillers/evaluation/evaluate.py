@@ -9,25 +9,16 @@
 Pictures are (B,3,H,W) in [-1,1], features (N,d) float64. This file knows generators and data, and nothing of training.
 """
 
-import json
 import math
-import os
-import platform
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from distillers.data import Part
 from distillers.data.shapes import CaptionedShapes
@@ -41,153 +32,23 @@ if TYPE_CHECKING:
     from distillers.evaluation.features import Features
     from distillers.generator import Generator
     from distillers.weights.manifest import Info
+from distillers.evaluation.latency import latencies
+from distillers.evaluation.metrics import (
+    copy_ratio,
+    extract,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    rmse,
+    shifted_psnr,
+    ssim,
+)
+from distillers.evaluation.report import Report, Row, setting
 
 Judge = Callable[[Tensor, dict[str, Tensor]], Tensor]  # pictures (B,3,H,W), condition -> (B,); see reward.py
+
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn
-R = TypeVar("R")
-Column = tuple[str, Callable[[R], Any], str]  # of a table: its head, the value of a row, how that is formatted
-PSNR_CAP = 100.0  # dB; identical pictures would be infinite, which JSON cannot say
-SSIM_WINDOW = 11  # pixels; smaller pictures have no SSIM
-
-
-# --- distances between sets of features
-
-
-class _Given(nn.Identity):
-    """Features already extracted, given to torchmetrics as its extractor: one pass serves every distance."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
-@torch.no_grad()
-def extract(features: nn.Module, pictures: Tensor, batch: int = 64) -> Tensor:
-    """(N,3,H,W) in [-1,1] -> (N,d) float64 on the CPU; `features` is any module from pictures to (N,d)."""
-    return torch.cat([features(part).double().cpu() for part in pictures.split(batch)])
-
-
-def frechet_distance(real: Tensor, fake: Tensor, *, few: bool = False) -> float:
-    """Squared Frechet distance of Gaussians with the moments of (N,d), (M,d): |m-m'|^2 + Tr(C + C' - 2(CC')^1/2).
-
-    BadInput unless N and M exceed d: below, the covariances are singular and the value says little. `few` allows 2 or
-    more, for a caller that says so beside the number. Heusel et al. 2017, eq. 6, by torchmetrics in float64.
-    """
-    _check_features(real, fake, 2 if few else real.shape[1] + 1)
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return max(float(metric.compute()), 0.0)
-
-
-def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 20, seed: int = 0) -> tuple[float, float]:
-    """KID, mean and standard deviation over random subsets (half of the smaller set, at most 1000), by torchmetrics.
-
-    Unbiased, so it may come out slightly negative; the deviation is between overlapping subsets. Binkowski et al. 2018.
-    """
-    _check_features(real, fake, 4)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # "will save all extracted features in buffer"
-        torch.manual_seed(seed)
-        size = min(len(real) // 2, len(fake) // 2, 1000)
-        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=subsets, subset_size=size)
-        metric.update(real.double(), real=True)
-        metric.update(fake.double(), real=False)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
-
-
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of fakes inside the real manifold and of reals inside the fake one (Kynkaanniemi et al. 2019, eq. 1-2).
-
-    The manifold of a set is the union of balls around its points that reach the k-th nearest other point.
-    """
-    _check_features(real, fake, k + 1)
-    return _inside(fake, real, k), _inside(real, fake, k)
-
-
-def _inside(points: Tensor, manifold: Tensor, k: int) -> float:
-    distances = (torch.cdist(part, manifold) for part in manifold.split(1000))
-    # k + 1: the nearest is the point itself
-    radius = torch.cat([part.topk(k + 1, dim=1, largest=False).values[:, k] for part in distances])
-    near = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
-    return float(torch.cat(near).double().mean())
-
-
-def _check_features(real: Tensor, fake: Tensor, least: int) -> None:
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise BadInput("features", (tuple(real.shape), tuple(fake.shape)), "(N,d) and (M,d) with one d")
-    if min(len(real), len(fake)) < least:
-        raise BadInput(
-            "n", min(len(real), len(fake)), f"{least} or more pictures in each set ({real.shape[1]} features)"
-        )
-    if bad := int((~torch.cat([real, fake]).isfinite()).any(1).sum()):  # LAPACK may crash on them
-        raise BadInput("features", f"no finite ones for {bad} pictures", "finite pictures: look at the model's weights")
-
-
-# --- pairs of pictures
-
-
-def psnr(fake: Tensor, real: Tensor) -> Tensor:
-    """(B,) dB per picture, range [-1,1], at most PSNR_CAP; the mean over pictures is what tables print."""
-    value = peak_signal_noise_ratio(fake.float(), real.float(), data_range=2.0, reduction="none", dim=(1, 2, 3))
-    return value.clamp(max=PSNR_CAP)
-
-
-def ssim(fake: Tensor, real: Tensor) -> Tensor:
-    """(B,) per picture, on [0,1] as SSIM is defined (11-pixel Gaussian window); nan where a side is under 11 pixels."""
-    if min(real.shape[-2:]) < SSIM_WINDOW:
-        return torch.full((len(real),), math.nan)
-    value = structural_similarity_index_measure(
-        (fake.float() + 1) / 2, (real.float() + 1) / 2, data_range=1.0, reduction="none"
-    )  # fmt: skip
-    assert isinstance(value, Tensor)  # a pair only where the full image is asked for
-    return value.reshape(len(real))
-
-
-def shifted_psnr(fake: Tensor, real: Tensor, reach: int = 2) -> Tensor:
-    """(B,) dB, the best over shifts of up to `reach` pixels: pairs are registered to a pixel or two, not better."""
-    inner, (height, width) = real[..., reach:-reach, reach:-reach], real.shape[-2:]
-    tried = [
-        psnr(fake[..., dy : height - 2 * reach + dy, dx : width - 2 * reach + dx], inner)
-        for dy in range(2 * reach + 1)
-        for dx in range(2 * reach + 1)
-    ]
-    return torch.stack(tried).amax(0)
-
-
-def copy_ratio(fake: Tensor, real: Tensor, sar: Tensor) -> Tensor:
-    """(B,) mean |fake - SAR| over mean |fake - real|, sar (B,1,H,W) grey: below 1 the SAR is nearly copied."""
-    return (fake - sar).abs().mean((1, 2, 3)) / (fake - real).abs().mean((1, 2, 3)).clamp_min(1e-6)
-
-
-def rmse(fake: Tensor, real: Tensor) -> Tensor:
-    """(B,) root mean square difference per picture, in units of the [-1,1] range."""
-    return (fake.float() - real.float()).square().mean((1, 2, 3)).sqrt()
-
-
-# --- latency
-
-
-def latencies(
-    calls: Sequence[Callable[[], object]], *, repeats: int = 20, warmup: int = 2, device: str | torch.device = "cpu"
-) -> list[dict[str, float]]:
-    """p50, p90, p99 and mean of each call in ms; the calls take turns, so that a busy minute hits all alike."""
-    if repeats < 1 or warmup < 0:
-        raise BadInput("repeats, warmup", (repeats, warmup), "repeats of 1 or more, warmup of 0 or more")
-    spent: list[list[float]] = [[] for _ in calls]
-    for turn in range(warmup + repeats):
-        for call, times in zip(calls, spent, strict=True):
-            _synchronise(device)
-            start = time.perf_counter()
-            call()
-            _synchronise(device)
-            if turn >= warmup:
-                times.append(1000 * (time.perf_counter() - start))
-    return [
-        {**{f"p{q}": float(np.percentile(times, q)) for q in (50, 90, 99)}, "mean": float(np.mean(times)), "n": repeats}
-        for times in spent
-    ]
 
 
 def latency(
@@ -204,192 +65,6 @@ def latencies_of(
     """Milliseconds of one picture by each (generator, steps), told the condition of one real item; they take turns."""
     calls = [_call(generator, steps, _condition(generator, item), [0]) for generator, steps in models]
     return latencies(calls, repeats=repeats, warmup=warmup, device=_device(models[0][0]))
-
-
-def _synchronise(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# --- the report
-
-
-@dataclass(kw_only=True)
-class Row:
-    """One contestant. None: does not apply. Distances are to the reference; `agreement` is with the teacher."""
-
-    name: str
-    role: str  # "real", "teacher", "student", "baseline", "autoencoder"
-    n: int
-    n_reference: int
-    steps: int | None = None
-    nfe: int | None = None
-    shows: dict[str, float] | None = None  # shares that show the asked colour, the asked form, and both: "asked"
-    frechet: float | None = None
-    kid_mean: float | None = None
-    kid_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    psnr: float | None = None  # dB, mean over pictures
-    ssim: float | None = None
-    shifted_psnr: float | None = None  # dB, the best within 2 px
-    copy_ratio: float | None = None  # below 1: the SAR is nearly copied
-    regions: dict[str, dict[str, float]] | None = None
-    classes: dict[str, dict[str, float]] | None = None  # label -> n and kid, against the real items of that class
-    rewards: dict[str, float] | None = None  # name -> mean over pictures
-    agreement: dict[str, Any] | None = None  # with, rmse, psnr: same seeds, same conditions
-    latency_ms: dict[str, float] | None = None  # batch of one; n: calls timed
-    speed_up: dict[str, float] | None = None  # over each teacher row, from medians of calls that took turns
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What was measured, on what, with what. `rows` in the order of the table."""
-
-    model: str
-    teacher: str | None
-    task: str
-    data: str
-    split: str
-    n: int
-    seeds: list[int]  # first and last; empty where nothing is drawn
-    features: dict[str, Any]
-    setting: dict[str, Any]  # device, date, torch, threads
-    rows: list[Row]
-    notes: list[str] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)  # over the training: iteration, kid_teacher, kid_real
-
-    @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> "Report":
-        """The report that `to_dict` told; keys beside it are left out."""
-        own = {f.name: told[f.name] for f in fields(cls) if f.name in told}
-        return cls(**{**own, "rows": [Row(**row) for row in told["rows"]]})
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in self.rows]}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
-
-    def markdown(self) -> str:
-        """The table with its conditions under it."""
-        held = next((row.agreement["with"] for row in self.rows if row.agreement), "")
-        paced = next((next(iter(row.speed_up)) for row in self.rows if row.speed_up), "")
-        heads: list[Column[Row]] = [
-            ("", lambda r: r.name, ""), *QUALITY,
-            (f"RMSE to {held}", lambda r: r.agreement and r.agreement["rmse"], ".3f"),
-            *reward_columns(self.rows),
-            ("p50 ms", lambda r: r.latency_ms and r.latency_ms["p50"], ".1f"),
-            (f"speed-up over {paced}", lambda r: r.speed_up and next(iter(r.speed_up.values())), ".1f"),
-        ]  # fmt: skip
-        parts = [markdown_table(heads, self.rows)]
-        if by_region := region_table([(row.name, row) for row in self.rows]):
-            parts += ["By region:", by_region]
-        if by_class := class_table([(row.name, row) for row in self.rows]):
-            parts += ["KID x1000 by class:", by_class]
-        return "\n\n".join([*parts, "\n".join([self.conditions(), *self.notes])]) + "\n"
-
-    def conditions(self) -> str:
-        """On what, with what, where and when, in one line."""
-        s, f = self.setting, self.features
-        share = f", classifier accuracy {100 * f['accuracy']:.1f} % on {f['n_test']}" if f.get("accuracy") else ""
-        drawn = f", seeds {self.seeds[0]} to {self.seeds[1]}" if self.seeds else ""
-        return (
-            f"n = {self.n}{drawn}; reference: {self.data}, {self.split} split; "
-            f"feature space {f['name']}{share}; {s['device']}, {s['threads']} threads, torch {s['torch']}, "
-            f"{s['date']}."
-        )
-
-
-QUALITY: list[Column[Row]] = [
-    ("NFE", lambda r: r.nfe, ""), ("shows what was asked, %", lambda r: r.shows and 100 * r.shows["asked"], ".1f"),
-    ("Frechet", lambda r: r.frechet, ".3f"),
-    ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
-    ("precision", lambda r: r.precision, ".3f"), ("recall", lambda r: r.recall, ".3f"),
-    ("PSNR", lambda r: r.psnr, ".2f"), ("within 2 px", lambda r: r.shifted_psnr, ".2f"),
-    ("SSIM", lambda r: r.ssim, ".3f"), ("copy ratio", lambda r: r.copy_ratio, ".2f"),
-]  # fmt: skip
-
-
-def markdown_table(columns: "Sequence[Column[R]]", rows: "Sequence[R]") -> str:
-    """One line for each row; "-" for None; a column that no row has anything for is left out."""
-    columns = [column for column in columns if any(column[1](row) is not None for row in rows)]
-    cells = [[_cell(value(row), form) for _, value, form in columns] for row in rows]
-    lines = [[name for name, _, _ in columns], ["---"] * len(columns), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def reward_columns(rows: "Sequence[Row]") -> "list[Column[Row]]":
-    """A column for every reward that any row has."""
-    names = dict.fromkeys(name for row in rows for name in row.rewards or {})
-
-    def column(name: str) -> "Column[Row]":
-        return (f"reward {name}", lambda row: (row.rewards or {}).get(name), ".4f")
-
-    return [column(name) for name in names]
-
-
-def class_table(rows: Sequence[tuple[str, Row]]) -> str | None:
-    """The distance of every class by itself, a line for each named row; None where there are no classes."""
-    rows = [(name, row) for name, row in rows if row.classes]
-    labels = dict.fromkeys(label for _, row in rows for label in row.classes or {})
-    if not labels:
-        return None
-
-    def column(label: str) -> "Column[tuple[str, Row]]":
-        return (label, lambda named: _kid(named[1], label), ".0f")
-
-    return markdown_table([("", lambda named: named[0], ""), *(column(label) for label in labels)], rows)
-
-
-REGION_FIGURES = {"psnr": ".2f", "ssim": ".3f"}  # by region, and how they are printed
-
-
-def region_table(rows: Sequence[tuple[str, Row]], head: str = "") -> str | None:
-    """PSNR and SSIM of every region by itself, a line for each named row; None where no region is known."""
-    rows = [(name, row) for name, row in rows if row.regions]
-    found = {region: values["n"] for _, row in rows for region, values in (row.regions or {}).items()}
-    if not found:
-        return None
-
-    def column(region: str, name: str) -> "Column[tuple[str, Row]]":
-        title = f"{region} (n = {found[region]}), {name.upper()}"
-        return (title, lambda named: (named[1].regions or {}).get(region, {}).get(name), REGION_FIGURES[name])
-
-    columns = [column(region, name) for region in found for name in REGION_FIGURES]
-    return markdown_table([(head, lambda named: named[0], ""), *columns], rows)
-
-
-def _kid(row: Row, label: str) -> float | None:
-    found = (row.classes or {}).get(label)
-    return None if found is None else 1000 * found["kid"]
-
-
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def setting(device: str | torch.device) -> dict[str, Any]:
-    """Where and when: device name, date (UTC), torch, threads."""
-    return {
-        "device": device_name(device), "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-def device_name(device: str | torch.device) -> str:
-    """The GPU's name, or the processor's model with the number of cores."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return (
-        f"{torch.device(device).type} ({model or platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
-    )
 
 
 # --- one evaluation

@@ -28,7 +28,7 @@ from distillers.models.schedule import Prediction
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
 from distillers.training.options import checked
-from distillers.training.trainer import TrainSettings
+from distillers.training.settings import TrainSettings
 from distillers.weights.manifest import AUTOENCODER, Info
 from distillers.weights.read import read_autoencoder
 

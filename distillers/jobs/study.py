@@ -41,22 +41,19 @@ from torch import Tensor
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import (
+from distillers.evaluation.evaluate import check_evaluation, evaluate, hacking_notes, latencies_of
+from distillers.evaluation.features import Features, load_features
+from distillers.evaluation.report import (
     QUALITY,
     Column,
     Report,
     Row,
-    check_evaluation,
     class_table,
     device_name,
-    evaluate,
-    hacking_notes,
-    latencies_of,
     markdown_table,
     region_table,
     reward_columns,
 )
-from distillers.evaluation.features import Features, load_features
 from distillers.generator import Generator
 from distillers.jobs.publish import draw_rows, splits
 from distillers.jobs.recipe import Recipe, read_toml

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import Column, device_name, latencies, markdown_table
+from distillers.evaluation.latency import latencies
+from distillers.evaluation.report import Column, device_name, markdown_table
 from distillers.models import conditions
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import Radiometry
 from distillers.teacher import Teacher
 from distillers.training.distiller import rebuilt

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy

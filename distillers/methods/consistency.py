@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import embed_guidance, fold_guidance
+from distillers.models.guidance import embed_guidance, fold_guidance
 from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher
 from distillers.training.distiller import (

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import Cond
+from distillers.models.conditions import Cond
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Heads, standing_still
 from distillers.training.distiller import (

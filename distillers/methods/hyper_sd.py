@@ -24,7 +24,8 @@ from torch import Tensor
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Heads, standing_still

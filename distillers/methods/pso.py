@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora, without_lora
 from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher

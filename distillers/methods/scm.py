@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.denoiser import Cond, Denoiser, uncompiled
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser, uncompiled
 from distillers.models.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy

@@ -18,6 +18,10 @@ from torch.nn import functional as F
 from distillers.models.codec import ImageCodec
 from distillers.models.radiometry import Radiometry
 
+# "label": int64 (B,); "sar": float (B, C, H, W) in the network's own layout; "guidance": float (B,), where it varies;
+# "text", "pooled", "ids" as `PromptEncoder` gives, and the same of no prompt behind "null_", for guidance
+Cond = dict[str, Tensor]
+
 
 def encode(sar: Tensor, seen: Radiometry, codec: ImageCodec) -> Tensor:
     """Turn SAR (B, C, H, W) in [-1, 1] into a network's condition (B, `channels`, H / factor, W / factor).

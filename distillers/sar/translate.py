@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import count, islice
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distillers.errors import BadInput
-from distillers.generator import MAX_SEED, Generator
-from distillers.models.radiometry import UNITS, Radiometry
+from distillers.generator import Generator
+from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, usable_cores
 from distillers.sar.raster import (
     CACHE_MB,
@@ -41,161 +40,28 @@ from distillers.sar.raster import (
     write_stac,
     writing,
 )
+from distillers.sar.tiles import Axis, NoiseField, Options, Tile, axis
 
-TILE = 256  # px a side, unless a scene is smaller
-MAX_SAMPLES = 64
 QUANTILES = (0.05, 0.95)
+
 COLOURS = ("red", "green", "blue")
+
 STATISTICS = ("mean", "standard deviation", *(f"{100 * q:g} % quantile" for q in QUANTILES))
+
 SCALE = 1 / 256  # of the statistics: 16-bit numbers hold levels of 0 to 255 in steps of 1/256
+
 HOLE = 65535  # no data in them
+
 COLLAPSED = 1.0  # levels of 255: below this mean deviation N samples are one
+
 WARNING = (
     "Colours are inferred, not measured; objects may be invented or missing. "
     "Not for measurement, targeting or damage claims."
 )
 
 Progress = Callable[[int, int], None]  # pixels done, of how many
+
 Forward = Callable[[Callable[[], Tensor]], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a scene is translated. `None` leaves the choice to the model or the raster; sizes are pixels.
-
-    bands, units: see `radiometry.name_bands`, `decide_units`. nodata: a number that means no data, beside NaN and what
-    the file says. samples: more than 1 also gives mean, deviation and quantiles over seeds seed, seed + 1, ...
-    tile, overlap: multiples of the model's `size_multiple`; overlap is a quarter to a half of a tile. batch: tiles at a
-    time; threads on a CPU, where single tiles on each core are fastest.
-    """
-
-    steps: int | None = None
-    seed: int = 0
-    samples: int = 1
-    units: str = "auto"
-    bands: str | None = None
-    nodata: float | None = None
-    tile: int | None = None
-    overlap: int | None = None
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed <= MAX_SEED - MAX_SAMPLES:
-            raise BadInput("seed", self.seed, f"0 to {MAX_SEED - MAX_SAMPLES}")
-        if not 1 <= self.samples <= MAX_SAMPLES:
-            raise BadInput("samples", self.samples, f"1 to {MAX_SAMPLES}")
-        if self.units not in ("auto", *UNITS):
-            raise BadInput("units", self.units, " | ".join(("auto", *UNITS)))
-        if self.batch is not None and self.batch < 1:
-            raise BadInput("batch", self.batch, "1 or more")
-
-
-# --- the ground's noise ----------------------------------------------------------------------------------------------
-class NoiseField:
-    """Unit Gaussian noise over an endless plane; each value is a function of (seed, step, place) alone.
-
-    The plane is made of blocks, each from its own Philox stream (Salmon et al. 2011): key = (seed, step), counter =
-    (row, column). A crop of it is what a tile starts from, so neighbours start from the same noise where they overlap.
-    """
-
-    BLOCK = 64  # positions a side
-
-    def __init__(self, channels: int, kept: int = 128) -> None:
-        self.channels, self._kept = channels, kept
-        self._blocks: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
-
-    def crop(self, seed: int, step: int, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
-        """(channels, height, width) float32 at a place in the network's positions, 0 or more."""
-        b = self.BLOCK
-        out = np.empty((self.channels, height, width), dtype=np.float32)
-        for row in range(top // b, ceil((top + height) / b)):
-            for column in range(left // b, ceil((left + width) / b)):
-                y0, y1 = max(top, row * b), min(top + height, (row + 1) * b)
-                x0, x1 = max(left, column * b), min(left + width, (column + 1) * b)
-                block = self._block(seed, step, row, column)
-                out[:, y0 - top : y1 - top, x0 - left : x1 - left] = block[
-                    :, y0 - row * b : y1 - row * b, x0 - column * b : x1 - column * b
-                ]
-        return out
-
-    def _block(self, *place: int) -> NDArray[np.float32]:
-        """Kept for the neighbours; two threads may make the same one, which is the same."""
-        block = self._blocks.get(place)
-        if block is None:
-            seed, step, row, column = place
-            bits = np.random.Philox(key=np.array([seed, step], np.uint64), counter=[0, 0, row, column])
-            shape = (self.channels, self.BLOCK, self.BLOCK)
-            block = self._blocks[place] = np.random.Generator(bits).standard_normal(shape, dtype=np.float32)
-            with suppress(KeyError):  # another thread was first
-                while len(self._blocks) > self._kept:
-                    self._blocks.popitem(last=False)
-        return block
-
-
-# --- the tiles -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Axis:
-    """One side of a scene cut into tiles: they start at multiples of `stride`, the last may reach beyond the scene."""
-
-    length: int
-    tile: int
-    overlap: int
-
-    @property
-    def stride(self) -> int:
-        return self.tile - self.overlap
-
-    @property
-    def count(self) -> int:
-        return 1 + max(0, ceil((self.length - self.tile) / self.stride))
-
-    @property
-    def covered(self) -> int:
-        """Pixels from the first tile's start to the last one's end."""
-        return (self.count - 1) * self.stride + self.tile
-
-    def weight(self, index: int) -> NDArray[np.float32]:
-        """(tile,): how much a tile counts; the weights of all tiles add up to 1.
-
-        Where a neighbour overlaps: nothing in the outer quarter, where convolutions saw the zeros beyond the tile; then
-        a raised cosine over half of the overlap.
-        """
-        weight = np.ones(self.tile)
-        outer = self.overlap // 4
-        length = self.overlap - 2 * outer
-        ramp = np.zeros(self.overlap)
-        ramp[outer : outer + length] = 0.5 - 0.5 * np.cos(np.pi * (np.arange(length) + 0.5) / max(length, 1))
-        ramp[outer + length :] = 1
-        if index > 0:
-            weight[: self.overlap] = ramp
-        if index < self.count - 1:
-            weight[self.tile - self.overlap :] = ramp[::-1]
-        return weight.astype(np.float32)
-
-
-def axis(length: int, options: Options, generator: Generator) -> Axis:
-    """The tiles of one side. BadInput for a tile or an overlap that does not fit the model."""
-    multiple = generator.size_multiple
-    tile = options.tile or max(TILE // multiple, 1) * multiple
-    overlap = ceil(tile / 4 / multiple) * multiple if options.overlap is None else options.overlap
-    if tile % multiple or tile < 2 * multiple:
-        raise BadInput("tile", tile, f"a multiple of {multiple}, {2 * multiple} or more")
-    if overlap % multiple or not tile / 4 <= overlap <= tile / 2:
-        raise BadInput("overlap", overlap, f"a multiple of {multiple}, a quarter to a half of the tile ({tile})")
-    whole = ceil(length / multiple) * multiple
-    return Axis(length, tile, overlap) if whole > tile else Axis(length, whole, 0)
-
-
-# --- the work --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tile:
-    """One tile of one sample."""
-
-    sample: int
-    row: int
-    column: int
-    sar: NDArray[np.float32] | None  # (channels, tile, tile) without holes; None: all of it is one
-    valid: NDArray[np.bool_]  # of its whole row of tiles
 
 
 @dataclass

@@ -19,7 +19,8 @@ from distillers.errors import BadInput
 from distillers.evaluation.features import EfficientNetFeatures
 from distillers.generator import Generator
 from distillers.models.codec import ImageCodec
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import NoiseSchedule, VariancePreserving, like
 from distillers.teacher import Teacher
 from distillers.weights.write import lcm_times

@@ -21,7 +21,7 @@ from distillers.evaluation.features import FeatureNet
 from distillers.evaluation.pictures import to_pixels
 from distillers.generator import Generator
 from distillers.models.codec import ImageCodec, PixelUnshuffle
-from distillers.models.denoiser import Cond
+from distillers.models.conditions import Cond
 
 RewardFunction = Callable[[Tensor, Cond | None], Tensor]
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.models.codec import PixelUnshuffle
-from distillers.models.denoiser import Cond, Denoiser
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import NoiseSchedule, Prediction, Trigonometric, like
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info

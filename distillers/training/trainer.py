@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,74 +33,14 @@ from distillers.generator import Generator
 from distillers.progress import progress_bar
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller, Networks, Turn, follow, slow_copy
-from distillers.training.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Compile, Execution, Rehearsal, run_as
+from distillers.training.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Execution, Rehearsal, run_as
 from distillers.training.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
+from distillers.training.settings import TrainSettings
 
 REHEARSED = (0.0, 0.9)  # shares of the training whose turns are compared
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """The [train] table of a recipe."""
-
-    iterations: int = 10_000
-    batch: int = 64  # images per iteration and process
-    accumulation: int = 1  # micro-batches that one iteration's batch is split into
-    learning_rate: float = 1e-4
-    learning_rates: dict[str, float] | None = None  # per player, where it differs
-    optimizer: str = "radam"  # radam | adamw | adam
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup: int = 100  # iterations of linear rise
-    decay: str = "constant"  # constant | cosine | linear, to zero at the last iteration
-    clip: float = 1.0  # gradient norm per player
-    ema: float = 0.999  # decay of the evaluation average; 0 = none
-    precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
-    compile: Compile = "auto"  # torch.compile: auto = where the training is long enough and it is measured to be faster
-    seed: int = 0
-    checkpoint_every: int = 500  # iterations
-    sample_every: int = 0  # iterations between sample grids; 0 = only at the end
-    samples: int = 16
-    watch_every: int = 0  # iterations between figures of quality on held-out data; 0 = none
-    watch_samples: int = 256  # pictures for each of them
-    watch_steps: int = 0  # network calls per picture; 0 = the generator's fewest, 20 for a teacher
-    publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
-    log_every: int = 50
-    workers: int = 0  # processes that draw batches; 0 = a thread, which is enough for a CPU and for cheap pictures
-    tracker: str = "tensorboard"  # any name accelerate knows, or "none"
-
-    def __post_init__(self) -> None:
-        counts = ("iterations", "batch", "accumulation", "checkpoint_every", "samples", "watch_samples", "log_every")
-        for name in (*counts, "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
-        for name, allowed in (
-            ("optimizer", ("radam", "adamw", "adam")),
-            ("decay", ("constant", "cosine", "linear")),
-            ("precision", ("no", "bf16", "fp16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"train.{name}", getattr(self, name), ", ".join(allowed))
-        if self.batch % self.accumulation:
-            raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
-        if not 0 <= self.ema < 1:
-            raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
-        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay", "workers"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
-        if self.publish == "best" and not (self.watch_every and self.ema):
-            raise BadInput("train.publish", "best", "last, or train.watch_every and train.ema above 0")
-        if not 0 <= self.seed < 2**32:
-            raise BadInput("train.seed", self.seed, "0 to 4294967295")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise BadInput("train.betas", self.betas, "two numbers of 0 up to, not including, 1")
-        for player, rate in (self.learning_rates or {}).items():
-            if not rate > 0:
-                raise BadInput(f"train.learning_rates.{player}", rate, "a number above 0")
 
 
 class TrainingStopped(RuntimeError):
@@ -559,7 +499,7 @@ class Run:
 
         Memory in MB: tensors on a GPU; on CPU the resident size of the whole process, whatever else it did before.
         """
-        from distillers.evaluation.evaluate import device_name
+        from distillers.evaluation.report import device_name
 
         device = self.accelerator.device
         self.peak_mb = max(self.peak_mb, _peak_memory(device))

@@ -8,7 +8,8 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec
-from distillers.models.denoiser import Denoiser, Guided, Routed
+from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.guidance import Guided
 from distillers.weights.manifest import Info
 
 

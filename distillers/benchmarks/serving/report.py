@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from distillers.benchmarks.serving.serving import BURST, BURST_LOAD, LEAVE, LONGEST, PICTURES
-from distillers.evaluation.evaluate import markdown_table
+from distillers.evaluation.report import markdown_table
 
 Row = tuple[str, Mapping[str, Any]]  # a system's title and what was found of it
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")

@@ -40,7 +40,7 @@ from distillers.benchmarks.serving.servers import (
     versions,
 )
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import setting
+from distillers.evaluation.report import setting
 
 RAW = "raw"
 POOL = 64  # different pictures that are asked for, in turn

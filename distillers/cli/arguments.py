@@ -1,0 +1,107 @@
+"""The command `fewstep` and the arguments that several of its subcommands share, with their checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillers.errors import BadInput
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Make diffusion models answer in one step: **distill** a teacher into a weights folder, look at what it
+    **generate**s or **translate**s, **evaluate** what the speed cost, and **serve** it over HTTP.
+
+    Start with `fewstep run`: it distils a small teacher on this machine, measures it and serves it.""",
+)
+
+benchmarks = typer.Typer(no_args_is_help=True, help="Measure what something costs beside what it cannot avoid.")
+
+Weights = Annotated[
+    Path, typer.Argument(help="A weights folder, such as weights/eurosat-consistency.", show_default=False)
+]
+
+Steps = Annotated[int | None, typer.Option(help="Network calls per picture; the folder's default if left out.")]
+
+Seed = Annotated[int, typer.Option(help="Picture i uses seed + i.")]
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", envvar="FEWSTEP_DEVICE")]
+
+Root = Annotated[Path, typer.Option("--weights", help="Where published folders are.", envvar="FEWSTEP_WEIGHTS")]
+
+
+def device_of(name: str) -> str:
+    """Choose the device of a name; "auto" is the GPU where there is one. Raises BadInput if it cannot be used."""
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros((), device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(
+            "device", name, f"cpu, or a CUDA device of this machine ({str(error).splitlines()[0]})"
+        ) from None
+    return chosen
+
+
+def label_of(given: str, labels: list[str]) -> int:
+    """Find the index of a class by its name or number. Raises BadInput for any other."""
+    lowered = [label.lower() for label in labels]
+    if given.lower() in lowered:
+        return lowered.index(given.lower())
+    if given.isdigit() and int(given) < len(labels):
+        return int(given)
+    raise BadInput("label", given, ", ".join(labels) or "nothing: this model has no classes")
+
+
+def open_pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, Any]:
+    """The test and train split of a user's own pairs, shown as the model has seen its own."""
+    import tomllib
+
+    from distillers.data import open_data
+
+    table: dict[str, Any] = {"size": generator.info.size[0], "radiometry": generator.info.sar or {}}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise BadInput("pairs-option", option, "key=value, for example units=db")
+        try:
+            table[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key] = text
+    return (
+        open_data("pairs", path=str(folder), split="test", **table),
+        open_data("pairs", path=str(folder), split="train", **table),
+    )
+
+
+def step_counts(field: str, text: str) -> list[int]:
+    """Read whole numbers that commas separate, such as "1,2,4". Raises BadInput for anything else."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(field, text, "whole numbers with commas, e.g. 1,2,4") from None
+    return counts
+
+
+def columns_of(n: int) -> int:
+    """Choose how many columns a grid of n pictures has: 8 at most."""
+    return max(1, min(n, 8))
+
+
+def check_json_name(out: Path | None) -> None:
+    """Refuse a file name that does not end in .json with BadInput."""
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
+
+
+def check_png_name(path: Path) -> Path:
+    """Return the path; refuse one that does not end in .png with BadInput."""
+    if path.suffix.lower() != ".png":
+        raise BadInput("out", str(path), "a name that ends in .png")
+    return path

@@ -1,0 +1,177 @@
+"""Commands that measure quality: evaluate, compare, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distillers.cli.arguments import Device, Root, Seed, Weights, app, device_of, open_pairs, step_counts
+from distillers.errors import BadInput
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    n: Annotated[int, typer.Option(help="Pictures per row; more than the features (128).")] = 1000,
+    steps: Annotated[str | None, typer.Option(help="e.g. 1,2,4,8; all published counts if left out.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher folder; the one named in the folder, beside it, if left out.")
+    ] = None,
+    teacher_steps: Annotated[str, typer.Option(help="The teacher's rows, e.g. 50,250; empty for none.")] = "50",
+    path: Annotated[Path | None, typer.Option(help="Data folder; the recipe's if left out.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Translators: any folder of SAR/optical pairs; its held-out scenes.")
+    ] = None,
+    pairs_option: Annotated[
+        list[str] | None,
+        typer.Option("--pairs-option", help="key=value, e.g. units=db bands=VV,VH size=64; repeatable."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Translators: calibrate the deviation of so many samples; 0 to leave that out.")
+    ] = 0,
+    features: Annotated[
+        str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE, efficientnet or a folder.")
+    ] = None,
+    mean_of: Annotated[
+        int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
+    ] = 0,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json to write, a page .md beside it; into the weights folder if left out.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure quality and latency on the held-out split, the teacher beside it on the same noises; write report.json.
+
+    Of an autoencoder: how near its reconstructions come. No space that a loss of the training compared in is taken.
+
+    Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
+    pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
+    """
+    import json
+
+    from distillers.evaluation.calibration import calibrate
+    from distillers.evaluation.evaluate import evaluate as measure
+    from distillers.evaluation.features import feature_space, load_features
+    from distillers.generator import Generator
+    from distillers.jobs.card import write_card
+    from distillers.jobs.publish import held_out
+    from distillers.progress import drawing_bar
+    from distillers.weights.manifest import draws
+
+    if out is not None and out.suffix != ".json":
+        raise BadInput("out", str(out), "a name that ends in .json")
+    if not draws(weights):
+        given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
+        for name, value in given.items():
+            if value:
+                raise BadInput(name, value, "nothing: an autoencoder draws nothing that this could be asked of")
+        _evaluate_autoencoder(weights, n, path, features, out, device_of(device))
+        return
+    generator = Generator.from_pretrained(weights, device_of(device))
+    if pairs is None:
+        data, train = held_out(weights, path)
+    else:
+        data, train = open_pairs(generator, pairs, pairs_option or [])
+    counts = step_counts("steps", steps) if steps else None
+    teacher_counts = step_counts("teacher-steps", teacher_steps) if teacher_steps else []
+    beside = weights.parent / (generator.info.teacher or "")
+    source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
+    against = Generator.from_pretrained(source, device_of(device)) if source and teacher_counts else None
+    space = load_features(features or feature_space(generator.info.data), weights.parent)
+    with drawing_bar() as show:
+        report = measure(
+            generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
+            teacher_steps=teacher_counts, train=train, mean_of=mean_of, progress=show,
+        )  # fmt: skip
+        calibration = None
+        if samples:
+            target = out or weights / "report.json"
+            calibration = calibrate(
+                generator, data, n=min(n, 200), samples=samples, steps=min(counts or [generator.info.default_steps]),
+                seed=seed, progress=show, picture=target.with_name(f"{target.stem}-tiles.png"),
+            )  # fmt: skip
+    target = out or weights / "report.json"
+    target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
+    if calibration is not None:
+        calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
+    page = report.markdown()
+    if calibration is not None:
+        page += "\n" + calibration.markdown()
+    if out is None:
+        write_card(weights)
+    else:
+        curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
+    typer.echo(page)
+
+
+def _evaluate_autoencoder(
+    weights: Path, n: int, path: Path | None, features: str | None, out: Path | None, device: str
+) -> None:
+    """The report of a folder that reconstructs and draws nothing."""
+    import json
+
+    from distillers.autoencoder import Autoencoder
+    from distillers.evaluation.evaluate import evaluate_reconstruction
+    from distillers.evaluation.features import feature_space, load_features
+    from distillers.jobs.card import write_card
+    from distillers.jobs.publish import held_out
+    from distillers.progress import drawing_bar
+
+    autoencoder = Autoencoder.from_pretrained(weights, device)
+    data, train = held_out(weights, path)
+    space = load_features(features or feature_space(autoencoder.info.data), weights.parent)
+    with drawing_bar() as show:
+        report = evaluate_reconstruction(autoencoder, data, n=n, features=space, train=train, progress=show)
+    target, page = out or weights / "report.json", report.markdown()
+    target.write_text(json.dumps({**report.to_dict(), "markdown": page}, indent=2) + "\n")
+    if out is None:
+        write_card(weights)
+    else:
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}")
+    typer.echo(page)
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="A TOML file that names recipes of one teacher.", show_default=False)],
+    runs: Annotated[Path, typer.Option(help="Where the students are trained, one folder each.")] = Path("runs"),
+    jobs: Annotated[int, typer.Option(help="Trainings at a time; they share the cores.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """Train the students of a study alike, measure them together: STUDY.json, .md and .png beside the TOML file.
+
+    What is there already is not made again: stop it whenever you like, the same command goes on.
+
+    Example: `fewstep compare docs/results/eurosat.toml --jobs 2`.
+    """
+    from distillers.jobs.study import compare as run_study
+
+    failed = run_study(
+        study, runs=runs, device=device_of(device), jobs=jobs, say=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(study.with_suffix(".md").read_text())
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def results(
+    weights: Root = Path("weights"),
+    readme: Annotated[Path | None, typer.Option(help="Markdown to update between <!-- results --> marks.")] = None,
+) -> None:
+    """Collect the reports of all folders below --weights into one table."""
+    from distillers.jobs.card import results as collect
+
+    table, mark = collect(weights), "<!-- results -->"
+    if readme is None:
+        typer.echo(table)
+        return
+    text = readme.read_text() if readme.is_file() else ""
+    if text.count(mark) != 2:
+        raise BadInput("readme", str(readme), f"an existing file with two lines {mark}")
+    before, _, after = text.split(mark)
+    readme.write_text(f"{before}{mark}\n\n{table}\n{mark}{after}")

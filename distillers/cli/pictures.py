@@ -1,0 +1,201 @@
+"""Commands that make pictures: generate, translate, demonstration, pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillers.cli.arguments import Device, Seed, Steps, Weights, app, check_png_name, columns_of, device_of, label_of
+from distillers.errors import BadInput
+
+
+@app.command()
+def generate(
+    weights: Weights,
+    out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
+    n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a text-to-image model is to draw.")] = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw pictures from a weights folder or any supported diffusers pipeline.
+
+    Example: `fewstep generate weights/eurosat-consistency --label River --n 8 --steps 2 --out rivers.png`.
+    """
+    from distillers.evaluation.pictures import grid_png
+    from distillers.generator import Generator
+
+    if not 1 <= n <= 1024:
+        raise BadInput("n", n, "1 to 1024")
+    generator = Generator.from_pretrained(weights, device_of(device))
+    classes, chosen = generator.info.classes, None
+    if label is not None:
+        chosen = [label_of(label, generator.info.labels)] * n
+    elif classes:
+        chosen = [classes[i % len(classes)] for i in range(n)]
+    prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
+    pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
+    grid_png(pictures, columns=columns_of(n), path=check_png_name(out))
+    typer.echo(
+        f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
+        f"seeds {seed} to {seed + n - 1}"
+    )
+
+
+@app.command()
+def translate(
+    sar: Annotated[
+        Path, typer.Argument(help="A GeoTIFF of VV, VH or both; or one grey PNG or WebP.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write; for a picture a PNG.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(help="A weights folder of sar-to-optical.", envvar="FEWSTEP_TRANSLATOR")
+    ] = Path("weights/sar-optical-db-consistency"),
+    steps: Steps = None,
+    samples: Annotated[
+        int, typer.Option(help="Above 1: also OUT.uncertainty.tif: mean, deviation, quantiles over so many seeds.")
+    ] = 1,
+    units: Annotated[
+        str, typer.Option(help="auto | db | linear | amplitude | dn. auto refuses when the values do not tell.")
+    ] = "auto",
+    bands: Annotated[
+        str | None, typer.Option(help='"VV,VH", "2,1" or "VH=1"; by descriptions or the name if left out.')
+    ] = None,
+    nodata: Annotated[float | None, typer.Option(help="A number without data, beside NaN and the file's own.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and scene give the same bytes.")] = 0,
+    tile: Annotated[int | None, typer.Option(help="Pixels a side of the tiles; 256 if left out.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Pixels; a quarter of a tile if left out, at most half.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tiles at a time; cores on a CPU, 16 on a GPU if left out.")] = None,
+    stac: Annotated[bool, typer.Option("--stac", help="Write a STAC item beside, OUT with .json.")] = False,
+    preview: Annotated[Path | None, typer.Option(help="A PNG of the result, 2048 px at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Translate a SAR scene to optical: a GeoTIFF of any size in, a Cloud-Optimised GeoTIFF on the same grid out.
+
+    Colours are inferred, not measured; objects may be invented or missing. Files are written beside and renamed: a file
+    that is there is whole.
+
+    Example: `fewstep translate scene.tif optical.tif --samples 8`; without a scene: `fewstep demonstration scene.tif`.
+    """
+    import json
+    from dataclasses import asdict
+
+    from distillers.generator import Generator
+
+    picture = sar.suffix.lower() not in (".tif", ".tiff")
+    if preview is not None:
+        check_png_name(preview)
+    if picture:
+        check_png_name(out)
+    generator = Generator.from_pretrained(model, device_of(device))
+    if picture:
+        _translate_picture(generator, sar, out, bands, seed, steps)
+        return
+    from distillers.progress import scene_bar
+    from distillers.sar.raster import preview as small
+    from distillers.sar.tiles import Options
+    from distillers.sar.translate import translate as translate_scene
+    from distillers.sar.translate import uncertainty_path
+
+    options = Options(
+        steps=steps, seed=seed, samples=samples, units=units, bands=bands, nodata=nodata, tile=tile, overlap=overlap,
+        batch=batch,
+    )  # fmt: skip
+    with scene_bar() as show:
+        facts = translate_scene(generator, sar, out, options, stac=stac, progress=show)
+    if preview is not None:
+        from PIL import Image
+
+        Image.fromarray(small(out)).save(preview)
+    if as_json:
+        typer.echo(json.dumps(asdict(facts), indent=2))
+    else:
+        used = ", ".join(f"{band} (band {i})" for band, i in facts.bands.items())
+        typer.echo(
+            f"{out}: {facts.width}x{facts.height} px, {facts.steps} step{'s' * (facts.steps > 1)}, "
+            f"{facts.megapixels_per_second:.2f} Mpx/s; {facts.tiles} tiles, {facts.skipped} without data\n"
+            f"read as {facts.units}: {facts.units_why}\nbands: {used}, {facts.bands_how}"
+        )
+        if facts.mean_deviation is not None:
+            typer.echo(f"{uncertainty_path(out)}: mean deviation {facts.mean_deviation:.1f} levels of 255")
+        if samples > 1 and (line := _calibrated(model)):
+            typer.echo(line)
+    for warning in facts.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _translate_picture(generator: Any, sar: Path, out: Path, bands: str | None, seed: int, steps: int | None) -> None:
+    """One grey picture, of the size a network takes at once."""
+    from distillers.data import read_sar
+    from distillers.evaluation.pictures import grid_png
+    from distillers.models.radiometry import Radiometry
+    from distillers.sar.translate import WARNING
+
+    seen = read_sar(sar, Radiometry.of(generator.info.sar), bands)
+    grid_png(generator.translate(seen, seed=seed, steps=steps), columns=1, path=out, gap=0)
+    typer.echo(f"{out}: {seen.shape[-1]}x{seen.shape[-2]} px")
+    typer.echo(f"warning: {WARNING}", err=True)
+
+
+def _calibrated(model: Path) -> str | None:
+    """What the folder's calibration says of its bands, in one line; None without one."""
+    import json
+
+    file = model / "calibration.json"
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text())
+    return (
+        f"calibration on {told['n']} tiles of {told['data']}: spread over skill {told['spread_over_skill']:.2f}, 1 if "
+        f"right; rank correlation of deviation and error {told['rank_correlation']:.2f}"
+    )
+
+
+@app.command()
+def demonstration(
+    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.", show_default=False)],
+    side: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
+    seed: Annotated[int, typer.Option(help="Another seed, another place.")] = 0,
+) -> None:
+    """Make up a Sentinel-1 scene (VV and VH in dB, UTM) to try `fewstep translate` with. No real place.
+
+    Example: `fewstep demonstration scene.tif`, then `fewstep translate scene.tif optical.tif --preview optical.png`.
+    """
+    from distillers.sar.demonstration import demonstration as make
+
+    make(out, side, seed)
+    typer.echo(f"{out}: {side}x{side} px of VV and VH in dB")
+
+
+@app.command()
+def pairs(
+    model: Weights,
+    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    reward: Annotated[
+        str,
+        typer.Option(help="A feature classifier's folder, or module:function.", show_default=False),
+    ],
+    n: Annotated[int, typer.Option(help="Pairs to draw; ties are left out.")] = 256,
+    steps: Annotated[int, typer.Option(help="Network calls per picture.")] = 4,
+    seed: Annotated[int, typer.Option(help="Pair i uses seed + 2 i and seed + 2 i + 1.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw pairs of pictures and let a reward choose: a folder for data of kind = "preferences".
+
+    Example: `fewstep pairs weights/eurosat-consistency --out runs/pairs/eurosat-green
+    --reward distillers.training.reward:greenness`.
+    """
+    from distillers.generator import Generator
+    from distillers.training.reward import choose_pairs, load_reward
+
+    judge = load_reward(reward)
+    chosen = choose_pairs(Generator.from_pretrained(model, device_of(device)), judge, out, n=n, steps=steps, seed=seed)
+    typer.echo(
+        f"{out}: {chosen.pairs} pairs, {chosen.ties} ties left out; "
+        f"mean reward of winners {chosen.winners:.4f}, of losers {chosen.losers:.4f}"
+    )

@@ -1,0 +1,97 @@
+"""Classifier-free guidance (Ho and Salimans 2022) as a wrapper of a denoiser, and its scale as a network's input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers.errors import BadInput
+from distillers.models.conditions import Cond
+from distillers.models.schedule import NoiseSchedule, like
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance by wrapping (Ho and Salimans 2022): uncond + w (cond - uncond), on x0.
+
+    w = 1 is no guidance (one network call); x0, eps and v are affine in each other at fixed (x_t, t), so it does not
+    matter on which of them guidance acts. LCM counts w from 0: its w is ours minus 1. A condition "guidance", float
+    (B,), takes the place of the one scale.
+    """
+
+    def __init__(self, denoiser: nn.Module, guidance_scale: float, null_label: int) -> None:
+        super().__init__()
+        self.denoiser, self.guidance_scale, self.null_label = denoiser, guidance_scale, null_label
+        self.schedule: NoiseSchedule = denoiser.schedule  # type: ignore[assignment]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        null = {k.removeprefix("null_"): v for k, v in (cond or {}).items() if k.startswith("null_")}
+        if not cond or not (null or "label" in cond) or (self.guidance_scale == 1 and "guidance" not in cond):
+            x0: Tensor = self.denoiser(x_t, t, cond)
+            return x0
+        w = like(cond["guidance"], x_t) if "guidance" in cond else self.guidance_scale
+        cond = {k: v for k, v in cond.items() if k != "guidance" and not k.startswith("null_")}
+        uncond = {**cond, **(null or {"label": torch.full_like(cond["label"], self.null_label)})}
+        both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}
+        t2 = t if t.ndim == 0 else torch.cat([t, t])
+        with_cond, without = self.denoiser(torch.cat([x_t, x_t]), t2, both).chunk(2)
+        guided: Tensor = without + w * (with_cond - without)
+        return guided
+
+
+# --- a network that is told the guidance scale (Luo et al. 2023, sec. 4.2) -------------------------------------------
+class GuidedTime(nn.Module):
+    """diffusers' `TimestepEmbedding`, told a guidance scale beside the time.
+
+    project(features(w)) is added to the time's features before the embedding's first layer, where LCM's `cond_proj`
+    adds it. For one fixed w that is a shift of that layer's bias, so `fold_guidance` gives the stock network back.
+    The projection starts at zero: a new network ignores w.
+    """
+
+    FEATURES = 64
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        inputs = embedding.linear_1.in_features  # type: ignore[union-attr]
+        self.embedding, self.project = embedding, nn.Linear(self.FEATURES, inputs, bias=False)  # type: ignore[arg-type]
+        nn.init.zeros_(self.project.weight)
+        self.scale: Tensor | None = None  # (B,), set by `call_network`; w = 1 where None
+
+    def shift(self, scale: Tensor) -> Tensor:
+        """What is added to the time's features for guidance scales (B,): (B, inputs)."""
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        w = 1000 * (scale - 1).float()  # LCM's convention: 0 is no guidance, and the clock runs to thousands
+        shift: Tensor = self.project(get_timestep_embedding(w, self.FEATURES).to(self.project.weight))
+        return shift
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        scale = sample.new_ones(len(sample)) if self.scale is None else self.scale
+        embedded: Tensor = self.embedding(sample + self.shift(scale).to(sample), condition)
+        return embedded
+
+
+def embed_guidance(network: nn.Module) -> nn.Module:
+    """The network itself, its time embeddings replaced by `GuidedTime`. BadInput where it has none."""
+    found = [
+        (m, k) for m in network.modules() for k, v in m.named_children() if type(v).__name__ == "TimestepEmbedding"
+    ]
+    if not found:
+        raise BadInput("guidance_range", type(network).__name__, "a diffusers network with a TimestepEmbedding")
+    for module, name in found:
+        setattr(module, name, GuidedTime(getattr(module, name)))
+    return network
+
+
+@torch.no_grad()
+def fold_guidance(network: nn.Module, guidance_scale: float) -> nn.Module:
+    """The network itself, stock again, answering as it did when told this one scale."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, GuidedTime):
+                first: Any = child.embedding.linear_1
+                scale = torch.full((1,), guidance_scale, device=first.weight.device)
+                first.bias += first.weight @ child.shift(scale)[0].to(first.weight)
+                setattr(module, name, child.embedding)
+    return network
