@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from distillers.data import ImageData
-from distillers.evaluation.report import Column, device_name, markdown_table
+from distillers.evaluation.report import Column, markdown_table
 from distillers.generator import Generator
 from distillers.jobs.distill import held_out_data
 from distillers.jobs.recipe import Recipe
+from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin, train

@@ -26,7 +26,6 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from distillers.evaluation.report import device_name
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot, signal
 from distillers.methods.consistency import Consistency
@@ -35,6 +34,7 @@ from distillers.methods.disback import DisBack
 from distillers.methods.dmd2 import Dmd2
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.scm import ContinuousConsistency
+from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
 from distillers.training.settings import TrainSettings

@@ -1,18 +1,15 @@
 """The report of an evaluation: its rows, and the same as Markdown tables."""
 
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    pass
+from distillers.runtime import device_name
 
 R = TypeVar("R")
 
@@ -186,15 +183,3 @@ def setting(device: str | torch.device) -> dict[str, Any]:
         "device": device_name(device), "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
-
-
-def device_name(device: str | torch.device) -> str:
-    """The GPU's name, or the processor's model with the number of cores."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return (
-        f"{torch.device(device).type} ({model or platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
-    )

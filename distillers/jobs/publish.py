@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ from distillers.jobs.card import write_card
 from distillers.jobs.recipe import Recipe
 from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
+from distillers.runtime import package_versions
 from distillers.weights.manifest import SAMPLERS, Info
 from distillers.weights.network import guided
 from distillers.weights.write import lcm_times, staged
 
 COLUMNS = 10  # of grid.png
+PACKAGES = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")  # whose versions recipe.toml records
 
 
 def publish(
@@ -47,7 +48,8 @@ def publish(
     """
     with staged(folder) as new:
         stood = {} if iteration is None else {"iteration": iteration}
-        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions() | stood}))
+        versions = {"python": platform.python_version(), **package_versions(*PACKAGES), **stood}
+        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions}))
         teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
         generator.save_pretrained(new)
         if isinstance(generator, Autoencoder):
@@ -107,21 +109,6 @@ def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageDa
         options["path"] = str(path)
     kind = options.pop("kind", "images")
     return open_data(kind, **{**options, "split": "test"}), open_data(kind, **{**options, "split": "train"})
-
-
-def versions() -> dict[str, Any]:
-    """What the recipe was run with."""
-    packages = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")
-    found = {name: metadata.version(name) for name in packages if _installed(name)}
-    return {"python": platform.python_version(), **found}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def picture(generator: Generator, teacher: Generator | None, data: ImageData | None, folder: Path) -> None:

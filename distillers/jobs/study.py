@@ -49,7 +49,6 @@ from distillers.evaluation.report import (
     Report,
     Row,
     class_table,
-    device_name,
     markdown_table,
     region_table,
     reward_columns,
@@ -58,7 +57,7 @@ from distillers.generator import Generator
 from distillers.jobs.publish import draw_rows, splits
 from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
-from distillers.runtime import cpu_quota, usable_cores
+from distillers.runtime import cpu_quota, device_name, usable_cores
 from distillers.training.options import checked
 from distillers.training.reward import RewardFunction, load_reward
 

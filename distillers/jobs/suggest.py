@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.evaluation.latency import latencies
-from distillers.evaluation.report import Column, device_name, markdown_table
+from distillers.evaluation.report import Column, markdown_table
 from distillers.models import conditions
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import Radiometry
+from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.distiller import rebuilt
 

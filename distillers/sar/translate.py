@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
-from distillers.runtime import cpu_quota, usable_cores
+from distillers.runtime import cpu_quota, package_versions, usable_cores
 from distillers.sar.raster import (
     CACHE_MB,
     Product,
@@ -163,7 +162,7 @@ def translate(
             height=height,
             tile=(down.tile, across.tile),
             overlap=(down.overlap, across.overlap),
-            version=_version(),
+            version=package_versions("fewstep").get("fewstep", "unknown"),
             warnings=[WARNING, *source.notes],
         )
         products = [Product(out, COLOURS, "uint8", 0)]
@@ -406,10 +405,3 @@ def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> t
 def model_hash(generator: Generator) -> str:
     """One sha256 for all parts of the folder, as its manifest has them."""
     return hashlib.sha256(json.dumps(generator.info.sha256, sort_keys=True).encode()).hexdigest()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fewstep")
-    except metadata.PackageNotFoundError:
-        return "unknown"

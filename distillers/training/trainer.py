@@ -31,6 +31,7 @@ from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.progress import progress_bar
+from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller, Networks, Turn, follow, slow_copy
 from distillers.training.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Execution, Rehearsal, run_as
@@ -499,8 +500,6 @@ class Run:
 
         Memory in MB: tensors on a GPU; on CPU the resident size of the whole process, whatever else it did before.
         """
-        from distillers.evaluation.report import device_name
-
         device = self.accelerator.device
         self.peak_mb = max(self.peak_mb, _peak_memory(device))
         return {

@@ -9,7 +9,6 @@ that a system has shown. Loads of the open loop are shares of what one loop of f
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import json
 import os
 import sys
@@ -41,6 +40,7 @@ from distillers.benchmarks.serving.servers import (
 )
 from distillers.errors import BadInput
 from distillers.evaluation.report import setting
+from distillers.runtime import package_versions
 
 RAW = "raw"
 POOL = 64  # different pictures that are asked for, in turn
@@ -155,7 +155,7 @@ def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[dict[str, Any]]:
                 "servers_on": servers_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
                 "client_on": client_on(plan.pinned) or sorted(os.sched_getaffinity(0)),
                 "seconds": round(time.perf_counter() - started, 1),
-                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+                "versions": package_versions(*PACKAGES),
             },
             "plan": {
                 name: [folder.name for folder in plan.folders] if name == "folders" else value
