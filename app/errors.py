@@ -9,6 +9,7 @@ and 503 say in Retry-After when another try makes sense. A GeoTIFF where rasteri
 """
 
 import http
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from distillers.errors import BadInput
 
+log = logging.getLogger("fewstep.routes")
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -83,6 +85,18 @@ def internal_error() -> ApiError:
     return ApiError(500, "an error on our side; it has been logged", code="internal_error")
 
 
+def from_exception(error: Exception) -> ApiError:
+    """Return the error to send where an answer has begun. An unexpected one is logged and becomes 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BadInput):
+        return from_bad_input(error)
+    if isinstance(error, RequestValidationError | ValidationError):
+        return from_validation(error.errors())
+    log.error("an answer failed", exc_info=error)
+    return internal_error()
+
+
 def short(given: object) -> str:
     """What was given, as far as it helps to see it."""
     text = repr(given)
@@ -107,10 +121,8 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 def answer(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that failed; an error that nobody expected is not touched: `Visits` logs it."""
-    if isinstance(error, BadInput):
-        return from_bad_input(error).response()
-    if isinstance(error, RequestValidationError | ValidationError):
-        return from_validation(error.errors()).response()
+    if isinstance(error, BadInput | RequestValidationError | ValidationError):
+        return from_exception(error).response()
     if isinstance(error, HTTPException):
         phrase = http.HTTPStatus(error.status_code).phrase
         detail = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}

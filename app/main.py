@@ -17,7 +17,7 @@ from app.middleware.access import Access, Keys
 from app.middleware.drain import Drain
 from app.middleware.limits import BodyLimit
 from app.middleware.request_log import Visits
-from app.requests.answers import Lane
+from app.requests.fast_path import FastPath
 from app.routes import benchmarks, demonstration, edits, health, images, jobs, metrics, models, realtime, translations
 from app.settings import Settings
 from app.telemetry import logs
@@ -74,7 +74,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics, app.state.drain = told, drain
     rooms = (images, edits, translations, realtime, jobs, demonstration, models, benchmarks, health, metrics)
-    app.add_middleware(Lane, [route for room in rooms for route in room.router.routes])
+    app.add_middleware(FastPath, [route for room in rooms for route in room.router.routes])
     others = {jobs.PATH: settings.max_scene_bytes}
     app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, told, others)
     app.add_middleware(Access, keys, told)

@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 from app.engine.engine import Engine, Order
 from app.errors import ApiError
 from app.main import create_app
-from app.routes.images import class_of_seed
+from app.requests.orders import class_of_seed
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator

@@ -42,7 +42,7 @@ from test_app import (
 )
 
 from app.main import create_app
-from app.routes.streams import shown
+from app.requests.streams import partial_steps
 from app.schemas import ImagesAnswer
 from app.settings import Settings
 
@@ -360,12 +360,12 @@ def test_one_step_has_nothing_to_show_before_its_end_and_several_pictures_end_on
 
 
 @pytest.mark.parametrize(("first", "steps"), [(0, 1), (0, 2), (0, 4), (0, 5), (3, 9), (0, 250)])
-def test_which_steps_are_shown(first: int, steps: int) -> None:
+def test_which_steps_are_partial_steps(first: int, steps: int) -> None:
     for wanted in range(4):
-        views = shown(first, steps, wanted)
+        views = partial_steps(first, steps, wanted)
         assert list(views.values()) == list(range(min(wanted, steps - 1 - first)))
         assert list(views) == sorted(set(views)) and all(first <= step < steps - 1 for step in views)
-    assert list(shown(0, 250, 3)) == [61, 124, 186]
+    assert list(partial_steps(0, 250, 3)) == [61, 124, 186]
 
 
 def test_what_is_wrong_before_the_first_event_is_an_ordinary_error(client: TestClient) -> None:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from starlette.requests import HTTPConnection
 
 from app.engine.batcher import Closed, Expired, Full
 from app.engine.model import Model, Order
@@ -24,7 +26,7 @@ from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
-__all__ = ["Drawn", "Engine", "Order"]
+__all__ = ["Drawn", "Engine", "Order", "engine_of"]
 T = TypeVar("T")
 
 
@@ -282,6 +284,11 @@ def _all(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
     for future in futures:
         future.add_done_callback(answered)
     return waiter
+
+
+def engine_of(connection: HTTPConnection) -> Engine:
+    """Return the engine of the application that a request or a WebSocket came to."""
+    return cast(Engine, connection.app.state.engine)
 
 
 def late() -> ApiError:

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
-from app.engine.engine import Engine
+from app.engine.engine import Engine, engine_of
 from app.engine.model import Model
 from app.errors import ApiError, overloaded
 from app.media.images import decode_sar, pad
-from app.requests.answers import ERRORS, engine_of, unless_gone
+from app.requests.answers import ERRORS, cancel_on_disconnect
 from app.schemas import SEEDS, BenchmarkRequest
 from distillers.errors import BadInput
 
@@ -35,7 +35,7 @@ async def benchmark(body: BenchmarkRequest, request: Request) -> dict[str, Any]:
         raise overloaded("a benchmark is running", 10)
     async with one_at_a_time:
         work = engine.call(lambda: _measure(engine, student, teacher, steps, body.n, body.seed))
-        return {"object": "benchmark", **await unless_gone(request, work)}
+        return {"object": "benchmark", **await cancel_on_disconnect(request, work)}
 
 
 def _teacher(engine: Engine, student: Model) -> Model:

@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 
 from app.errors import ErrorAnswer
 from app.media.rasters import import_rasterio
-from app.requests.answers import BINARY
+from app.requests.bodies import BINARY
 
 router = APIRouter(tags=["images"])
 

@@ -5,8 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from app.engine.engine import Engine
-from app.requests.answers import engine_of
+from app.engine.engine import Engine, engine_of
 
 router = APIRouter(tags=["health"])
 DEAD: dict[int | str, dict[str, Any]] = {503: {"description": "Start the process anew."}}

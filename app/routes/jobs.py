@@ -13,12 +13,14 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
+from app.engine.engine import engine_of
 from app.engine.jobs import Job, Jobs
 from app.engine.scenes import SceneOrder, scene_name
 from app.errors import ApiError, ErrorAnswer
 from app.media.rasters import KINDS, check, import_rasterio
-from app.requests.answers import BINARY, ERRORS, choose, engine_of
-from app.routes.translations import SCENE_ERRORS, body_of, kind_of, scene_options
+from app.requests.answers import ERRORS, SCENE_ERRORS
+from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
+from app.requests.orders import check_task, scene_options
 from app.schemas import JobAnswer, JobRequest, SceneFacts
 from distillers.errors import BadInput
 
@@ -33,7 +35,7 @@ router = APIRouter(tags=["jobs"])
     status_code=202,
     response_model=JobAnswer,
     responses=ERRORS | SCENE_ERRORS,
-    openapi_extra=body_of(JobRequest, RAW_KINDS),
+    openapi_extra=describe_upload(JobRequest, RAW_KINDS),
     summary="Translate a whole scene",
 )
 async def post(request: Request) -> JSONResponse:
@@ -42,9 +44,9 @@ async def post(request: Request) -> JSONResponse:
     The body goes to disk as it arrives (with a raw one, Content-Disposition may give the file's name, which may tell a
     lone band's polarisation). One scene is translated at a time; other requests go on meanwhile.
     """
-    kind = kind_of(request, RAW_KINDS)
+    kind = check_kind(request, RAW_KINDS)
     import_rasterio()
-    order = None if kind == "multipart/form-data" else await _order(request, request.query_params)
+    order = None if kind == FORM else await _order(request, request.query_params)
     jobs = jobs_of(request)
     job = jobs.open()
     try:
@@ -105,7 +107,7 @@ async def file(
 async def _order(request: Request, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
     """(model, options), checked before a byte of the scene is taken where they are known by then."""
     body = JobRequest.model_validate(dict(parameters))
-    model = await choose(engine_of(request), body.model, translates=True)
+    model = check_task(await engine_of(request).open_for(body.model, lambda model: model.translates), translates=True)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     return model, scene_options(body, model.check_steps(body.steps), seed)
 

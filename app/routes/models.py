@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from app.engine.engine import engine_of
 from app.errors import ErrorAnswer
-from app.requests.answers import engine_of
 
 router = APIRouter(tags=["models"])
 ADMIN: dict[int | str, dict[str, Any]] = {

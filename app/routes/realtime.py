@@ -19,12 +19,10 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from app.engine.engine import Engine
-from app.errors import from_validation, overloaded
-from app.requests.answers import chosen, draw, engine_of, facts_of, read, timings_of
-from app.routes.edits import editing, from_picture
-from app.routes.images import drawing, from_noise
-from app.routes.streams import told
+from app.engine.engine import Engine, engine_of
+from app.errors import from_exception, overloaded
+from app.requests.answers import choice_of, draw, facts_of, timings_of
+from app.requests.orders import edits, from_noise, from_picture, generates, make_plan
 from app.schemas import RealtimeRequest
 from distillers.errors import BadInput
 
@@ -141,31 +139,31 @@ class _Session:
     async def _frame(self, asked: _Asked) -> bytes:
         """The answer's bytes."""
         engine, body = self.engine, asked.request
-        fits = drawing(body) if asked.picture is None else editing(engine, body)
-        reading = await read(engine, body, fits=fits, raw=body.output_format)
+        fits = generates(body) if asked.picture is None else edits(engine, body)
+        plan = await make_plan(engine, body, fits=fits, raw=body.output_format)
         if asked.picture is not None:
-            work = await from_picture(engine, reading, body, asked.picture)
-        elif reading.model.translates:
-            raise BadInput("image", False, f"true, and a binary message with the SAR picture: {reading.model.name}")
+            work = await from_picture(engine, plan, body, asked.picture)
+        elif plan.model.translates:
+            raise BadInput("image", False, f"true, and a binary message with the SAR picture: {plan.model.name}")
         else:
-            work = from_noise(reading, body)
-        (drawn,) = await draw(engine, reading, work)
+            work = from_noise(plan, body)
+        (drawn,) = await draw(engine, work)
         facts = {
             "seq": body.seq,
-            **facts_of(reading, work),
+            **facts_of(work),
             "label": work.labels[0],
             "width": work.crop[1],
             "height": work.crop[0],
             "timings": timings_of([drawn]),
-            "chosen": chosen(reading),
+            "chosen": choice_of(plan),
             "dropped": self.dropped,
         }
         header = to_json(facts)
         return b"%b%b%b" % (len(header).to_bytes(4), header, drawn.file)
 
     async def _tell(self, seq: int | None, error: Exception) -> None:
-        known = from_validation(error.errors()) if isinstance(error, ValidationError) else told(error)
-        await self.websocket.send_text(to_json({"seq": seq, "error": known.body.model_dump()}).decode())
+        message = {"seq": seq, "error": from_exception(error).body.model_dump()}
+        await self.websocket.send_text(to_json(message).decode())
 
 
 def _seq_of(text: str | None) -> int | None:

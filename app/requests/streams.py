@@ -1,7 +1,6 @@
 """Answers as server-sent events in OpenAI's form: views of the unfinished pictures, then each one finished."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +12,20 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from app.engine.engine import Drawn, Engine, Order
-from app.errors import ApiError, from_bad_input, internal_error
+from app.errors import ApiError, from_exception
 from app.media.images import Pixels
-from app.requests.answers import Reading, Work, chosen, draw, facts_of, finisher, headers_of, timings_of, unless_gone
-from distillers.errors import BadInput
+from app.requests.answers import (
+    cancel_on_disconnect,
+    choice_of,
+    describe_answer,
+    draw,
+    encoder,
+    facts_of,
+    headers_of,
+    timings_of,
+)
+from app.requests.orders import Work
 
-log = logging.getLogger("fewstep.routes")
 Partial = tuple[int, int, Pixels]  # picture, number of the view, pixels
 # OpenAI's clients read these; nothing here is counted in tokens
 USAGE = {
@@ -34,29 +41,29 @@ HEADERS = [
 ]
 
 
-def told(error: Exception) -> ApiError:
-    """An error as it is told where the answer has begun."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, BadInput):
-        return from_bad_input(error)
-    log.error("an answer failed", exc_info=error)
-    return internal_error()
+STREAMED_RESPONSES = describe_answer(
+    "text/event-stream",
+    {"type": "string"},
+    "With stream: OpenAI's events *.partial_image and *.completed, or an event error.",
+)
 
 
-def shown(first: int, steps: int, partial_images: int) -> dict[int, int]:
-    """Which steps' estimates are shown, evenly spread over those there are: step -> number of the view."""
+def partial_steps(first: int, steps: int, partial_images: int) -> dict[int, int]:
+    """Return the steps whose estimates are sent, evenly spread over all but the last: step -> number of the view."""
     there = range(first, steps - 1)
     count = min(partial_images, len(there))
     return {there[(i + 1) * (len(there) + 1) // (count + 1) - 1]: i for i in range(count)}
 
 
-async def stream(
-    request: Request, engine: Engine, reading: Reading, work: Work, event: str, partial_images: int
-) -> Response:
-    """`event`: "image_generation" or "image_edit". What goes wrong before the first event is an ordinary error."""
+async def stream(request: Request, engine: Engine, work: Work, event: str, partial_images: int) -> Response:
+    """Draw the pictures and answer with events; what goes wrong before the first event is an ordinary error.
+
+    Args:
+        event: how the events' names begin: "image_generation" or "image_edit".
+        partial_images: views of each unfinished picture, as many as there are steps for.
+    """
     loop, arrivals = asyncio.get_running_loop(), asyncio.Queue[Partial | None]()
-    views = shown(work.first, reading.steps, partial_images)
+    views = partial_steps(work.first, work.plan.steps, partial_images)
 
     def watched(index: int, order: Order) -> Order:
         def partial(step: int, pixels: Pixels) -> None:  # on the engine's thread
@@ -65,16 +72,16 @@ async def stream(
         return replace(order, partial=partial, shown=views)
 
     orders = [watched(i, order) for i, order in enumerate(work.orders)]
-    drawing = asyncio.ensure_future(draw(engine, reading, work, orders))
+    drawing = asyncio.ensure_future(draw(engine, work, orders))
     drawing.add_done_callback(lambda _: arrivals.put_nowait(None))
     try:
-        arrived = await unless_gone(request, arrivals.get())
+        arrived = await cancel_on_disconnect(request, arrivals.get())
         if arrived is None:
             drawing.result()  # raises here what is an error as a whole
     except BaseException:
         drawing.cancel()
         raise
-    return _Stream(request, engine, reading, work, event, drawing, arrivals, arrived)
+    return _Stream(request, engine, work, event, drawing, arrivals, arrived)
 
 
 class _Stream(Response):
@@ -84,7 +91,6 @@ class _Stream(Response):
         self,
         request: Request,
         engine: Engine,
-        reading: Reading,
         work: Work,
         event: str,
         drawing: "asyncio.Future[list[Drawn]]",
@@ -92,14 +98,14 @@ class _Stream(Response):
         arrived: Partial | None,
     ) -> None:
         self.status_code, self.background = 200, None
-        self.raw_headers = HEADERS + headers_of(reading, work.first)
-        self.request, self.engine, self.reading, self.work, self.event = request, engine, reading, work, event
+        self.raw_headers = HEADERS + headers_of(work.plan, work.first)
+        self.request, self.engine, self.work, self.event = request, engine, work, event
         self.drawing, self.arrivals, self.arrived = drawing, arrivals, arrived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await unless_gone(self.request, self._send(send))
+            await cancel_on_disconnect(self.request, self._send(send))
         except (ApiError, OSError):  # nobody is there to be told
             pass
         finally:
@@ -113,7 +119,7 @@ class _Stream(Response):
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
-            finish: Callable[[Pixels], bytes] = finisher(self.reading, self.work)
+            finish: Callable[[Pixels], bytes] = encoder(self.work)
             loop, arrived = asyncio.get_running_loop(), self.arrived
             while arrived is not None:
                 index, view, pixels = arrived
@@ -122,13 +128,13 @@ class _Stream(Response):
                 await put(name, {"type": name, **self._picture(index, file), "partial_image_index": view})
                 arrived = await self.arrivals.get()
             drawn = await self.drawing
-            facts = {**facts_of(self.reading, self.work), "chosen": chosen(self.reading), "usage": USAGE}
+            facts = {**facts_of(self.work), "chosen": choice_of(self.work.plan), "usage": USAGE}
             facts["timings"] = timings_of(drawn)
             name = f"{self.event}.completed"
             for index, picture in enumerate(drawn):
                 await put(name, {"type": name, **facts, **self._picture(index, picture.file)})
         except Exception as error:
-            await put("error", {"error": told(error).body.model_dump()})
+            await put("error", {"error": from_exception(error).body.model_dump()})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _picture(self, index: int, file: bytes) -> dict[str, Any]:
@@ -138,9 +144,9 @@ class _Stream(Response):
             "b64_json": file,
             "created_at": int(time.time()),
             "size": f"{width}x{height}",
-            "output_format": self.reading.output_format,
+            "output_format": self.work.plan.output_format,
             "quality": "auto",
             "background": "opaque",
-            "seed": self.reading.seeds[index],
+            "seed": self.work.plan.seeds[index],
             "label": self.work.labels[index],
         }

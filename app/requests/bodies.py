@@ -1,0 +1,71 @@
+"""How request bodies are read (JSON, a form with a file, a file's raw bytes), and what OpenAPI says of them."""
+
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from app.errors import ApiError
+from app.schemas import SceneFields
+from distillers.errors import BadInput
+
+Json = TypeVar("Json", bound=BaseModel)
+FORM = "multipart/form-data"
+BINARY = {"type": "string", "format": "binary"}
+
+
+def content_type_of(request: Request) -> str:
+    """Return the body's media type in lower case, without parameters; "" where the request names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request, body: type[Json]) -> Json:
+    """Parse and check a JSON body in one go, where FastAPI takes several.
+
+    Raises:
+        ApiError: 400 for another content type.
+        ValidationError: for fields that the body's class refuses.
+    """
+    if content_type_of(request) != "application/json":
+        message = "the body must be a JSON object, with Content-Type: application/json"
+        raise ApiError(400, message, code="invalid_body")
+    return body.model_validate_json(await request.body())
+
+
+def check_kind(request: Request, raw: tuple[str, ...] = ()) -> str:
+    """Return the body's media type: a form, or one of those that are taken as raw bytes.
+
+    Raises:
+        ApiError: 415 for another type.
+        BadInput: for a form beside query parameters.
+    """
+    kind = content_type_of(request)
+    if kind not in (*raw, FORM):
+        message = f"Content-Type: got {kind!r}; allowed: {', '.join((FORM, *raw))}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    if kind == FORM and request.query_params:
+        raise BadInput(next(iter(request.query_params)), "a query parameter", "form fields, beside the file")
+    return kind
+
+
+def describe_json(body: type[BaseModel]) -> dict[str, Any]:
+    """Return OpenAPI's description of a body that `read_json` reads."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+def describe_form(fields: type[BaseModel]) -> dict[str, Any]:
+    """Return OpenAPI's description of a form with the file `image`."""
+    properties = {"image": BINARY, **fields.model_json_schema()["properties"]}
+    schema = {"type": "object", "properties": properties, "required": ["image"]}
+    return {"requestBody": {"required": True, "content": {FORM: {"schema": schema}}}}
+
+
+def describe_upload(fields: type[SceneFields], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Return OpenAPI's description of a body that is a form with a file, or the file's raw bytes with a query."""
+    described = describe_form(fields)
+    described["requestBody"]["content"] |= {kind: {"schema": BINARY} for kind in kinds}
+    described["parameters"] = [
+        {"name": name, "in": "query", "schema": schema, "description": "With a raw body; in a form, a field."}
+        for name, schema in fields.model_json_schema()["properties"].items()
+    ]
+    return described
