@@ -47,7 +47,7 @@ class Autoencoder(nn.Module):
         parts = [self.codec.decode(self.codec.encode(part.to(device))) for part in pictures.split(BATCH)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
 
-    def shown(self, items: dict[str, Tensor]) -> Tensor:
+    def draw_items(self, items: dict[str, Tensor]) -> Tensor:
         """Reconstruct the pictures of real items."""
         return self.reconstruct(items["image"])
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillers.errors import BadInput
-from distillers.models import conditions
 from distillers.models.codec import ImageCodec
-from distillers.models.conditions import Cond
+from distillers.models.conditions import Cond, Condition, Given
 from distillers.models.denoiser import Denoiser, Routed
-from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
-from distillers.models.text import PromptEncoder, check_prompts
+from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
 from distillers.weights.read import Parts, read_pipeline
@@ -146,11 +144,9 @@ class Generator(nn.Module):
         self,
         seeds: Sequence[int],
         *,
-        labels: Sequence[int] | None = None,
-        sar: Tensor | None = None,
-        prompts: Sequence[str] | None = None,
         steps: int | None = None,
         size: tuple[int, int] | None = None,
+        **condition: Unpack[Given],
     ) -> Tensor:
         """Pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its own condition only.
 
@@ -158,14 +154,13 @@ class Generator(nn.Module):
 
         Args:
             seeds: one per image, 0 .. 2**63-1.
-            labels: class index per image, for class-conditional models.
-            sar: (B, 1, H, W) in [-1, 1], for translators; the result has its H and W.
-            prompts: a text per image, for text-to-image models.
             steps: see `times`.
             size: pixels (H, W) of multiples of `size_multiple`; None for the published size, or the SAR's.
+            condition: one of these, as the model's task asks. `labels`: class index per image. `sar`: (B, C, H, W) in
+                [-1, 1]; the result has its H and W. `prompts`: a text per image.
         """
-        cond = self.encode_condition(labels, sar, len(seeds), prompts)
-        height, width = (size or self.info.size) if sar is None else sar.shape[-2:]
+        cond = self.encode_condition(len(seeds), **condition)
+        height, width = self.condition.size(condition) or size or self.info.size
         self._check_size("size", height, width)
         shape = (self.codec.channels(3), height // self.codec.factor, width // self.codec.factor)
         stream = seeded_noise(seeds, shape)
@@ -173,10 +168,9 @@ class Generator(nn.Module):
         x0 = self.forward(next(stream).to(device), cond, steps, stream)
         return self.codec.decode(x0).float().clamp(-1, 1).cpu()
 
-    def shown(self, items: dict[str, Tensor]) -> Tensor:
+    def draw_items(self, items: dict[str, Tensor]) -> Tensor:
         """Draw one picture for each real item, of seeds 0, 1, ..., under the item's label or SAR."""
-        labels = items["label"].tolist() if self.info.labels else None
-        return self.sample(range(len(items["image"])), labels=labels, sar=items.get("sar"))
+        return self.sample(range(len(items["image"])), **self.condition.of_items(items))
 
     def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
         """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, cropped back."""
@@ -188,52 +182,22 @@ class Generator(nn.Module):
         padded = F.pad(sar, (0, right, 0, below), mode="reflect")
         return self.sample([seed], sar=padded, steps=steps)[..., :height, :width]
 
-    def encode_condition(
-        self,
-        labels: Sequence[int] | None = None,
-        sar: Tensor | None = None,
-        count: int | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> Cond | None:
-        """Check a condition against the task and bring it into the network's form."""
-        info, device = self.info, next(self.denoiser.parameters()).device
-        if labels is not None and info.task != "class-to-image":
-            raise BadInput("labels", list(labels), f"nothing: {info.name} takes no class")
-        if sar is not None and info.task != "sar-to-optical":
-            raise BadInput("sar", tuple(sar.shape), f"nothing: {info.name} is no translator")
-        if prompts is not None and self.prompts is None:
-            raise BadInput("prompts", list(prompts), f"nothing: {info.name} reads no text")
-        if self.prompts is not None:
-            if prompts is None:
-                raise BadInput("prompts", None, "one text per image")
-            check_prompts(prompts, count)
-            return self._words(self.prompts, prompts)
-        if info.task == "class-to-image":
-            allowed, known = f"one class per image, {info.classes_in_words}", set(info.classes)
-            if labels is None:
-                raise BadInput("labels", None, allowed)
-            wrong = [label for label in labels if label not in known]
-            if wrong or (count is not None and len(labels) != count):
-                raise BadInput("labels", wrong or list(labels), allowed)
-            return {"label": torch.tensor(list(labels), device=device)}
-        if info.task == "sar-to-optical":
-            seen = Radiometry.of(info.sar)
-            channels = seen.channels
-            if sar is None or sar.ndim != 4 or sar.shape[1] != channels or (count is not None and len(sar) != count):
-                given = None if sar is None else tuple(sar.shape)
-                raise BadInput("sar", given, f"shape ({count or 'B'}, {channels}, H, W) in [-1, 1]")
-            self._check_size("sar", *sar.shape[-2:])
-            if not bool((sar.abs() <= 1 + 1e-3).all()):  # also refuses NaN
-                raise BadInput("sar", f"{sar.min()} to {sar.max()}", "values in [-1, 1]")
-            return {"sar": conditions.encode(sar.to(device, torch.float32), seen, self.codec)}
-        return None
+    def encode_condition(self, count: int | None = None, **condition: Unpack[Given]) -> Cond | None:
+        """Check the conditions of `count` pictures and bring them into the network's form.
 
-    def _words(self, encoder: PromptEncoder, prompts: Sequence[str]) -> Cond:
-        """With those of no words beside them, where guidance leads away from them."""
-        if self.info.guidance_scale == 1:
-            return encoder(prompts, self.info.size)
-        both = encoder([*prompts, ""], self.info.size)
-        return {k: v[:-1] for k, v in both.items()} | {f"null_{k}": v[-1:].expand_as(v[:-1]) for k, v in both.items()}
+        Raises:
+            BadInput: a condition that the model does not take, lacks, or that has the wrong number, shape or values.
+        """
+        own = self.condition
+        own.check(condition, count)
+        if size := own.size(condition):
+            self._check_size(own.argument, *size)
+        return own.encode(condition, next(self.denoiser.parameters()).device)
+
+    @property
+    def condition(self) -> Condition:
+        """What the model is conditioned on."""
+        return self.info.condition(self.codec, self.prompts)
 
     def _check_size(self, field: str, height: int, width: int) -> None:
         config: Any = self.denoiser.network.config

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
-from distillers.models import conditions
 from distillers.models.codec import ImageCodec, PixelUnshuffle
-from distillers.models.conditions import Cond
+from distillers.models.conditions import Cond, Condition
 from distillers.models.denoiser import Denoiser
-from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import Prediction, RectifiedFlow, from_config
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided
@@ -44,6 +42,11 @@ class Teacher:
             raise BadInput("teacher", str(path_or_hub_id), "a teacher without prompts: no data with captions is read")
         return cls(parts.denoiser, parts.codec, parts.info)
 
+    @property
+    def condition(self) -> Condition:
+        """What the teacher is conditioned on."""
+        return self.info.condition(self.codec)
+
     @classmethod
     def random(
         cls, info: Info, network: dict[str, Any], schedule: dict[str, Any], prediction: Prediction, codec: ImageCodec
@@ -57,7 +60,7 @@ class Teacher:
         channels = codec.channels(3)
         options = {
             "sample_size": info.size[0] // codec.factor,
-            "in_channels": channels + info.condition_channels(codec),
+            "in_channels": channels + info.condition(codec).channels,
             "out_channels": channels,
             **network,
         }
@@ -81,13 +84,8 @@ class Teacher:
 
     def example(self) -> tuple[Tensor, Cond | None]:
         """One sample of zeros (1, C, H, W) in the network's space, and a condition of the task: for its shapes."""
-        info, side = self.info, [n // self.codec.factor for n in self.info.size]
-        x0 = torch.zeros(1, self.codec.channels(3), *side)
-        if info.task == "class-to-image":
-            return x0, {"label": torch.zeros(1, dtype=torch.long)}
-        if info.task == "sar-to-optical":
-            return x0, {"sar": torch.zeros(1, info.condition_channels(self.codec), *side)}
-        return x0, None
+        side = (length // self.codec.factor for length in self.info.size)
+        return torch.zeros(1, self.codec.channels(3), *side), self.condition.example()
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """A batch of pictures (see `distillers.data`) in the network's terms: "x0", "loser", the condition.
@@ -100,8 +98,4 @@ class Teacher:
             encoded = {"x0": self.codec.encode(batch["image"].to(device))}
         if "loser" in batch:
             encoded["loser"] = self.codec.encode(batch["loser"].to(device))
-        if self.info.task == "class-to-image":
-            encoded["label"] = batch["label"].to(device)
-        if self.info.task == "sar-to-optical":
-            encoded["sar"] = conditions.encode(batch["sar"].to(device), Radiometry.of(self.info.sar), self.codec)
-        return encoded
+        return encoded | self.condition.encode_items(batch, device)

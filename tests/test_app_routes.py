@@ -251,7 +251,7 @@ def test_an_edit_begins_from_the_picture(client: TestClient, weights: Path) -> N
         x_t = generator.schedule.add_noise(start, next(stream), t)
         for i in range(first, steps):
             now = torch.tensor(generator.times(steps)[i], dtype=torch.float64)
-            x0 = generator.denoiser(x_t, now, generator.encode_condition([1], None, 1))
+            x0 = generator.denoiser(x_t, now, generator.encode_condition(1, labels=[1]))
             if i + 1 < steps:
                 after = torch.tensor(generator.times(steps)[i + 1], dtype=torch.float64)
                 x_t = generator.schedule.step(x_t, x0, now, after)

@@ -45,7 +45,7 @@ def seen(**more: Any) -> Radiometry:
 def test_the_level_of_an_even_picture_is_known_by_hand() -> None:
     """pi/2 m, pi m and 2 pi m of m = 0.5."""
     sar = torch.full((2, 1, 12, 8), 0.5)
-    told = conditions.encode(sar, seen(levels={"cells": [3, 5], "frequencies": 3}), PixelUnshuffle(4))
+    told = conditions.encode_sar(sar, seen(levels={"cells": [3, 5], "frequencies": 3}), PixelUnshuffle(4))
     assert told.shape == (2, 16 + 2 * 2 * 3 + 1, 3, 2)
     sines, cosines = [0.5**0.5, 1, 0], [0.5**0.5, 0, -1]
     expected = [0.5] * 16 + (sines + cosines) * 2 + [1]
@@ -55,7 +55,7 @@ def test_the_level_of_an_even_picture_is_known_by_hand() -> None:
 def test_a_window_counts_only_what_lies_inside_the_picture() -> None:
     cells = torch.linspace(-1, 1, 30).reshape(1, 1, 5, 6)
     sar = F.interpolate(cells, scale_factor=2)  # two pixels a cell
-    told = conditions.encode(sar, seen(levels={"cells": [3], "frequencies": 1}), PixelUnshuffle(2))
+    told = conditions.encode_sar(sar, seen(levels={"cells": [3], "frequencies": 1}), PixelUnshuffle(2))
     means = torch.asin(told[0, 4]) / (torch.pi / 2)  # the lowest frequency is monotone over [-1, 1]
     for row, column in ((0, 0), (0, 3), (4, 5), (2, 2)):
         inside = cells[0, 0, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
@@ -64,21 +64,21 @@ def test_a_window_counts_only_what_lies_inside_the_picture() -> None:
 
 def test_a_window_may_be_larger_than_the_picture() -> None:
     sar = torch.rand(1, 1, 8, 8) - 0.5
-    told = conditions.encode(sar, seen(levels={"cells": [17], "frequencies": 1}), PixelUnshuffle(4))
+    told = conditions.encode_sar(sar, seen(levels={"cells": [17], "frequencies": 1}), PixelUnshuffle(4))
     torch.testing.assert_close(told[0, 16], torch.sin(torch.pi / 2 * sar.mean()).expand(2, 2))
 
 
 def test_a_band_that_is_missing_is_told_from_one_of_the_middle_level() -> None:
     sar = torch.full((2, 3, 8, 8), 1e-9)
     sar[0, 1] = 0  # the first picture has no VH
-    told = conditions.encode(sar, SENTINEL1, PixelUnshuffle(4))
+    told = conditions.encode_sar(sar, SENTINEL1, PixelUnshuffle(4))
     assert told[:, -3:-1, 0, 0].tolist() == [[1, 0], [1, 1]]
 
 
 def test_the_plane_of_calibration_comes_last_and_is_no_band() -> None:
     sar = torch.zeros(1, 3, 8, 8)
     sar[:, 2] = -1
-    told = conditions.encode(sar, SENTINEL1, PixelUnshuffle(4))
+    told = conditions.encode_sar(sar, SENTINEL1, PixelUnshuffle(4))
     assert (told[:, -1] == -1).all() and (told[:, :-1] >= 0).all()
 
 
@@ -87,7 +87,7 @@ def test_the_plane_of_calibration_comes_last_and_is_no_band() -> None:
 def test_a_manifest_that_says_nothing_of_levels_gives_pixels_alone(described: Any, factor: int) -> None:
     own, codec = Radiometry.of(described), PixelUnshuffle(factor)
     sar = torch.rand(2, own.channels, 8, 8)
-    assert torch.equal(conditions.encode(sar, own, codec), codec.encode(sar))
+    assert torch.equal(conditions.encode_sar(sar, own, codec), codec.encode(sar))
     assert not set(own.to_dict()) & {"levels", "calibrated"}
 
 
@@ -103,9 +103,9 @@ def test_a_manifest_that_says_nothing_of_levels_gives_pixels_alone(described: An
 )
 def test_the_channels_are_counted_as_they_are_made(own: Radiometry, count: int) -> None:
     codec = PixelUnshuffle(4)
-    assert conditions.channels(own, codec) == count
+    assert conditions.sar_channels(own, codec) == count
     sar = torch.rand(1, own.channels, 16, 8) * 2 - 1
-    told = conditions.encode(sar, own, codec)
+    told = conditions.encode_sar(sar, own, codec)
     assert told.shape == (1, count, 4, 2)
     assert torch.allclose(told, condition(sar, own.to_dict(), 4), atol=1e-6)  # as written down for stock diffusers
 
@@ -114,7 +114,9 @@ def test_the_local_level_survives_group_normalisation() -> None:
     """Two even grounds in one tile, then each alone: what a group's mean leaves of the pixels, and of the level."""
     norm = torch.nn.GroupNorm(1, 16)
     grounds = [torch.full((1, 1, 32, 32), m) for m in (-0.8, 0.2)]
-    told = [conditions.encode(sar, seen(levels={"cells": [5], "frequencies": 4}), PixelUnshuffle(4)) for sar in grounds]
+    told = [
+        conditions.encode_sar(sar, seen(levels={"cells": [5], "frequencies": 4}), PixelUnshuffle(4)) for sar in grounds
+    ]
     pixels, levels = ([norm(F.pad(t[:, part], (0,) * 5 + (16 - t[:, part].shape[1],))) for t in told] for part in (
         slice(0, 16), slice(16, 24),
     ))  # fmt: skip

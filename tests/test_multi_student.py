@@ -523,7 +523,7 @@ def test_a_lone_student_draws_its_share_and_nothing_else(made: Path, tmp_path: P
         with pytest.raises(BadInput, match=r"12 to 23, the share of pair-student-1"):
             generator.sample([0], labels=[label])
     scattered = replace(generator.info, shares=[[12, 15, 20]])
-    assert scattered.classes_in_words == "12, 15, 20, the share of pair-student-1"
+    assert scattered.condition(generator.codec).choices == "12, 15, 20, the share of pair-student-1"
     runner, out = CliRunner(), str(tmp_path / "x.png")
     assert runner.invoke(cli.app, ["generate", str(place), "--n", "3", "--device", "cpu", "--out", out]).exit_code == 0
     refused = runner.invoke(cli.app, ["generate", str(place), "--label", "red circle", "--out", out])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 OFTEN = 8  # passes after which a shape is worth preparing
 WAYS = 24  # shapes prepared for one network at most
-PROMPTS = ("a photograph of a forest", "a river from above, oil on canvas", "a red circle", "a street at night")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Model:
         import torch
 
         from distillers.generator import seeded_noise
+        from distillers.models.conditions import gather
 
         generator, shown = self.generator, {step for order in orders for step in order.shown}
         # beside a GPU there is nothing to share: waking threads costs more than they do
@@ -111,10 +112,7 @@ class Model:
         for executed in self.executed:
             executed.strict = strict
         with torch.inference_mode():
-            labels = [order.label for order in orders if order.label is not None] or None
-            prompts = [order.prompt for order in orders if order.prompt is not None] or None
-            sars = _stacked([order.sar for order in orders])
-            cond = generator.encode_condition(labels, sars, len(orders), prompts)
+            cond = generator.encode_condition(len(orders), **gather(orders))
             start = _stacked([order.start for order in orders])
             factor, channels = generator.codec.factor, generator.codec.channels(3)
             height, width = orders[0].sar.shape[-2:] if orders[0].sar is not None else self.info.size
@@ -172,18 +170,10 @@ class Model:
 
     def probes(self, count: int, student: int = 0) -> list[Order]:
         """Orders at the published size that a student answers, for measuring and comparing."""
-        labels = self.info.shares[student] if self.info.shares else self.info.classes
-        sar = None
-        if self.translates:
-            height, width = self.info.size
-            ramp = np.add.outer(np.linspace(-1, 1, height), np.linspace(-1, 1, width)) / 2
-            sar = self.sees(ramp.astype(np.float32))
-        return [
-            Order(seed, labels[seed % len(labels)] if labels else None, self._words(seed), sar) for seed in range(count)
-        ]
+        from distillers.models.conditions import singles
 
-    def _words(self, seed: int) -> str | None:
-        return None if self.generator.prompts is None else PROMPTS[seed % len(PROMPTS)]
+        given = self.generator.condition.probe(count, self.info.shares[student] if self.info.shares else None)
+        return [Order(seed, **one) for seed, one in enumerate(singles(given, count))]
 
     def inputs(self, size: int, network: int) -> "list[Inputs]":
         """What one of its networks is asked when so many pictures are drawn together."""
@@ -256,10 +246,10 @@ class Model:
         """What the folder says about itself."""
         return self.generator.info
 
-    @property
+    @cached_property
     def translates(self) -> bool:
         """From SAR, instead of drawing from noise alone."""
-        return self.info.task == "sar-to-optical"
+        return self.generator.condition.argument == "sar"
 
     @property
     def steps(self) -> list[int] | None:

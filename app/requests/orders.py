@@ -148,9 +148,7 @@ def orders_of(model: Model, body: Described, seeds: Sequence[int]) -> list[Order
         return [Order(seed, label) for seed, label in zip(seeds, labels_of(model, body, seeds), strict=True)]
     if body.label is not None:
         raise BadInput("label", body.label, f"nothing: {model.name} draws what the prompt says")
-    from distillers.models.text import check_prompts
-
-    check_prompts([body.prompt or ""])
+    model.generator.condition.check({"prompts": [body.prompt or ""]})
     return [Order(seed, prompt=body.prompt or "") for seed in seeds]
 
 
@@ -189,7 +187,8 @@ def labels_of(model: Model, body: Described, seeds: Sequence[int]) -> list[int |
     if label is None:
         return [classes[class_of_seed(seed, len(classes))] for seed in seeds]
     if label not in classes:
-        raise BadInput("label", label, f"{model.info.classes_in_words}: {', '.join(names[k] for k in classes[:40])}")
+        own = ", ".join(names[k] for k in classes[:40])
+        raise BadInput("label", label, f"{model.generator.condition.choices}: {own}")
     return [label for _ in seeds]
 
 

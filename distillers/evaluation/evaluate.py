@@ -25,6 +25,7 @@ from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 from distillers.evaluation.pictures import grey_sar
 from distillers.evaluation.shape_reader import read_shape, shares
+from distillers.models.conditions import Given, subset
 
 if TYPE_CHECKING:
     from distillers.autoencoder import Autoencoder
@@ -55,7 +56,7 @@ def latency(
     generator: "Generator", *, steps: int, batch: int = 1, repeats: int = 20, warmup: int = 2, sar: Tensor | None = None
 ) -> dict[str, float]:
     """Milliseconds of one `sample` call of `batch` pictures, warm, from seeds to pixels on the generator's device."""
-    call = _call(generator, steps, _spread_condition(generator, batch, sar), range(batch))
+    call = _call(generator, steps, generator.condition.in_turn(range(batch), sar), range(batch))
     return latencies([call], repeats=repeats, warmup=warmup, device=_device(generator))[0]
 
 
@@ -63,7 +64,7 @@ def latencies_of(
     models: Sequence[tuple["Generator", int]], item: "Batch", *, repeats: int = 20, warmup: int = 2
 ) -> list[dict[str, float]]:
     """Milliseconds of one picture by each (generator, steps), told the condition of one real item; they take turns."""
-    calls = [_call(generator, steps, _condition(generator, item), [0]) for generator, steps in models]
+    calls = [_call(generator, steps, generator.condition.of_items(item), [0]) for generator, steps in models]
     return latencies(calls, repeats=repeats, warmup=warmup, device=_device(models[0][0]))
 
 
@@ -117,13 +118,14 @@ def evaluate(
     contestants = [
         *(_entrant(model, s, n, len(reference)) for model, s in [*entries, *((generator, s) for s in steps)]),
         *(_mean_entrant(generator, s, n, len(reference), mean_of) for s in [min(steps)] if mean_of),
-        *(_baselines(colour, n, len(reference), generator) if generator.info.task == "sar-to-optical" else ()),
+        *(_baselines(colour, n, len(reference), generator) if generator.condition.paired else ()),
     ]
-    done, labels, judges, read = 0, [], rewards or {}, _readable(generator, data)
+    done, judges, read = 0, rewards or {}, _readable(generator, data)
+    labels: list[int] = []
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         seeds, items = range(seed + start, seed + start + len(part)), data.items(part)
-        labels += items["label"].tolist() if generator.info.task == "class-to-image" else []
+        labels += generator.condition.of_items(items).get("labels") or []
         for contestant in _round(contestants, items, seeds, features, judges, generator.info.sar, read):
             done += len(part)
             if progress:
@@ -150,7 +152,7 @@ def evaluate(
         task=generator.info.task, data=data.name, seeds=[seed, seed + n - 1],
         features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
         setting=setting(_device(generator)), history=told,
-        notes=[*_notes(n, len(reference), train, generator.info.task, read), *hacking_notes(told)],
+        notes=[*_notes(n, len(reference), train, paired=generator.condition.paired, read=read), *hacking_notes(told)],
         rows=[floor, *(contestant.row for contestant in contestants)],
     )  # fmt: skip
 
@@ -193,7 +195,7 @@ def evaluate_reconstruction(
     return Report(
         model=info.name, teacher=None, n=len(indices), split=split, task=info.task, data=data.name, seeds=[],
         features={"name": card.name, "accuracy": card.accuracy, "n_test": card.n_test, "data": card.data},
-        setting=setting(_device(autoencoder)), notes=_notes(len(indices), len(indices), train, info.task, read=False),
+        setting=setting(_device(autoencoder)), notes=_notes(len(indices), len(indices), train),
         rows=[_floor(reference, data, train, len(indices), features, batch), row],
     )  # fmt: skip
 
@@ -254,20 +256,20 @@ def check_evaluation(
     seed: int = 0, batch: int = 64, mean_of: int = 0,
 ) -> None:  # fmt: skip
     """BadInput for what `evaluate` could not measure."""
-    info = generator.info
+    info, paired = generator.info, generator.condition.paired
     _check_space(info, features, min(n, len(data)))
     if seed < 0 or batch < 1:
         raise BadInput("seed, batch", (seed, batch), "seed of 0 or more, batch of 1 or more")
-    if mean_of and (mean_of < 2 or info.task != "sar-to-optical"):
+    if mean_of and (mean_of < 2 or not paired):
         raise BadInput("mean_of", mean_of, "0, or 2 and more where SAR is translated: one truth has many samples")
     _check_teacher(generator, teacher)
-    if info.task == "class-to-image" and not _agree(data.labels, info.labels):
+    if generator.condition.argument == "labels" and not _agree(data.labels, info.labels):
         raise BadInput("data", list(data.labels), f"data with the model's labels: {list(info.labels)}")
-    if (info.task == "sar-to-optical") != ("sar" in data.items([0])):
+    if paired != ("sar" in data.items([0])):
         raise BadInput(
             "data", data.name, f"data for {info.task}: pairs of SAR and optical only where SAR is translated"
         )
-    if info.task != "sar-to-optical" and list(info.size) != [data.size, data.size]:
+    if not paired and list(info.size) != [data.size, data.size]:
         raise BadInput("data.size", data.size, f"the model's {list(info.size)}")
 
 
@@ -275,7 +277,7 @@ def _check_teacher(student: "Generator", teacher: "Generator | None") -> None:
     if teacher is None:
         return
     own, its = student.info, teacher.info
-    sized = own.task == "sar-to-optical" or tuple(own.size) == tuple(its.size)
+    sized = student.condition.paired or tuple(own.size) == tuple(its.size)
     if not (own.task == its.task and sized and _agree(own.labels, its.labels)):
         raise BadInput("teacher", its.name, f"a teacher for {own.task} with the size and the labels of {own.name}")
 
@@ -308,7 +310,7 @@ def _entrant(generator: "Generator", steps: int, n: int, n_reference: int) -> _C
     name = f"{role}, {steps} step{'s' * (steps > 1)}"
     row = Row(name=name, role=role, n=n, n_reference=n_reference, steps=steps, nfe=_nfe(generator, steps))
     return _Contestant(
-        row, lambda items, seeds: _call(generator, steps, _condition(generator, items), seeds)(), generator
+        row, lambda items, seeds: _call(generator, steps, generator.condition.of_items(items), seeds)(), generator
     )
 
 
@@ -389,7 +391,7 @@ def _settle(one: _Contestant, reference: Tensor, regions: dict[str, list[int]]) 
 def _readable(generator: "Generator", data: "ImageData") -> bool:
     """Whether a program can read off these pictures what their labels ask."""
     whole = data.data if isinstance(data, Part) else data
-    return generator.info.task == "class-to-image" and isinstance(whole, CaptionedShapes) and whole.objects == 1
+    return generator.condition.argument == "labels" and isinstance(whole, CaptionedShapes) and whole.objects == 1
 
 
 def _seen(data: "ImageData", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -441,7 +443,9 @@ def _floor(
     return row
 
 
-def _notes(n: int, n_reference: int, train: "ImageData | None", task: str, read: bool) -> list[str]:
+def _notes(
+    n: int, n_reference: int, train: "ImageData | None", *, paired: bool = False, read: bool = False
+) -> list[str]:
     notes = ["Frechet distances fall as n grows: compare them only at one n and in one feature space."]
     if read:
         notes.append(
@@ -454,7 +458,7 @@ def _notes(n: int, n_reference: int, train: "ImageData | None", task: str, read:
         notes.append(
             "The real row has half the n of the others, so it overstates the floor; give the train split for n."
         )
-    if task == "sar-to-optical":
+    if paired:
         notes.append(
             "PSNR and SSIM reward blur. Constant colour: the mean of the very pictures it is measured on, the best "
             "constant there is. PSNR and SSIM are means over pictures."
@@ -478,26 +482,7 @@ def _time(contestants: list[_Contestant], item: "Batch", repeats: int) -> None:
 # --- asking a generator
 
 
-def _condition(generator: "Generator", items: "Batch") -> dict[str, Any]:
-    """What of real items this generator is told."""
-    if generator.info.task == "sar-to-optical":
-        return {"sar": items["sar"]}
-    return {"labels": items["label"].tolist()} if generator.info.task == "class-to-image" else {}
-
-
-def _spread_condition(generator: "Generator", n: int, sar: Tensor | None) -> dict[str, Any]:
-    """Conditions without data: labels in turn; SAR tiles in turn, which the caller must bring."""
-    if generator.info.task == "sar-to-optical":
-        if sar is None or not len(sar):
-            raise BadInput(
-                "sar", None, "real SAR tiles (B,1,H,W) in [-1,1]: this model translates SAR, and noise is no SAR"
-            )
-        return {"sar": sar[[i % len(sar) for i in range(n)]]}
-    classes = generator.info.classes
-    return {"labels": [classes[i % len(classes)] for i in range(n)]} if generator.info.task == "class-to-image" else {}
-
-
-def _call(generator: "Generator", steps: int, condition: dict[str, Any], seeds: Sequence[int]) -> Callable[[], Tensor]:
+def _call(generator: "Generator", steps: int, condition: Given, seeds: Sequence[int]) -> Callable[[], Tensor]:
     return lambda: generator.sample(list(seeds), steps=steps, **condition)
 
 
@@ -534,7 +519,7 @@ def quick_benchmark(
     _check_teacher(student, teacher)
     steps = student.info.default_steps if steps is None else steps
     models = [(student, steps)] + ([(teacher, teacher_steps)] if teacher is not None else [])
-    alone = _spread_condition(student, 1, sar)
+    alone = student.condition.in_turn(range(1), sar)
     speeds = latencies(
         [_call(model, s, alone, [seed]) for model, s in models],
         repeats=latency_repeats, warmup=1, device=_device(student),
@@ -550,7 +535,7 @@ def quick_benchmark(
         "latency_ms": {"batch": 1, **speeds[1]},
     }  # fmt: skip
     result["speed_up"] = speeds[1]["p50"] / speeds[0]["p50"]
-    condition = _spread_condition(student, n, sar)
+    condition = student.condition.in_turn(range(n), sar)
     ours, theirs = (_draw(model, s, condition, n, seed, batch) for model, s in models)
     result["against_teacher"] = _agreement(ours, theirs, features, batch)
     result["note"] = (
@@ -564,12 +549,13 @@ def quick_benchmark(
     return result
 
 
-def _draw(generator: "Generator", steps: int, condition: dict[str, Any], n: int, seed: int, batch: int) -> Tensor:
+def _draw(generator: "Generator", steps: int, condition: Given, n: int, seed: int, batch: int) -> Tensor:
     parts = []
     for start in range(0, n, batch):
         end = min(start + batch, n)
-        part = {name: value[start:end] for name, value in condition.items()}
-        parts.append(_call(generator, steps, part, range(seed + start, seed + end))().float().cpu())
+        parts.append(
+            _call(generator, steps, subset(condition, start, end), range(seed + start, seed + end))().float().cpu()
+        )
     return torch.cat(parts)
 
 

@@ -58,14 +58,7 @@ def check(generator: Generator, folder: Path) -> None:
 
 def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:
     """(3, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
-    info, (height, width) = generator.info, generator.info.size
-    sar = None
-    if info.task == "sar-to-optical":
-        ramp = (torch.linspace(-1, 1, height)[:, None] + torch.linspace(-1, 1, width)) / 2
-        sar = ramp.expand(1, (info.sar or {}).get("channels", 1), height, width)
-    labels = [info.classes[0] if label is None else label] if info.labels else None
-    prompts = ["a photograph of a forest"] if generator.prompts is not None else None
-    return generator.sample([0], labels=labels, sar=sar, prompts=prompts, steps=steps)[0]
+    return generator.sample([0], steps=steps, **generator.condition.probe(1, None if label is None else [label]))[0]
 
 
 def _cells(picture: Tensor) -> Tensor:

@@ -9,21 +9,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tomli_w
-import torch
-from torch import Tensor
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData, Part, open_data
 from distillers.errors import BadInput
-from distillers.evaluation.pictures import grey_sar, grid_png, side_by_side
+from distillers.evaluation.pictures import grid_png, side_by_side
 from distillers.evaluation.self_check import write_golden
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
 from distillers.jobs.recipe import Recipe
-from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import VariancePreserving
 from distillers.runtime import package_versions
 from distillers.weights.manifest import SAMPLERS, Info
@@ -57,7 +53,7 @@ def publish(
                 reconstructions(generator, recipe, data, new / "grid.png")
             write_card(new)
             return
-        seen = held_out(new)[0] if generator.info.task == "sar-to-optical" else data
+        seen = held_out(new)[0] if generator.condition.paired else None
         picture(generator, teacher, seen, new)
         write_golden(generator, new)
         write_card(new)
@@ -118,12 +114,10 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData | N
     """
     models = [model for model in (teacher, generator) if model is not None]
     draw_rows({_row(model, k): (model, k) for model in models for k in _shown(model)}, data, folder / "grid.png")
-    if generator.info.task == "sar-to-optical" and data is not None:
-        seen = Radiometry.of(generator.info.sar)
-        for i, sar in enumerate(data.items(_columns(data))["sar"]):
-            grey, band = seen.as_picture(sar.numpy())
-            name = f"{i}-{band}.png" if band else f"{i}.png"
-            grid_png(torch.from_numpy(grey)[None, None] * 2 - 1, columns=1, path=folder / "examples" / name, gap=0)
+    condition = generator.condition
+    if data is not None:
+        for name, grey in condition.files(condition.of_items(data.items(_columns(data)))).items():
+            grid_png(grey[None], columns=1, path=folder / "examples" / name, gap=0)
 
 
 def reconstructions(autoencoder: Autoencoder, recipe: Recipe, data: ImageData, path: Path) -> None:
@@ -142,19 +136,15 @@ def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | Non
 
     data: where translators take their SAR from; nobody else looks at them.
     """
-    info = list(models.values())[-1][0].info
-    condition: dict[str, Any] = {}
-    above: dict[str, Tensor] = {}
-    below: dict[str, Tensor] = {}
-    if info.task == "sar-to-optical" and data is not None:
-        batch = data.items(_columns(data))
-        condition = {"sar": batch["sar"]}
-        above, below = {"SAR": grey_sar(batch["sar"], info.sar)}, {"optical, the truth": batch["image"]}
-    elif info.task == "class-to-image":
-        classes = info.classes
-        condition = {"labels": [classes[i * len(classes) // COLUMNS] for i in range(COLUMNS)]}
-    made = {row: model.sample(range(COLUMNS), steps=k, **condition) for row, (model, k) in models.items()}
-    side_by_side({**above, **made, **below}, path, zoom=max(1, 96 // info.size[0]))
+    last = list(models.values())[-1][0]
+    condition, below = last.condition, {}
+    if condition.paired and data is not None:
+        items = data.items(_columns(data))
+        given, below = condition.of_items(items), {"optical, the truth": items["image"]}
+    else:
+        given = condition.spread(COLUMNS)
+    made = {row: model.sample(range(COLUMNS), steps=k, **given) for row, (model, k) in models.items()}
+    side_by_side({**condition.pictures(given), **made, **below}, path, zoom=max(1, 96 // last.info.size[0]))
 
 
 def _columns(data: ImageData) -> list[int]:

@@ -266,12 +266,9 @@ class _Measuring:
     @cached_property
     def drawn_by_teacher(self) -> Tensor:
         """What a student's samples are held against, to see whom it follows: 256 pictures at the study's most steps."""
-        labels, steps = self.teacher.info.labels, max(self.study.teacher_steps)
+        teacher, steps = self.teacher, max(self.study.teacher_steps)
         parts = [range(first, first + 64) for first in range(0, 256, 64)]
-        return torch.cat([
-            self.teacher.sample(part, labels=[i % len(labels) for i in part] if labels else None, steps=steps)
-            for part in parts
-        ])  # fmt: skip
+        return torch.cat([teacher.sample(part, steps=steps, **teacher.condition.in_turn(part)) for part in parts])
 
     def report(
         self,
@@ -293,7 +290,7 @@ class _Measuring:
         told = _told(kept)
         if told.get("measured") == way:
             return Report.from_dict(told)
-        if history is not None and (self.teacher.info.task == "sar-to-optical" or not any(history.glob("*.npy"))):
+        if history is not None and (self.teacher.condition.paired or not any(history.glob("*.npy"))):
             history = None
         with drawing_bar() as show:
             report = evaluate(

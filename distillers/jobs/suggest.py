@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.evaluation.latency import latencies
 from distillers.evaluation.report import Column, markdown_table
-from distillers.models import conditions
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
-from distillers.models.radiometry import Radiometry
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.distiller import rebuilt
@@ -154,27 +152,18 @@ Input = tuple[Tensor, Tensor, Cond | None]
 def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
     """(x_t, t, cond) at each of NOISES, without data: unit noise at t_max; below it, what the teacher makes of it."""
     denoiser, schedule = teacher.denoiser, teacher.denoiser.schedule
-    rng, info, codec = torch.Generator().manual_seed(0), teacher.info, teacher.codec
-    example, cond = teacher.example()
-    shape = (INPUTS, *example.shape[1:])
-    told = (
-        None if cond is None else {key: value.expand(INPUTS, *value.shape[1:]).clone() for key, value in cond.items()}
-    )
-    if told and "label" in told:
-        told["label"] = torch.arange(INPUTS) % len(teacher.info.labels)
-    if told and "sar" in told:
-        noise = torch.randn(INPUTS, codec.channels(info.sar_channels), *example.shape[-2:], generator=rng)
-        told["sar"] = conditions.encode(codec.decode(noise), Radiometry.of(info.sar), codec)
-    told = told and {key: value.to(device) for key, value in told.items()}
+    rng, shape = torch.Generator().manual_seed(0), (INPUTS, *teacher.example()[0].shape[1:])
+    cond = teacher.condition.random(INPUTS, rng)
+    cond = cond and {key: value.to(device) for key, value in cond.items()}
     t = torch.tensor(schedule.t_max, dtype=torch.float64, device=device)
     noise = torch.randn(shape, generator=rng).to(device)
     x_t = schedule.start(noise, t)
-    found: list[Input] = [(x_t, t, told)]
+    found: list[Input] = [(x_t, t, cond)]
     for share in NOISES[1:]:
-        x0 = denoiser(x_t, t, told)
+        x0 = denoiser(x_t, t, cond)
         t = schedule.spaced(torch.tensor(share, dtype=torch.float64, device=device))
         x_t = schedule.add_noise(x0, torch.randn(shape, generator=rng).to(device), t)
-        found.append((x_t, t, told))
+        found.append((x_t, t, cond))
     return found
 
 

@@ -36,7 +36,7 @@ ADVICE = "say what they are: --units db | linear | amplitude | dn"
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """The local means of backscatter that a network is told beside the pixels, as phases: see `conditions.encode`."""
+    """The local means of backscatter that a network takes beside the pixels: see `conditions.encode_sar`."""
 
     cells: tuple[int, ...] = (5, 17)  # sides of the windows, odd, in positions of the network
     frequencies: int = 6  # of sine and cosine, each twice the one before

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 
-LONGEST = 2000  # characters; what is beyond an encoder's tokens is not seen by the network, as in diffusers
-
 
 class Towers(nn.Module):
     """Tokens to one row for each prompt: hidden states of all encoders side by side, then the pooled vector, if any.
@@ -78,16 +76,6 @@ class PromptEncoder(nn.Module):
             return {"text": text}
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)  # original, crop, target
         return {"text": text, "pooled": rows[:, self.length * self.width :], "ids": ids.expand(len(prompts), -1)}
-
-
-def check_prompts(prompts: Sequence[str], count: int | None = None) -> None:
-    """BadInput for anything but one text per image."""
-    if count is not None and len(prompts) != count:
-        raise BadInput("prompts", f"{len(prompts)} of them", f"one text per image, {count}")
-    for prompt in prompts:
-        if not isinstance(prompt, str) or len(prompt) > LONGEST:
-            given = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
-            raise BadInput("prompt", given, f"a text of at most {LONGEST} characters")
 
 
 def read_prompts(folder: Path, zeros_for_empty: bool, dtype: torch.dtype) -> PromptEncoder:

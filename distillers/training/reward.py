@@ -116,7 +116,7 @@ def choose_pairs(
         BadInput: a translator; a step count that was not published; what is no reward; ties alone; an existing folder.
     """
     info = generator.info
-    if info.task == "sar-to-optical":
+    if generator.condition.paired:
         raise BadInput("model", info.name, "one that draws pictures, with classes or without: no translator")
     if n < 1:
         raise BadInput("n", n, "1 or more")
@@ -128,9 +128,10 @@ def choose_pairs(
         judge: Reward | None = None
         for first in range(0, n, batch):
             numbers = range(first, min(first + batch, n))
-            labels = [info.classes[i % len(info.classes)] for i in numbers] if info.labels else None
-            cond = {"label": torch.tensor(labels)} if labels else None
-            drawn = [generator.sample([seed + 2 * i + k for i in numbers], labels=labels, steps=steps) for k in (0, 1)]
+            given = generator.condition.in_turn(numbers)
+            cond = generator.encode_condition(**given)
+            names = generator.condition.names(given, len(numbers))
+            drawn = [generator.sample([seed + 2 * i + k for i in numbers], steps=steps, **given) for k in (0, 1)]
             judge = judge or Reward(reward, PixelUnshuffle(1), drawn[0], cond, differentiable=False)
             values = torch.stack([judge(pictures, cond) for pictures in drawn], 1)
             pictures = np.stack([to_pixels(pictures) for pictures in drawn], 1)
@@ -143,7 +144,7 @@ def choose_pairs(
                 yield Preferred(
                     winner=both[w],
                     loser=both[1 - w],
-                    label=info.labels[labels[i - first]] if labels else None,
+                    label=names[i - first],
                     extra={"seeds": [seed + 2 * i + w, seed + 2 * i + 1 - w], "rewards": value[[w, 1 - w]].tolist()},
                 )
 

@@ -30,6 +30,7 @@ from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.conditions import split
 from distillers.progress import progress_bar
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
@@ -235,7 +236,7 @@ class Run:
         """Encode pictures in the network's terms, cut for accumulation."""
         parts = self.settings.accumulation
         batch = self.teacher.encode_batch(pictures, self.accelerator.device)
-        return [{k: v.chunk(parts)[j] for k, v in batch.items()} for j in range(parts)]
+        return split(batch, parts)
 
     def _from_thread(self, i: int, data: ImageData) -> dict[str, Tensor]:
         """Draw iteration i's pictures; a thread draws the next ones meanwhile."""
@@ -439,20 +440,20 @@ class Run:
         """
         if not self.accelerator.is_main_process:
             return
-        from distillers.evaluation.pictures import grey_sar, grid_png, side_by_side, to_pixels
+        from distillers.evaluation.pictures import grid_png, side_by_side, to_pixels
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
         generator = self._averaged()
         count = min(count, len(data))
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
-        pictures = generator.shown(batch)
+        pictures = generator.draw_items(batch)
         for net in self.optimizers:
             self.nets[net].train()
-        if "sar" in batch:
-            sar = grey_sar(batch["sar"], self.teacher.info.sar).expand_as(batch["image"])
-            rows = {"SAR": sar, f"iteration {done}": pictures, "real": batch["image"]}
-            side_by_side(rows, folder / f"{done:06d}.png")
+        condition = self.teacher.condition
+        if condition.paired:
+            given = condition.pictures(condition.of_items(batch))
+            side_by_side({**given, f"iteration {done}": pictures, "real": batch["image"]}, folder / f"{done:06d}.png")
         else:
             grid_png(pictures, columns=max(1, int(np.sqrt(count))), path=folder / f"{done:06d}.png")
         np.save(folder / f"{done:06d}.npy", to_pixels(pictures))

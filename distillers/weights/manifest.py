@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from distillers.errors import BadInput
-from distillers.models import conditions
 from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.conditions import KINDS, ClassLabel, Condition, Prompt, SarPicture
 from distillers.models.radiometry import Radiometry
-from distillers.models.schedule import (
-    Prediction,
-)
+from distillers.models.schedule import Prediction
+from distillers.models.text import PromptEncoder
 
 MANIFEST = "fewstep.json"
 
@@ -22,7 +21,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
 
 AUTOENCODER = "autoencoder"
 
-TASKS = ("image", "class-to-image", "sar-to-optical", "text-to-image", AUTOENCODER)
+TASKS = (*KINDS, AUTOENCODER)
 
 SAMPLERS = ("consistency", "ddim")
 
@@ -125,13 +124,16 @@ class Info:
         """The labels that are answered for, ascending: all, or a lone student's share."""
         return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))
 
-    @property
-    def classes_in_words(self) -> str:
-        """What may be asked for, for messages: "0 to 23", or a lone student's share by number."""
-        classes = self.classes
-        gapless = classes == list(range(classes[0], classes[-1] + 1))
-        numbers = f"{classes[0]} to {classes[-1]}" if gapless else ", ".join(map(str, classes))
-        return numbers + (f", the share of {self.name}" if len(classes) < len(self.labels) else "")
+    def condition(self, codec: ImageCodec, prompts: PromptEncoder | None = None) -> Condition:
+        """Tell what the model is conditioned on, with all that is done with such conditions."""
+        kind = KINDS.get(self.task, Condition)
+        if kind is ClassLabel:
+            return ClassLabel(self.name, self.labels, self.classes)
+        if kind is SarPicture:
+            return SarPicture(self.name, Radiometry.of(self.sar), codec, self.size)
+        if kind is Prompt:
+            return Prompt(self.name, prompts, self.size, guided=self.guidance_scale != 1)
+        return Condition(self.name)
 
     def student_of(self, label: int | None) -> int:
         """Which of its networks answers for a label."""
@@ -141,10 +143,6 @@ class Info:
     def sar_channels(self) -> int:
         """Pixel channels of the SAR input; 0 for models that take none."""
         return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
-
-    def condition_channels(self, codec: ImageCodec) -> int:
-        """Channels that stand beside the noisy image at the network's input, what SAR becomes there; 0 without SAR."""
-        return conditions.channels(Radiometry.of(self.sar), codec) if self.task == "sar-to-optical" else 0
 
     def write(self, folder: Path) -> None:
         entries = asdict(self)

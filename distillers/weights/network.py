@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from distillers.errors import BadInput
-from distillers.models.codec import ImageCodec
+from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.guidance import Guided
 from distillers.weights.manifest import Info
@@ -24,11 +24,10 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
     """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
     if guidance_scale == 1:
         return denoiser
-    if info.task == "text-to-image":  # what no words say comes with the condition
-        return Guided(denoiser, guidance_scale, null_label=-1)
-    if not info.labels or class_rows(denoiser.network) <= len(info.labels):
+    null_label = info.condition(PixelUnshuffle(info.patch)).null_label(class_rows(denoiser.network))
+    if null_label is None:
         raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
-    return Guided(denoiser, guidance_scale, null_label=len(info.labels))
+    return Guided(denoiser, guidance_scale, null_label)
 
 
 def size_multiple(network: nn.Module, codec: ImageCodec) -> int:

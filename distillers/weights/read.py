@@ -247,7 +247,7 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, 
     channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
         raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
-    expected = channels + info.condition_channels(codec)
+    expected = channels + info.condition(codec).channels
     if config.in_channels != expected or (config.out_channels or expected) not in (channels, 2 * channels):
         given = f"{config.in_channels} in, {config.out_channels} out"
         raise BadInput(f"{folder}: channels", given, f"{expected} in, {channels} out (or twice that: learned variance)")

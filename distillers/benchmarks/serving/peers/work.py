@@ -45,23 +45,22 @@ class Work:
         import torch
 
         from distillers.generator import Generator
+        from distillers.models.conditions import singles
 
         device, dtype = TOLD["device"], getattr(torch, TOLD["dtype"])
         self.generator = Generator.from_pretrained(TOLD["folder"], device, dtype)
-        self.info, self.pipe = self.generator.info, None
+        self.condition, self.pipe = self.generator.condition, None
         if TOLD.get("stock"):
             from diffusers import DiffusionPipeline
 
-            if self.info.task != "text-to-image":
+            if self.condition.argument != "prompts":
                 raise SystemExit("stock diffusers has no pipeline for all that this folder needs")
             self.generator = None
             self.pipe = DiffusionPipeline.from_pretrained(TOLD["folder"], torch_dtype=dtype).to(device)
             self.pipe.set_progress_bar_config(disable=True)
-        prompt = "a forest" if self.info.task == "text-to-image" else None
-        label = self.info.classes[0] if self.info.labels else None
-        first = Order(0, label, prompt, self._sar(blank(*self.info.size)))
+        (first,) = singles(self.condition.probe(1), 1)
         for count in (1, BATCH):  # so that the first caller does not pay for what is only done once
-            self.draw([first] * count)
+            self.draw([Order(0, **first)] * count)
 
     def order(self, body: Mapping[str, Any], picture: bytes | None = None) -> Order:
         """From a request: {"seed", "label"?, "prompt"?, "image"? (base64 PNG)}, or a picture's own bytes beside it."""
@@ -73,20 +72,16 @@ class Work:
         """(B, H, W, 3) of B orders of one shape."""
         if self.constant is not None:
             return np.broadcast_to(self.constant, (len(orders), *self.constant.shape))
-        import torch
-
         from distillers.evaluation.pictures import to_pixels
+        from distillers.models.conditions import gather
 
         seeds = [order.seed for order in orders]
-        labels = [order.label for order in orders if order.label is not None] or None
-        prompts = [order.prompt for order in orders if order.prompt is not None] or None
+        given = gather(orders)
         if self.pipe is not None:
-            return self._by_diffusers(seeds, prompts)
-        bands = [order.sar for order in orders if order.sar is not None]
-        sar = torch.from_numpy(np.stack(bands)) if bands else None
-        return to_pixels(self.generator.sample(seeds, labels=labels, sar=sar, prompts=prompts, steps=TOLD["steps"]))
+            return self._by_diffusers(seeds, list(given["prompts"]))
+        return to_pixels(self.generator.sample(seeds, steps=TOLD["steps"], **given))
 
-    def _by_diffusers(self, seeds: Sequence[int], prompts: list[str] | None) -> Pixels:
+    def _by_diffusers(self, seeds: Sequence[int], prompts: list[str]) -> Pixels:
         """Stock diffusers' own pipeline, on the same noises."""
         import torch
 
@@ -98,7 +93,7 @@ class Work:
 
     def _sar(self, picture: bytes | None) -> NDArray[np.float32] | None:
         """What the network sees of a PNG, by our server's own reading."""
-        if picture is None or self.constant is not None or self.info.task != "sar-to-optical":
+        if picture is None or self.constant is not None or self.condition.argument != "sar":
             return None
         from app.engine.model import Model
 
@@ -119,8 +114,3 @@ def constant(height: int, width: int) -> Pixels:
     slope = np.linspace(0, 200, height)[:, None, None] * np.linspace(0.4, 1, width)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
     return (slope * np.array([1.0, 0.8, 0.6]) + noise).clip(0, 255).astype(np.uint8)
-
-
-def blank(height: int, width: int) -> bytes:
-    """A grey PNG, to warm a translator up with."""
-    return encode(np.full((height, width, 3), 128, np.uint8), "png")
