@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -247,13 +252,22 @@ class Run:
         return self._ahead.pop(i).result()
 
     def _from_workers(self, i: int, data: ImageData) -> dict[str, Tensor]:
-        """Take iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn."""
+        """Take iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn.
+
+        The processes start from a clean one: a fork of this one, which has threads, may wait for ever for one of them.
+        """
         s, draws = self.settings, _Draws(data, self.settings, self.accelerator.process_index)
         if self._workers is None:
             data.draw(1, np.random.default_rng(0))  # decodes what is read once, so that the processes share it
-            cuda = self.accelerator.device.type == "cuda"
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
             loader = DataLoader(
-                draws, batch_size=None, sampler=range(i, s.iterations), num_workers=s.workers, pin_memory=cuda
+                draws,
+                batch_size=None,
+                sampler=range(i, s.iterations),
+                num_workers=s.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+                multiprocessing_context=context,
             )
             self._workers = iter(loader)
         return next(self._workers)
@@ -595,6 +609,26 @@ class _Draws(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return self.data.draw(self.batch, np.random.default_rng((self.seed, i, self.process)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Put the arrays of the data into one unnamed file, which all processes map instead of holding copies."""
+        if "_file" not in self.__dict__:
+            arrays: list[pickle.PickleBuffer] = []
+            self._rest = pickle.dumps(self.data, protocol=5, buffer_callback=arrays.append)
+            self._ends = np.cumsum([array.raw().nbytes for array in arrays], dtype=np.int64).tolist()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the training)
+            for array in arrays:
+                self._file.write(array.raw())
+            self._file.flush()
+        state = {k: v for k, v in self.__dict__.items() if k not in ("data", "_file")}
+        return state | {"file": DupFd(self._file.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        file, rest, ends = state.pop("file").detach(), state.pop("_rest"), state.pop("_ends")
+        shared = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY) if ends and ends[-1] else b"")
+        os.close(file)
+        arrays = [shared[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        self.__dict__.update(state, data=pickle.loads(rest, buffers=arrays))
 
 
 class _Termination:
