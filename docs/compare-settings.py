@@ -19,7 +19,7 @@ import torch
 from distillers.data import ImageData
 from distillers.evaluation.report import Column, markdown_table
 from distillers.generator import Generator
-from distillers.jobs.distill import held_out_data
+from distillers.jobs.inputs import held_out_data, load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
@@ -52,8 +52,8 @@ def iterations(recipe: Recipe, teacher: Teacher, data: ImageData, out: Path, min
 def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, Any]:
     """Train one variant and say what was trained, how much of it, and how it stood in between and at the end."""
     recipe, out = Recipe.load(variant["recipe"], variant.get("overrides")), runs / variant["label"].replace(" ", "-")
-    pictures = recipe.open_data()
-    teacher = recipe.open_teacher(pictures)
+    pictures = load_data(recipe)
+    teacher = load_teacher(recipe, pictures)
     data = encoded_once(pictures, teacher.codec)
     count = iterations(recipe, teacher, data, out, minutes)
     steps, n = variant.get("steps", 4), variant.get("n", 256)

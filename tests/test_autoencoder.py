@@ -32,11 +32,12 @@ from distillers.evaluation.features import EfficientNetFeatures, FeatureCard, Fe
 from distillers.evaluation.metrics import psnr
 from distillers.generator import Generator
 from distillers.jobs import publish as publishing
-from distillers.jobs.distill import distill, spread
+from distillers.jobs.distill import distill
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.methods import multi_student
 from distillers.methods.autoencoder import Autoencoder as Method
-from distillers.methods.autoencoder import adaptive_weight, divergence
+from distillers.methods.autoencoder import adaptive_weight, divergence, spread
 from distillers.models.codec import Vae
 from distillers.teacher import Teacher
 from distillers.training.discriminator import PatchDiscriminator
@@ -455,7 +456,7 @@ def test_the_grid_shows_what_was_held_out_where_there_is_such(
     for place, split in ((pictures, "train"), (pictures / "train", None)):
         data = {"path": str(place), "size": SIDE, **({"split": split} if split else {})}
         recipe = Recipe.from_table(table(pictures, data=data))
-        publishing.reconstructions(one, recipe, recipe.open_data(), tmp_path / "grid.png")
+        publishing.reconstructions(one, recipe, load_data(recipe), tmp_path / "grid.png")
     assert [next(iter(rows)) for rows in shown] == ["originals, held out", "originals, learnt from"]
     held_out = open_data("images", path=str(pictures), split="test", size=SIDE)
     torch.testing.assert_close(next(iter(shown[0].values()))[:2], held_out.items([0, 1])["image"])
@@ -577,7 +578,7 @@ def test_a_model_in_its_latents_is_not_judged_by_its_loss_either(folder: Path, p
     plan = table(pictures, name="t", method="diffusion", model={"autoencoder": str(tmp_path / "seen"), "network": UNET})
     plan.pop("autoencoder")
     recipe = Recipe.from_table(plan)
-    assert recipe.open_teacher(recipe.open_data()).info.trained_with == ["efficientnet"]
+    assert load_teacher(recipe, load_data(recipe)).info.trained_with == ["efficientnet"]
 
 
 @pytest.mark.parametrize(

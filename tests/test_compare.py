@@ -20,6 +20,7 @@ from distillers.errors import BadInput
 from distillers.evaluation.evaluate import evaluate
 from distillers.generator import Generator
 from distillers.jobs import study as module
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
 from distillers.jobs.study import Study, compare
@@ -47,8 +48,8 @@ def one_thread() -> Iterator[None]:
 def make_teacher(folder: Path, task: str, data: dict[str, Any]) -> None:
     table = {"name": folder.name, "method": "diffusion", "data": data, "model": {"task": task, "network": NETWORK}}
     recipe = Recipe.from_table(table)
-    opened = recipe.open_data()
-    teacher = recipe.open_teacher(opened)
+    opened = load_data(recipe)
+    teacher = load_teacher(recipe, opened)
     recipe.distiller().generator(recipe.distiller().networks(teacher), teacher).save_pretrained(folder)
 
 
@@ -260,11 +261,10 @@ def test_translators_have_means_regions_sar_and_truth(tmp_path: Path) -> None:
         n=140, features="eurosat-landcover", mean_of=2, train={"iterations": 1, "batch": 2},
     )  # fmt: skip
     (_, plan), folder = Study.load(study).plans()["sar"], tmp_path / "runs" / "sar"
-    opened = plan.open_data()
-    made = train(
-        plan.distiller(), plan.open_teacher(opened), opened, plan.settings(), folder / "training", device="cpu"
-    )
-    publish(made, plan, opened, folder)
+    opened = load_data(plan)
+    loaded = load_teacher(plan, opened)
+    made = train(plan.distiller(), loaded, opened, plan.settings(), folder / "training", device="cpu")
+    publish(made, plan, folder, teacher=loaded, data=opened)
     assert compare(study, runs=tmp_path / "runs") == {}
     text = study.with_suffix(".md").read_text()
     labels = ["constant colour", "SAR copied to three bands", "teacher, 2 steps", "sar, 1 step, mean of 2"]

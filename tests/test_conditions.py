@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from distillers.data import open_data, read_sar
 from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.jobs.suggest import noised_inputs
 from distillers.models import conditions
@@ -141,15 +142,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     table["train"] |= {"watch_every": 0, "publish": "last"}  # there are too few pictures to measure
     table["diffusion"]["sampling_steps"] = 2
     recipe = Recipe.from_table(table)
-    data = recipe.open_data()
-    made = train(recipe.distiller(), recipe.open_teacher(data), data, recipe.settings(), root / "run", device="cpu")
+    data = load_data(recipe)
+    made = train(recipe.distiller(), load_teacher(recipe, data), data, recipe.settings(), root / "run", device="cpu")
     made.save_pretrained(root / "made")
     return recipe, root / "made"
 
 
 def test_a_folder_with_levels_opens_as_it_was_saved(trained: tuple[Recipe, Path]) -> None:
     recipe, folder = trained
-    teacher, data = Teacher.from_pretrained(folder), recipe.open_data()
+    teacher, data = Teacher.from_pretrained(folder), load_data(recipe)
     assert Radiometry.of(teacher.info.sar) == SENTINEL1
     x0, cond = teacher.example()
     encoded = teacher.encode_batch(data.draw(2, np.random.default_rng(0)), "cpu")

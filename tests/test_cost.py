@@ -19,6 +19,7 @@ from distillers.benchmarks.training import Pass, measure, recorded, table
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.methods.consistency import Consistency
 from distillers.models.codec import PixelUnshuffle
@@ -53,7 +54,7 @@ def data() -> ImageData:
 
 @pytest.fixture(scope="module")
 def teacher(data: ImageData) -> Teacher:
-    made = Recipe.from_table(TEACHER).open_teacher(data)
+    made = load_teacher(Recipe.from_table(TEACHER), data)
     made.denoiser.eval().requires_grad_(False)
     return made
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.methods import adversarial_consistency, refine
 from distillers.methods.adversarial_consistency import AdversarialConsistency
@@ -433,7 +434,7 @@ def test_refine_is_for_pairs_only(shapes: ImageData, tmp_path: Path) -> None:
         {"name": "x", "method": "refine", "teacher": str(tmp_path / "teacher"), "data": {"kind": "shapes", "size": 8}}
     )
     with pytest.raises(BadInput, match=r"teacher: .*class-to-image.*sar-to-optical"):
-        recipe.open_teacher(recipe.open_data())
+        load_teacher(recipe, load_data(recipe))
 
 
 @pytest.mark.parametrize("field", ["pixel_weight", "adversarial_ramp", "shift"])

@@ -19,6 +19,7 @@ from test_trainer import TINY, Duel, Regression, settings, values
 from torch import nn
 
 from distillers.data import Batch, ImageData, open_data
+from distillers.jobs.inputs import load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.teacher import Teacher
 from distillers.training.distiller import Networks, Turn
@@ -35,7 +36,7 @@ def data() -> ImageData:
 
 @pytest.fixture(scope="module")
 def teacher(data: ImageData) -> Teacher:
-    return Recipe.from_table(TINY).open_teacher(data)
+    return load_teacher(Recipe.from_table(TINY), data)
 
 
 def played(loss: float = 1.0, gradient: float = 1.0) -> Rehearsal:

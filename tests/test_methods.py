@@ -230,7 +230,7 @@ def test_every_field_is_explained_in_a_trailing_comment(name: str) -> None:
 @every_method
 def test_unknown_and_wrongly_typed_fields_are_refused(name: str) -> None:
     table = {"name": "x", "method": name, "data": {"kind": "shapes"}}
-    table |= {"teacher": "weights/x"} if methods.find(name).taught else {}
+    table |= {"teacher": "weights/x"} if methods.find(name).starts_from == "teacher" else {}
     known = ".*".join(sorted(f.name for f in fields(methods.find(name))))
     with pytest.raises(BadInput, match=f"allowed: .*{known}") as refused:
         Recipe.from_table(table | {name: {"nonsense": 1}})

@@ -35,8 +35,10 @@ from distillers import cli
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.jobs.distill import distill, merge, named
-from distillers.jobs.publish import draw_rows, held_out
+from distillers.jobs.distill import distill
+from distillers.jobs.inputs import held_out, load_data, load_teacher
+from distillers.jobs.merge import merge
+from distillers.jobs.publish import draw_rows
 from distillers.jobs.recipe import Recipe
 from distillers.jobs.suggest import linear_cka, suggest, table, variants
 from distillers.methods import find
@@ -83,7 +85,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("students")
     about = {"task": "class-to-image", "network": NETWORK}
     recipe = Recipe.from_table({"name": "teacher", "method": "diffusion", "data": SHAPES, "model": about})
-    teacher = recipe.open_teacher(recipe.open_data())
+    teacher = load_teacher(recipe, load_data(recipe))
     Generator(teacher.denoiser, teacher.codec, teacher.info).save_pretrained(root / "teacher")
     return root
 
@@ -195,8 +197,8 @@ def test_clusters_are_of_the_teachers_own_embeddings(teacher: Teacher) -> None:
 @pytest.mark.parametrize(("student", "share"), [(0, FIRST), (1, SECOND)])
 def test_a_batch_holds_its_students_share_only(student: int, share: list[int], root: Path) -> None:
     recipe = plan(root, student=student)
-    whole, method = recipe.open_data(), recipe.distiller()
-    part = method.data(whole, recipe.open_teacher(whole))
+    whole, method = load_data(recipe), recipe.distiller()
+    part = method.data(whole, load_teacher(recipe, whole))
     seen = {int(label) for i in range(8) for label in part.draw(16, np.random.default_rng(i))["label"]}
     assert seen <= set(share) and len(seen) > 8
     assert set(part.items(range(64))["label"].tolist()) <= set(share)
@@ -541,8 +543,8 @@ def test_a_job_of_one_student_is_named_after_it(root: Path, tmp_path: Path, monk
     assert done.exit_code == 0, (done.output, done.exception)
     folder = tmp_path / "weights" / "pair-student-1"
     assert Info.read(folder).name == "pair-student-1" and (folder / "unet").is_dir()
-    assert named(Recipe.load(folder / "recipe.toml")).name == "pair-student-1"  # and made again, it is the same
-    assert named(plan(root)).name == "pair" and named(plan(root, students=1, student=0)).name == "pair"
+    assert Recipe.load(folder / "recipe.toml").named().name == "pair-student-1"  # and made again, it is the same
+    assert plan(root).named().name == "pair" and plan(root, students=1, student=0).named().name == "pair"
     elsewhere = tmp_path / "weights" / "other-data"
     shutil.copytree(folder, elsewhere / "training" / "student-1")
     with pytest.raises(BadInput, match="another recipe"):  # of another recipe's job

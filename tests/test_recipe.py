@@ -14,7 +14,10 @@ from distillers import methods
 from distillers.data import open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.publish import manifest
 from distillers.jobs.recipe import Recipe, shipped
+from distillers.weights.manifest import Info
 
 NETWORK = {
     "block_out_channels": [8, 8],
@@ -186,7 +189,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 def test_the_seed_makes_the_untrained_network(teacher_table: dict[str, Any]) -> None:
     def weights(seed: int) -> torch.Tensor:
         recipe = Recipe.from_table(teacher_table | {"train": {"seed": seed}})
-        return next(recipe.open_teacher(recipe.open_data()).denoiser.parameters()).clone()
+        return next(load_teacher(recipe, load_data(recipe)).denoiser.parameters()).clone()
 
     first = weights(0)
     torch.manual_seed(99)
@@ -211,7 +214,7 @@ def test_data_and_network_must_fit(
 ) -> None:
     recipe = Recipe.from_table(teacher_table | change)
     with pytest.raises(BadInput, match=f"allowed: .*{allowed}") as refused:
-        recipe.open_teacher(recipe.open_data())
+        load_teacher(recipe, load_data(recipe))
     assert refused.value.field == field
 
 
@@ -219,13 +222,15 @@ def test_a_student_is_described_by_its_teacher_recipe_and_data(
     teacher_table: dict[str, Any], student_table: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = Recipe.from_table(teacher_table)
-    data = recipe.open_data()
-    made = recipe.open_teacher(data)
+    data = load_data(recipe)
+    made = load_teacher(recipe, data)
     Generator(made.denoiser, made.codec, made.info).save_pretrained(tmp_path / "tiny")
     plan = Recipe.from_table(student_table | {"teacher": str(tmp_path / "tiny")})
-    info = plan.open_teacher(data).info
+    teacher = load_teacher(plan, data)
+    assert teacher.info == Info.read(tmp_path / "tiny")  # a teacher tells of itself
+    info = manifest(plan.distiller().generator(plan.distiller().networks(teacher), teacher).info, plan, teacher, data)
     assert (info.name, info.method, info.role, info.teacher) == ("tiny-student", "consistency", "student", "tiny")
     assert (info.task, info.data, info.size, info.labels) == ("class-to-image", "shapes", (8, 8), list(data.labels))
     for missing in (str(tmp_path / "nowhere"), "no/such/hub/id"):
         with pytest.raises(BadInput):
-            Recipe.from_table(student_table | {"teacher": missing}).open_teacher(data)
+            load_teacher(Recipe.from_table(student_table | {"teacher": missing}), data)

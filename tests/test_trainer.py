@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from distillers.data import Batch, ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
@@ -70,7 +71,7 @@ def data() -> ImageData:
 
 @pytest.fixture(scope="module")
 def teacher(data: ImageData) -> Teacher:
-    return Recipe.from_table(TINY).open_teacher(data)
+    return load_teacher(Recipe.from_table(TINY), data)
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +291,9 @@ def one_of_two_processes(folder: str) -> None:
 
     rank = torch.distributed.get_rank()
     plan, method = Recipe.from_table(TINY), Interrupted()
-    data = plan.open_data()
+    data = load_data(plan)
     with pytest.raises(TrainingStopped) as stopped:
-        train(method, plan.open_teacher(data), data, settings(iterations=9), Path(folder, "run"), device="cpu")
+        train(method, load_teacher(plan, data), data, settings(iterations=9), Path(folder, "run"), device="cpu")
     torch.save({"seen": method.seen, "stopped": str(stopped.value)}, Path(folder, f"rank{rank}.pt"))
 
 

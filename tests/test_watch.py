@@ -15,6 +15,7 @@ from test_trainer import TINY, Breaks
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.distill import distill, publish_run
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.training.settings import TrainSettings
 from distillers.training.trainer import TrainingStopped, train
@@ -86,7 +87,7 @@ def test_what_cannot_be_published_is_named(run: Path, tmp_path: Path) -> None:
 
 def test_a_measurement_made_again_replaces_the_first(run: Path, tmp_path: Path) -> None:
     """A resumed run repeats the iterations after its last checkpoint."""
-    generator, data = Generator.from_pretrained(run), Recipe.from_table(WATCHED).open_data()
+    generator, data = Generator.from_pretrained(run), load_data(Recipe.from_table(WATCHED))
     (tmp_path / "watch.jsonl").write_text(
         "".join(json.dumps({"iteration": i, "frechet": f}) + "\n" for i, f in ((1, 1e9), (2, 0.0), (3, 0.0)))
     )
@@ -97,10 +98,10 @@ def test_a_measurement_made_again_replaces_the_first(run: Path, tmp_path: Path) 
 
 def test_weights_that_are_no_numbers_stop_the_run_before_they_draw(tmp_path: Path) -> None:
     recipe = Recipe.from_table(WATCHED)
-    data = recipe.open_data()
+    data = load_data(recipe)
     chosen = replace(recipe.settings(), watch_every=4, log_every=100, checkpoint_every=100)
     with pytest.raises(TrainingStopped, match="the loss of student is not finite"):
-        train(Breaks(how="loss"), recipe.open_teacher(data), data, chosen, tmp_path, device="cpu")
+        train(Breaks(how="loss"), load_teacher(recipe, data), data, chosen, tmp_path, device="cpu")
     assert not history(tmp_path)
 
 
@@ -134,8 +135,8 @@ def test_a_translator_is_watched_beside_its_sar_and_the_real_pictures(tmp_path: 
         "train": {"iterations": 1, "batch": 1, "samples": 1, "tracker": "none"},
     }  # fmt: skip
     recipe = Recipe.from_table(table)
-    data = recipe.open_data()
-    train(recipe.distiller(), recipe.open_teacher(data), data, recipe.settings(), tmp_path / "run", device="cpu")
+    data = load_data(recipe)
+    train(recipe.distiller(), load_teacher(recipe, data), data, recipe.settings(), tmp_path / "run", device="cpu")
     sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "000001.png").convert("RGB"))
     sar, real = (np.asarray(Image.open(pairs / "train" / kind / "0.png").convert("RGB")) for kind in ("sar", "opt"))
     height, left = sheet.shape[0] // 3, 2  # each row under its name; a gap of 2 about a picture

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from distillers.errors import BadInput
 from distillers.evaluation.latency import latencies
 from distillers.evaluation.report import Column, markdown_table, setting
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.models.denoiser import Denoiser
 from distillers.models.guidance import GuidedTime
@@ -194,8 +195,8 @@ def measure(
     """
     if iterations < 1 or not 0 <= progress <= 1:
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
-    data, settings = recipe.open_data(), recipe.settings()
-    teacher, distiller = recipe.open_teacher(data), recipe.distiller()
+    data, settings = load_data(recipe), recipe.settings()
+    teacher, distiller = load_teacher(recipe, data), recipe.distiller()
     data = encoded_once(distiller.data(data, teacher), teacher.codec)
     run = begin(distiller, teacher, settings, Path(tempfile.gettempdir()), device=device)
     i = min(int(progress * settings.iterations), settings.iterations - 1)

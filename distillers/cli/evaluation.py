@@ -57,7 +57,7 @@ def evaluate(
     from distillers.evaluation.features import feature_space, load_features
     from distillers.generator import Generator
     from distillers.jobs.card import write_card
-    from distillers.jobs.publish import held_out
+    from distillers.jobs.inputs import held_out
     from distillers.progress import drawing_bar
     from distillers.weights.manifest import draws
 
@@ -118,7 +118,7 @@ def _evaluate_autoencoder(
     from distillers.evaluation.evaluate import evaluate_reconstruction
     from distillers.evaluation.features import feature_space, load_features
     from distillers.jobs.card import write_card
-    from distillers.jobs.publish import held_out
+    from distillers.jobs.inputs import held_out
     from distillers.progress import drawing_bar
 
     autoencoder = Autoencoder.from_pretrained(weights, device)

@@ -37,10 +37,9 @@ def distill(
     from accelerate import PartialState
 
     from distillers.jobs.distill import distill as make
-    from distillers.jobs.distill import named
     from distillers.jobs.recipe import Recipe
 
-    plan = named(Recipe.load(recipe, overrides))
+    plan = Recipe.load(recipe, overrides).named()
     folder = out or Path("weights") / plan.name
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput("device", device, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU")
@@ -76,7 +75,7 @@ def merge(
 
     Example: `fewstep merge weights/mine-student-0 weights/mine-student-1 --out weights/mine`.
     """
-    from distillers.jobs.distill import merge as make
+    from distillers.jobs.merge import merge as make
 
     make(students, out)
     typer.echo(f"{out}: {len(students)} students; samples in {out / 'grid.png'}")

@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tomli_w
-
 from distillers.autoencoder import Autoencoder
-from distillers.data import ImageData, Part, open_data
+from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.evaluation.pictures import grid_png, side_by_side
 from distillers.evaluation.self_check import write_golden
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
+from distillers.jobs.inputs import load_data
 from distillers.jobs.recipe import Recipe
 from distillers.models.schedule import VariancePreserving
 from distillers.runtime import package_versions
+from distillers.teacher import Teacher
 from distillers.weights.manifest import SAMPLERS, Info
 from distillers.weights.network import guided
 from distillers.weights.write import lcm_times, staged
@@ -31,32 +31,52 @@ PACKAGES = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")  # w
 
 
 def publish(
-    generator: Generator | Autoencoder,
+    made: Generator | Autoencoder,
     recipe: Recipe,
-    data: ImageData | None,
     folder: Path,
     *,
+    teacher: Teacher | None,
+    data: ImageData | None,
     iteration: int | None = None,
 ) -> None:
-    """Write the folder beside, then in its place; `fewstep.json` comes last, so a folder that is found is whole.
+    """Write a published folder: weights, manifest, recipe, picture, golden pictures and card.
 
-    iteration: where the training stood, if it had not ended; the recipe and the card say so.
+    It is written beside `folder` and then takes its place; `fewstep.json` comes last, so a folder that is found is
+    whole.
+
+    Args:
+        teacher: the teacher that it was distilled from; None for a teacher or an autoencoder.
+        data: what it was trained on; None for students that are merged without their data.
+        iteration: where the training stood, if it had not ended; the recipe and the card say so.
     """
+    made.info = manifest(made.info, recipe, teacher, data)
     with staged(folder) as new:
         stood = {} if iteration is None else {"iteration": iteration}
-        versions = {"python": platform.python_version(), **package_versions(*PACKAGES), **stood}
-        (new / "recipe.toml").write_text(tomli_w.dumps({**recipe.table(), "versions": versions}))
-        teacher = Generator.from_pretrained(recipe.teacher) if recipe.teacher else None
-        generator.save_pretrained(new)
-        if isinstance(generator, Autoencoder):
+        recipe.write(new / "recipe.toml", {"python": platform.python_version(), **package_versions(*PACKAGES), **stood})
+        made.save_pretrained(new)
+        if isinstance(made, Autoencoder):
             if data is not None:
-                reconstructions(generator, recipe, data, new / "grid.png")
-            write_card(new)
-            return
-        seen = held_out(new)[0] if generator.condition.paired else None
-        picture(generator, teacher, seen, new)
-        write_golden(generator, new)
+                reconstructions(made, recipe, data, new / "grid.png")
+        else:
+            above = None
+            if teacher is not None:
+                above = Generator(teacher.denoiser, teacher.codec, teacher.info).eval().to("cpu")
+            picture(made, above, load_data(recipe, "test") if made.condition.paired else None, new)
+            write_golden(made, new)
         write_card(new)
+
+
+def manifest(info: Info, recipe: Recipe, teacher: Teacher | None, data: ImageData | None) -> Info:
+    """Build the manifest of what a recipe has made, from the teacher's with the student's way of sampling."""
+    return replace(
+        info,
+        name=recipe.name,
+        method=recipe.method,
+        role="teacher" if teacher is None else "student",
+        data=info.data if data is None else data.name,
+        teacher=None if teacher is None else teacher.info.name,
+        sha256={},
+    )
 
 
 def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str, guidance: float | None) -> str:
@@ -83,30 +103,6 @@ def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str
     return f"{info.task}, {width}x{height}, " + (f"steps {', '.join(map(str, steps))}" if steps else "any steps")
 
 
-def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageData]:
-    """The test and train split of what a folder was trained on, by its recipe; `path`: where the data stand now.
-
-    Of a student of some classes: their items.
-    """
-    if not (folder / "recipe.toml").is_file():
-        raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
-    test, train = splits(Recipe.load(folder / "recipe.toml"), path)
-    info = Info.read(folder)
-    if len(info.classes) == len(info.labels):
-        return test, train
-    names = [test.labels[label] for label in info.classes]
-    return Part(test, names), Part(train, names)
-
-
-def splits(recipe: Recipe, path: Path | None = None) -> tuple[ImageData, ImageData]:
-    """The test and the train split of a recipe's data."""
-    options = dict(recipe.data)
-    if path is not None:
-        options["path"] = str(path)
-    kind = options.pop("kind", "images")
-    return open_data(kind, **{**options, "split": "test"}), open_data(kind, **{**options, "split": "train"})
-
-
 def picture(generator: Generator, teacher: Generator | None, data: ImageData | None, folder: Path) -> None:
     """grid.png: a row for every step count, the teacher above on the same noises and conditions.
 
@@ -123,7 +119,7 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData | N
 def reconstructions(autoencoder: Autoencoder, recipe: Recipe, data: ImageData, path: Path) -> None:
     """A PNG of originals above their reconstructions, from the held-out split where the data have one."""
     try:
-        data, name = splits(recipe)[0], "originals, held out"
+        data, name = load_data(recipe, "test"), "originals, held out"
     except BadInput:
         name = "originals, learnt from"
     originals = data.items(_columns(data))["image"]

@@ -1,8 +1,8 @@
-"""Recipe: one description of a job. TOML file <-> dataclass <-> what is written into the weights folder.
+"""A recipe describes a job: a TOML file, read, checked, overridden and written. It opens neither data nor networks.
 
 name = "eurosat-consistency"        # the folder it makes
 method = "consistency"              # a file in distillers/methods
-teacher = "weights/eurosat-teacher" # folder or hub id; absent for "diffusion" and "autoencoder", which learn from data
+teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that learn from data alone
 [data]                              # kind = "images" | "pairs" | "shapes" | "preferences", and that kind's options
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
@@ -16,28 +16,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import tomli_w
 
 from distillers import methods
-from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
-from distillers.generator import Generator
-from distillers.models.codec import ImageCodec, PixelUnshuffle
-from distillers.models.radiometry import Radiometry
 from distillers.models.schedule import Prediction
-from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
 from distillers.training.options import checked
 from distillers.training.settings import TrainSettings
-from distillers.weights.manifest import AUTOENCODER, Info
-from distillers.weights.read import read_autoencoder
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The [model] table: the untrained network that method = "diffusion" trains."""
+    """The [model] table describes the untrained network that a method such as "diffusion" trains."""
 
     task: Literal["image", "class-to-image", "sar-to-optical"] = "image"
     patch: int = 1  # pixel-unshuffle factor
@@ -60,7 +53,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A job, checked. Build one with `Recipe.load`."""
+    """A checked description of a job. `Recipe.load` and `Recipe.from_table` build one."""
 
     name: str
     method: str
@@ -84,7 +77,7 @@ class Recipe:
 
     @classmethod
     def from_table(cls, table: dict[str, Any]) -> Recipe:
-        """Check a table and build the recipe."""
+        """Check a table and build the recipe. Raises BadInput as `load` does."""
         method = table.get("method")
         kind = methods.find(method) if isinstance(method, str) else None
         if kind is None:
@@ -96,10 +89,10 @@ class Recipe:
                 raise BadInput(key, table[key], "one of " + ", ".join(sorted(known - {"versions"})))
         if not isinstance(table.get("name"), str) or not table["name"]:
             raise BadInput("name", table.get("name"), "the name of the folder to make")
-        teacher = table.get("teacher")
-        if not kind.taught and teacher is not None:
+        teacher, named = table.get("teacher"), kind.starts_from == "teacher"
+        if not named and teacher is not None:
             raise BadInput("teacher", teacher, f"absent: {method} trains from data")
-        if kind.taught and not (isinstance(teacher, str) and teacher):
+        if named and not (isinstance(teacher, str) and teacher):
             raise BadInput("teacher", teacher, "a folder or hub id")
         recipe = cls(
             name=table["name"],
@@ -114,108 +107,77 @@ class Recipe:
         return recipe
 
     def table(self) -> dict[str, Any]:
-        """The TOML table that `from_table` reads."""
+        """Build the TOML table that `from_table` reads."""
         raw = asdict(self)
         options = raw.pop("options")
         table = {k: v for k, v in raw.items() if v not in (None, {})}
         return {**table, **({self.method: options} if options else {})}
 
-    # --- what the parts of a job are built from ----------------------------------------------------------------------
+    def write(self, file: Path, versions: dict[str, Any]) -> None:
+        """Write the TOML file, with a table of the package versions that the job ran with."""
+        file.write_text(tomli_w.dumps({**self.table(), "versions": versions}))
+
+    # --- typed views of the tables -----------------------------------------------------------------------------------
     def distiller(self) -> Distiller:
+        """Build the method with the options of its own table."""
         kind = methods.find(self.method)
         return kind(**checked(kind, self.options, self.method))
 
     def settings(self) -> TrainSettings:
+        """Build the settings of the [train] table."""
         return TrainSettings(**checked(TrainSettings, self.train, "train"))
 
     def model_settings(self) -> ModelSettings:
-        if self.model and self.method != "diffusion":
-            raise BadInput("model", sorted(self.model), 'absent: only method = "diffusion" builds a network')
+        """Build the settings of the [model] table."""
+        if self.model and methods.find(self.method).starts_from != "model":
+            builders = " or ".join(f'"{name}"' for name in methods.names() if methods.find(name).starts_from == "model")
+            raise BadInput("model", sorted(self.model), f"absent: only method = {builders} builds a network")
         return ModelSettings(**checked(ModelSettings, self.model, "model"))
 
-    def open_data(self) -> ImageData:
-        """All of it: which part of it the method learns from, `Distiller.data` says."""
-        options = dict(self.data)
-        return open_data(str(options.pop("kind", "images")), **options)
-
-    def open_teacher(self, data: ImageData, device: str = "cpu") -> Teacher:
-        """The teacher of the recipe, described under the recipe's name; an untrained one for diffusion, else none."""
-        if self.teacher is not None:
-            teacher = Teacher.from_pretrained(self.teacher, device)
-            info = replace(
-                teacher.info,
-                name=self.name,
-                method=self.method,
-                role="student",
-                data=data.name,
-                teacher=teacher.info.name,
-                sha256={},
+    # --- jobs of several trainings -----------------------------------------------------------------------------------
+    def parts(self) -> list[Recipe]:
+        """Split the job into recipes of one training each; each is named after the options that tell it apart."""
+        whole, parts = self.whole(), self.distiller().parts()
+        return [
+            replace(
+                self,
+                name=whole.name + "".join(f"-{key}-{value}" for key, value in part.items()),
+                options={**self.options, **part},
             )
-            if info.task == "class-to-image" and list(data.labels) != info.labels:
-                numbered = info.labels == [str(i) for i in range(len(data.labels))]  # a pipeline that has no names
-                if not numbered:
-                    raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
-                info = replace(info, labels=list(data.labels))
-            if info.task not in (allowed := methods.find(self.method).tasks):
-                raise BadInput("teacher", f"{self.teacher}, a teacher of {info.task}", " or ".join(allowed))
-            return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
-        untrained = Info(
-            name=self.name,
-            task=AUTOENCODER,
-            method=self.method,
-            role="teacher",
-            data=data.name,
-            sampler="ddim",
-            size=(data.size, data.size),
-        )
-        if methods.find(self.method).tasks == (AUTOENCODER,):
-            return Teacher.absent(untrained)
-        model = self.model_settings()
-        if model.task == "class-to-image" and not data.labels:
-            raise BadInput("model.task", model.task, "image: the data have no class folders")
-        codec: ImageCodec = PixelUnshuffle(model.patch)
-        seen: list[str] = []
-        if model.autoencoder is not None:
-            codec, about = read_autoencoder(model.autoencoder, device)
-            seen = about.trained_with if about else []
-        info = replace(
-            untrained,
-            task=model.task,
-            labels=list(data.labels) if model.task == "class-to-image" else [],
-            codec=codec.kind,
-            patch=codec.factor,
-            trained_with=seen,
-            sar=_radiometry(model, data) if model.task == "sar-to-optical" else None,
-        )
-        torch.manual_seed(self.settings().seed)
-        return _fitting(Teacher.random(info, model.network, model.schedule, model.prediction, codec), data)
+            for part in parts
+        ]
 
+    def named(self) -> Recipe:
+        """Name a recipe of one part after that part, such as NAME-student-1; a whole job keeps its name."""
+        parts = self.parts()
+        return parts[0] if len(parts) == 1 else self
 
-def _radiometry(model: ModelSettings, data: ImageData) -> dict[str, Any]:
-    """What the manifest will say of the SAR: as the data show it, with the recipe's own remarks."""
-    return {**getattr(data, "radiometry", Radiometry()).to_dict(), **(model.sar or {})}
-
-
-def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
-    """The teacher, if it can learn from or teach on these data; else BadInput."""
-    if teacher.info.task == "sar-to-optical":
-        if "sar" not in data.items([0]):
-            raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
-        seen, shown = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)
-        if shown is not None and replace(seen, range=None) != replace(shown, range=None):
-            raise BadInput("data.radiometry", shown.to_dict(), f"what the model sees: {seen.to_dict()}")
-    multiple = Generator(teacher.denoiser, teacher.codec, teacher.info).size_multiple
-    if data.size % multiple:
-        raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")
-    return teacher
+    def whole(self) -> Recipe:
+        """Return the recipe of the job that this is a part of; of a whole job that is itself."""
+        parts = self.distiller().parts()
+        if len(parts) > 1:
+            return self
+        (part,) = parts
+        suffix = "".join(f"-{key}-{value}" for key, value in part.items())
+        options = {key: value for key, value in self.options.items() if key not in part}
+        return replace(self, name=self.name.removesuffix(suffix), options=options)
 
 
 def shipped() -> list[str]:
-    """Names of the recipes inside the package."""
+    """List the names of the recipes inside the package."""
     return sorted(p.stem for p in SHIPPED.glob("*.toml"))
 
 
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read the table in a TOML file. Raises BadInput if it is none."""
+    try:
+        return tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(str(file), str(error), "valid TOML") from None
+
+
 def _read(path: str | Path) -> dict[str, Any]:
+    """Read a recipe's file, or the shipped one of this name."""
     file = Path(path)
     if not file.is_file() and (SHIPPED / f"{path}.toml").is_file():
         file = SHIPPED / f"{path}.toml"
@@ -224,15 +186,8 @@ def _read(path: str | Path) -> dict[str, Any]:
     return read_toml(file)
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """The table in a TOML file. Raises BadInput if it is none."""
-    try:
-        return tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(str(file), str(error), "valid TOML") from None
-
-
 def _override(table: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in the table, where key is a path such as train.batch."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise BadInput("override", override, "key=value, for example train.batch=32")
@@ -249,6 +204,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the sub-table of this key, {} where it is absent. Raises BadInput if it is a plain value."""
     value = table.get(key, {})
     if not isinstance(value, dict):
         raise BadInput(key, value, f"a table [{key}]")

@@ -54,7 +54,8 @@ from distillers.evaluation.report import (
     reward_columns,
 )
 from distillers.generator import Generator
-from distillers.jobs.publish import draw_rows, splits
+from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.publish import draw_rows
 from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
@@ -165,7 +166,7 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
     sources = [plan for _, plan in plans.values() if plan.data.get("kind") != "preferences"]
     if not sources:
         raise BadInput("study.students", list(plans), "one or more that learn from data with a test split")
-    test, train = splits(sources[0])
+    test, train = load_data(sources[0], "test"), load_data(sources[0], "train")
     teacher = Generator.from_pretrained(study.teacher, device)
     space = load_features(study.features, Path(study.teacher).parent)
     judges = {name: load_reward(which) for name, which in study.rewards.items()}
@@ -173,7 +174,7 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
     for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
         teacher.times(steps)
     for _, plan in plans.values():
-        plan.open_teacher(train)
+        load_teacher(plan, train)
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)

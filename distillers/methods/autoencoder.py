@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillers.autoencoder import Autoencoder as Product
+from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.evaluation.features import EFFICIENTNET, EfficientNetFeatures
+from distillers.generator import Generator
 from distillers.models.codec import Vae
 from distillers.teacher import Teacher
 from distillers.training.discriminator import PatchDiscriminator, standing_still
@@ -38,8 +40,8 @@ class Autoencoder(Distiller):
     """
 
     tasks: ClassVar[tuple[str, ...]] = (AUTOENCODER,)
-    taught: ClassVar[bool] = False
-    leaves: ClassVar[str] = "autoencoder"
+    starts_from = "data"
+    published = "autoencoder"
 
     channels: tuple[int, ...] = (32, 64, 128, 128)  # by resolution from the picture's down; halvings lie between them
     latent_channels: int = 8  # of a latent, whose sides are the picture's over 2^(len(channels) - 1)
@@ -132,6 +134,19 @@ class Autoencoder(Distiller):
         seen = [EFFICIENTNET] if self.perceptual_weight else []
         info = replace(teacher.info, codec=Vae.kind, patch=self.factor, trained_with=seen)
         return Product(Vae(copy.deepcopy(nets["autoencoder"])), info)  # a copy, for a codec is frozen
+
+    def finish(self, made: Generator | Product, data: ImageData) -> Product:
+        assert isinstance(made, Product)
+        made.standardise(spread(data))
+        return made
+
+
+def spread(data: ImageData, pictures: int = 4096, batch: int = 64) -> Iterator[Tensor]:
+    """Yield batches (B, 3, H, W) in [-1, 1] of at most so many pictures, evenly spread over the data."""
+    count = min(pictures, len(data))
+    places = [i * len(data) // count for i in range(count)]
+    for start in range(0, count, batch):
+        yield data.items(places[start : start + batch])["image"]
 
 
 def divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -26,7 +25,7 @@ from distillers.training.losses import SNR_CAP, denoising
 class Diffusion(Distiller):
     """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2. Without the cap this is the velocity loss."""
 
-    taught: ClassVar[bool] = False
+    starts_from = "model"
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
     label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later

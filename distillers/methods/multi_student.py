@@ -12,7 +12,7 @@ the first stage of a student that cannot start as its teacher, because it is sma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -56,7 +56,7 @@ class MultiStudent(Distiller):
         if self.matching and not (0 <= self.matching < 1 and self.untrained):
             allowed = "0 up to, not including, 1; 0 for a student that starts trained"
             raise BadInput(f"{NAME}.matching", self.matching, allowed)
-        bases = [name for name in methods.names() if name != NAME and methods.find(name).taught]
+        bases = [name for name in methods.names() if name != NAME and methods.find(name).starts_from == "teacher"]
         if self.base not in bases or not set(self.tasks) & set(methods.find(self.base).tasks):
             raise BadInput(f"{NAME}.base", self.base, "a method for classes: " + ", ".join(bases))
         for name, own in (("start", self.start), ("network", self.network)):
@@ -81,6 +81,11 @@ class MultiStudent(Distiller):
     def matched(self) -> float:
         """Where in the training, 0 to 1, the base method takes over."""
         return (0.3 if self.untrained else 0.0) if self.matching is None else self.matching
+
+    def parts(self) -> list[dict[str, Any]]:
+        if self.students == 1:
+            return [{}]
+        return [{"student": k} for k in (range(self.students) if self.student is None else [self.student])]
 
     # --- who learns what ---------------------------------------------------------------------------------------------
     def shares(self, teacher: Teacher) -> list[list[int]]:
@@ -128,6 +133,8 @@ class MultiStudent(Distiller):
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         made = self.method.generator(nets, teacher)
         assert isinstance(made, Generator)  # a method for classes draws
+        if self.students > 1:
+            made.info = replace(made.info, shares=[self.share(teacher)])
         return made
 
 

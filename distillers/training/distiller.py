@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,27 +45,39 @@ class Distiller(ABC):
     """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
     tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
-    taught: ClassVar[bool] = True  # False: it learns from data alone, and its recipe names no teacher
-    leaves: ClassVar[str] = "student"  # how the names of the players begin whose evaluation average is published
+    # what a job starts from: a teacher's folder, the untrained network of a [model] table, or the data alone
+    starts_from: ClassVar[Literal["teacher", "model", "data"]] = "teacher"
+    published: ClassVar[str] = "student"  # prefix of the names of the networks whose averaged weights are published
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the options that tell the trainings of one job apart: one training, unless a method has several."""
+        return [{}]
 
     def data(self, data: ImageData, teacher: Teacher) -> ImageData:
-        """What of the data it learns from: all, unless it says otherwise."""
+        """Return the part of the data that the method learns from: all of it, unless a method overrides this."""
         return data
 
     @abstractmethod
     def networks(self, teacher: Teacher) -> Networks:
-        """ "student", "teacher" (frozen) and whoever else learns or is remembered, by name."""
+        """Build "student", "teacher" (frozen) and every other network that learns or is kept, by name."""
 
     @abstractmethod
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         """Yield (player, scalar loss) turns for one iteration; progress runs from 0 to 1 over the training.
 
-        Draws randomness from torch's global generator, which the loop seeds for every iteration.
+        Randomness comes from torch's global generator, which the loop seeds for every iteration.
         """
 
     @abstractmethod
     def generator(self, nets: Networks, teacher: Teacher) -> Generator | Autoencoder:
-        """What leaves the house: the trained network and the times it is called at, or an autoencoder."""
+        """Build the trained generator, or autoencoder. Its manifest is the teacher's with another way of sampling.
+
+        Whose folder it is (name, role, teacher, data) is written when it is published: `distillers.jobs.publish`.
+        """
+
+    def finish(self, made: Generator | Autoencoder, data: ImageData) -> Generator | Autoencoder:
+        """Adjust what was trained to the data that it learnt from, once, before it is published."""
+        return made
 
 
 def frozen(module: M) -> M:

@@ -196,7 +196,7 @@ class Run:
             if name not in players:
                 raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
         self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
-        students = [name for name in players if name.startswith(distiller.leaves)]
+        students = [name for name in players if name.startswith(distiller.published)]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
@@ -273,7 +273,8 @@ class Run:
         return next(self._workers)
 
     def close(self) -> None:
-        """End the loaders and the trackers. The process group stays, for whoever publishes waits in it."""
+        """End the loaders and the trackers, and run networks eagerly again. The process group stays for publishing."""
+        run_as(self.nets, Execution())
         self._thread.shutdown(cancel_futures=True)
         self._workers = None
         for tracker in self.accelerator.trackers:

@@ -1,0 +1,137 @@
+"""The inputs of a job: the data and the teacher that a recipe names, opened and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from distillers import methods
+from distillers.data import ImageData, Part, open_data
+from distillers.errors import BadInput
+from distillers.jobs.recipe import Recipe
+from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.radiometry import Radiometry
+from distillers.teacher import Teacher
+from distillers.weights.manifest import AUTOENCODER, Info
+from distillers.weights.network import size_multiple
+from distillers.weights.read import read_autoencoder
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+def load_data(recipe: Recipe, split: str | None = None, path: Path | None = None) -> ImageData:
+    """Open the data of a recipe, all classes of it: `Distiller.data` says which part a training learns from.
+
+    Args:
+        split: "test" or "train"; None for the one that the recipe trains on.
+        path: where the data are now, if not where the recipe says.
+
+    Raises:
+        BadInput: no such data or option, or a kind of data without this split.
+    """
+    options = dict(recipe.data)
+    kind = str(options.pop("kind", "images"))
+    options |= {} if split is None else {"split": split}
+    return open_data(kind, **options | ({} if path is None else {"path": str(path)}))
+
+
+def held_out_data(recipe: Recipe) -> ImageData:
+    """Open the test split of a recipe's data; the training data themselves where there is none."""
+    try:
+        return load_data(recipe, "test")
+    except BadInput:
+        return load_data(recipe)
+
+
+def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageData]:
+    """Open the test and the train split of the data that a published folder was trained on.
+
+    The data are those of its recipe, or those in `path`; of a student of some classes, their items alone.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
+    recipe = Recipe.load(folder / "recipe.toml")
+    test, train = load_data(recipe, "test", path), load_data(recipe, "train", path)
+    info = Info.read(folder)
+    if len(info.classes) == len(info.labels):
+        return test, train
+    names = [test.labels[label] for label in info.classes]
+    return Part(test, names), Part(train, names)
+
+
+# --- teacher ---------------------------------------------------------------------------------------------------------
+def load_teacher(recipe: Recipe, data: ImageData, device: str = "cpu") -> Teacher:
+    """Open the teacher of a recipe; a method that learns from data alone gets an untrained network, or none.
+
+    A teacher whose classes have numbers in place of names takes the names of the data's.
+
+    Raises:
+        BadInput: a teacher that cannot be opened, is not for the method's tasks, or does not fit the data.
+    """
+    starts_from = methods.find(recipe.method).starts_from
+    if starts_from == "data":
+        return Teacher.absent(_untrained_info(recipe, data))
+    if starts_from == "model":
+        return _fitting(_untrained(recipe, data, device), data)
+    assert recipe.teacher is not None
+    teacher = Teacher.from_pretrained(recipe.teacher, device)
+    info = teacher.info
+    if info.task == "class-to-image" and list(data.labels) != info.labels:
+        if info.labels != [str(i) for i in range(len(data.labels))]:
+            raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
+        info = replace(info, labels=list(data.labels))
+    if info.task not in (allowed := methods.find(recipe.method).tasks):
+        raise BadInput("teacher", f"{recipe.teacher}, a teacher of {info.task}", " or ".join(allowed))
+    return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
+
+
+def _untrained_info(recipe: Recipe, data: ImageData) -> Info:
+    """Describe a model that is trained from data alone, before anything of it is known but the size of its pictures."""
+    return Info(
+        name=recipe.name,
+        task=AUTOENCODER,
+        method=recipe.method,
+        role="teacher",
+        data=data.name,
+        sampler="ddim",
+        size=(data.size, data.size),
+    )
+
+
+def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
+    """Build the untrained network of the recipe's [model] table, with weights of the recipe's seed."""
+    model = recipe.model_settings()
+    if model.task == "class-to-image" and not data.labels:
+        raise BadInput("model.task", model.task, "image: the data have no class folders")
+    codec: ImageCodec = PixelUnshuffle(model.patch)
+    trained_with: list[str] = []
+    if model.autoencoder is not None:
+        codec, about = read_autoencoder(model.autoencoder, device)
+        trained_with = about.trained_with if about else []
+    sar = {**getattr(data, "radiometry", Radiometry()).to_dict(), **(model.sar or {})}  # the data's, with remarks
+    info = replace(
+        _untrained_info(recipe, data),
+        task=model.task,
+        labels=list(data.labels) if model.task == "class-to-image" else [],
+        codec=codec.kind,
+        patch=codec.factor,
+        trained_with=trained_with,
+        sar=sar if model.task == "sar-to-optical" else None,
+    )
+    torch.manual_seed(recipe.settings().seed)
+    return Teacher.random(info, model.network, model.schedule, model.prediction, codec)
+
+
+def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
+    """Return the teacher if it can learn from these data or teach on them. Raises BadInput otherwise."""
+    if teacher.info.task == "sar-to-optical":
+        if "sar" not in data.items([0]):
+            raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
+        expected, found = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)
+        if found is not None and replace(expected, range=None) != replace(found, range=None):
+            raise BadInput("data.radiometry", found.to_dict(), f"what the model sees: {expected.to_dict()}")
+    multiple = size_multiple(teacher.denoiser.network, teacher.codec)
+    if data.size % multiple:
+        raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")
+    return teacher
