@@ -1,4 +1,4 @@
-"""The way in: metadata, the container files, the tree's size, and every command and request that the README shows."""
+"""The way in: metadata, the container files, make, and the tree's size."""
 
 import ast
 import json
@@ -6,15 +6,10 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import tomllib
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -22,11 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from PIL import Image
 
 import distillers
-from distillers.jobs.recipe import Recipe
-from distillers.sar.demonstration import demonstration
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -61,17 +53,6 @@ def dockerfile() -> list[tuple[str, str]]:
 def exec_form(instruction: str) -> list[list[str]]:
     """The commands that an instruction (CMD, ENTRYPOINT, HEALTHCHECK) holds as JSON lists, in order."""
     return [json.loads(rest[rest.index("[") :]) for word, rest in dockerfile() if word == instruction]
-
-
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of one language."""
-    return [text for name, text in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README) if name == language]
-
-
-def readme_commands(program: str) -> list[str]:
-    """The README's shell commands that start with `program`, continued lines joined, comments cut."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.split(" ")[0].removeprefix(".venv/bin/") == program]
 
 
 # What pip is told
@@ -167,14 +148,7 @@ def test_the_citation_is_of_this_version() -> None:
 # Make, CI and containers
 
 
-@pytest.mark.parametrize("target", re.findall(r"`make (\w+)`|^make (\w+)", README, re.MULTILINE), ids="".join)
-def test_make_knows_every_target_the_readme_names(target: tuple[str, str]) -> None:
-    done = run(["make", "-n", "".join(target)])
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_readme_says_the_two_commands_and_the_first_installs_no_development_tools() -> None:
-    assert {"make run", "make test"} <= set("\n".join(blocks("bash")).splitlines())
+def test_make_run_installs_no_development_tools() -> None:
     planned = run(["make", "-n", "-W", "pyproject.toml", "run"]).stdout
     assert "[dev]" not in planned and "bin/fewstep run" in planned
 
@@ -213,85 +187,3 @@ def test_the_distill_image_starts_with_help() -> None:
     assert entrypoint[0] == "fewstep"
     done = run([*FEWSTEP, *entrypoint[1:], *command])
     assert done.returncode == 0 and "RECIPE" in done.stdout.upper()
-
-
-# The README, run
-
-
-@pytest.mark.parametrize("line", readme_commands("fewstep"))
-def test_readme_commands_and_their_options_exist(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    command = words[1:3] if words[1] == "benchmark" else words[1:2]
-    done = run([*FEWSTEP, *command, "--help"], env={**ENVIRONMENT, "COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
-    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", done.stdout))
-
-
-@pytest.mark.parametrize("block", blocks("toml"))
-def test_readme_recipes_are_accepted(block: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(block)
-    overrides = [word for line in readme_commands("fewstep") for word in line.split() if "=" in word]
-    assert overrides
-    assert Recipe.load(tmp_path / "recipe.toml", overrides).name
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The image's own start command on a free port; its health check, run as written, says when it is up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    (check,), start = exec_form("HEALTHCHECK"), exec_form("CMD")[-1]
-    assert start[0] == "fewstep" and check[0] == "python" and ADDRESS in check[-1]
-    log = tmp_path_factory.mktemp("served") / "log.txt"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*FEWSTEP, *start[1:], "--port", port], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out
-        )
-    try:
-        alive = [sys.executable, *check[1:-1], check[-1].replace(":8000", f":{port}")]
-        deadline = time.monotonic() + 120
-        while run(alive).returncode:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-        while (status := readiness(f"http://127.0.0.1:{port}/readyz")) == "opening":
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        assert status == "ready", f"the models of weights/ are not served: {status}"
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def readiness(url: str) -> str:
-    """What /readyz says: opening, ready, or empty."""
-    try:
-        return str(json.load(urllib.request.urlopen(url, timeout=5))["status"])
-    except urllib.error.HTTPError as error:
-        return str(json.load(error)["status"])
-
-
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-@pytest.mark.parametrize("command", readme_commands("curl"))
-def test_readme_requests(served: str, command: str, tmp_path: Path) -> None:
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
-    if "@scene.tif" in command:
-        demonstration(tmp_path / "scene.tif", side=128)
-    if "@forest.png" in command:  # drawn by the command before
-        Image.new("RGB", (64, 64), (40, 90, 40)).save(tmp_path / "forest.png")
-    done = run([*shlex.split(command.replace(ADDRESS, served)), "--fail-with-body"], cwd=tmp_path)
-    answer = done.stdout.encode() + b"".join(file.read_bytes() for file in tmp_path.glob("optical.*"))
-    drawn = [file for file in tmp_path.glob("*.png") if file.stem != "optical" and f"@{file.name}" not in command]
-    answer += b"".join(file.read_bytes() for file in drawn)
-    assert done.returncode == 0, answer[:1000].decode(errors="replace")
-    starts = {"Accept: image/png": b"\x89PNG", "Accept: image/tiff": b"II", "/metrics": b"# HELP"}
-    assert answer.startswith(next((start for kind, start in starts.items() if kind in command), b"{"))
-
-
-@pytest.mark.parametrize("block", blocks("python"))
-def test_readme_python(served: str, block: str, tmp_path: Path) -> None:
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
-    done = run([sys.executable, "-c", block.replace(ADDRESS, served)], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for picture in tmp_path.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
