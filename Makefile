@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
 
-.PHONY: run install test lint check clean
+.PHONY: run install test quick lint check clean
 
 run: install            ## distil the shapes teacher into four steps (once), print the table, serve weights/
 	$(BIN)/fewstep run
@@ -14,8 +14,13 @@ run: install            ## distil the shapes teacher into four steps (once), pri
 install: .venv/installed
 
 # One process for each core, one thread each: small networks gain nothing from a second thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: .venv/installed-dev      ## every test, trainings included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
+
+quick: lint                    ## lint, and every test that trains nothing for long, starts no process and proves no method
+	$(PYTEST) -m "not slow and not process and not proof"
 
 lint: .venv/installed-dev      ## format, style, types, who may import whom
 	$(BIN)/ruff format --check .

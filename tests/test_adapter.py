@@ -313,6 +313,7 @@ def test_a_wrong_adapter_is_refused_by_name(change: str, saved: Path, tmp_path: 
         Generator.from_pretrained(folder)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
 def test_the_cards_lines_load_the_adapter_without_a_line_of_ours(kind: str, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / kind, tmp_path, dirs_exist_ok=True)
@@ -329,6 +330,7 @@ def test_the_cards_lines_load_the_adapter_without_a_line_of_ours(kind: str, save
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.process
 def test_the_package_is_light_to_import() -> None:
     code = (
         "import distillers.models.lora, distillers.weights, sys; assert not {'peft', 'transformers'} & set(sys.modules)"

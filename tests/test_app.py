@@ -588,6 +588,7 @@ def test_no_weights(tmp_path: Path) -> None:
 # --- a real process
 
 
+@pytest.mark.process
 def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -612,6 +613,7 @@ def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
     assert "Application shutdown complete" in output and "Traceback" not in output
 
 
+@pytest.mark.process
 def test_sigterm_while_the_models_are_being_opened_ends_the_process_soon(weights: Path) -> None:
     code = "import uvicorn; uvicorn.run('app.main:create_app', factory=True, port=0)"
     environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights)}

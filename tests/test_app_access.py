@@ -244,6 +244,7 @@ def test_a_key_has_its_own_concurrency(client: TestClient) -> None:
     assert client.post(GENERATE, json=DRAW, headers=bearer(ONE)).status_code == 200
 
 
+@pytest.mark.process
 def test_openais_client_understands_its_refusals(weights: Path, file: Path) -> None:
     """Over a real server: the kinds of error that its users catch, and the id they are asked for."""
 
@@ -493,6 +494,7 @@ with TestClient(create_app(Settings(weights=Path("."), log_format="json"))) as c
 """
 
 
+@pytest.mark.process
 def test_the_log_is_one_object_per_line_when_machines_read_it(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", LOG], env=os.environ, cwd=tmp_path, capture_output=True, text=True)
     lines = [json.loads(line) for line in ran.stderr.splitlines()]

@@ -84,6 +84,7 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("never")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("server", SERVERS)
 def test_sigterm_under_load_loses_nobody_who_was_let_in(weights: Path, server: str) -> None:
     """Thirty wait. The signal comes. All thirty are answered, nobody else is let in, and the process ends with 0."""
@@ -111,6 +112,7 @@ def test_sigterm_under_load_loses_nobody_who_was_let_in(weights: Path, server: s
     assert one.process.returncode == 0 and "Traceback" not in output, output
 
 
+@pytest.mark.process
 def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with running(weights) as one, httpx.Client() as client:
@@ -122,6 +124,7 @@ def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> Non
         assert "Application shutdown complete" in output and "Traceback" not in output
 
 
+@pytest.mark.process
 def test_a_connection_that_idles_is_kept(weights: Path) -> None:
     """A proxy sends its next request over it; uvicorn by itself would have hung up after five seconds."""
     with running(weights, "fewstep serve") as one, closing(HTTPConnection("127.0.0.1", one.port, 30)) as kept:
@@ -131,6 +134,7 @@ def test_a_connection_that_idles_is_kept(weights: Path) -> None:
             assert kept.getresponse().read() == b'{"status":"ok"}'
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
     with running(weights, FEWSTEP_MAX_BATCH="1") as one, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60) for _ in range(8)]
@@ -141,6 +145,7 @@ def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
         assert any(isinstance(answer.exception(), httpx.TransportError) for answer in asked)
 
 
+@pytest.mark.process
 def test_who_takes_longer_than_the_drain_is_given_up(weights: Path) -> None:
     with running(weights, FEWSTEP_MAX_BATCH="1", FEWSTEP_DRAIN_SECONDS="1") as one, ThreadPoolExecutor(30) as pool:
         for _ in range(30):
@@ -152,6 +157,7 @@ def test_who_takes_longer_than_the_drain_is_given_up(weights: Path) -> None:
     assert "requests are given up after 1 s" in output
 
 
+@pytest.mark.process
 def test_a_body_that_does_not_arrive_is_given_up(weights: Path) -> None:
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
     with running(weights, FEWSTEP_BODY_SECONDS="0.5") as one:

@@ -59,6 +59,7 @@ def bring_nearer(fields: dict[str, Any]) -> None:
             fields[name] = some[(given if isinstance(given, int) else len(given)) % len(some)]
 
 
+@pytest.mark.process
 @schema.parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_a_documented_one(case: Any, address: str) -> None:

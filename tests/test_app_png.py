@@ -195,6 +195,7 @@ def test_arrays_that_are_no_picture_are_refused(pixels: NDArray) -> None:
         write_png(pixels)
 
 
+@pytest.mark.process
 def test_it_works_where_isal_is_not_installed() -> None:
     code = (
         "import sys; sys.modules['isal'] = None\n"

@@ -30,10 +30,12 @@ print(json.dumps([after_import, *settings, "torch" in sys.modules]))
 """
 
 
+@pytest.mark.process
 def test_nothing_happens_at_import_and_the_factory_prepares_before_torch() -> None:
     assert json.loads(run(PREPARE)) == [False, "PASSIVE", None, False] or cpu_quota() is not None
 
 
+@pytest.mark.process
 def test_what_the_user_has_set_stays() -> None:
     assert json.loads(run(PREPARE, OMP_WAIT_POLICY="ACTIVE", OMP_NUM_THREADS="3"))[1:3] == ["ACTIVE", "3"]
 

@@ -66,6 +66,7 @@ def drawn_by(port: int, model: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("fewstep_images_total") and model in line)
 
 
+@pytest.mark.process
 def test_a_frame_is_the_picture_of_the_other_routes(socket_: ClientConnection, port: int) -> None:
     ask(socket_, seq=1, model=MANY, prompt="forest", seed=5, steps=3, output_format="raw")
     header, pixels = answer(socket_)
@@ -82,6 +83,7 @@ def test_a_frame_is_the_picture_of_the_other_routes(socket_: ClientConnection, p
     assert answer(socket_)[0]["chosen"]["model"] == MANY
 
 
+@pytest.mark.process
 def test_a_picture_belongs_to_the_message_before_it(socket_: ClientConnection, port: int) -> None:
     ask(socket_, seq=1, model="sar", image=True, seed=2, output_format="png")
     socket_.send(file_of(grey(20, 24)))
@@ -100,6 +102,7 @@ def test_a_picture_belongs_to_the_message_before_it(socket_: ClientConnection, p
     assert (pixels_of(answer(socket_)[1]) == pictures(edited)[0]).all()
 
 
+@pytest.mark.process
 def test_the_latest_wins_and_what_it_replaced_is_never_drawn(socket_: ClientConnection, port: int) -> None:
     before = drawn_by(port, MANY) + drawn_by(port, "plain")
     ask(socket_, seq=0, model=MANY, label=0, steps=500)  # at work for a while
@@ -114,6 +117,7 @@ def test_the_latest_wins_and_what_it_replaced_is_never_drawn(socket_: ClientConn
     assert answer(socket_)[0]["dropped"] == 49
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("message", "seq", "param"),
     [
@@ -143,6 +147,7 @@ def test_what_is_wrong_is_told_and_the_connection_goes_on(
     assert answer(socket_)[0]["seq"] == 8
 
 
+@pytest.mark.process
 def test_seq_grows_and_an_announced_picture_that_does_not_come_is_dropped(socket_: ClientConnection) -> None:
     ask(socket_, seq=5, model="plain")
     assert answer(socket_)[0]["seq"] == 5
@@ -160,6 +165,7 @@ def test_seq_grows_and_an_announced_picture_that_does_not_come_is_dropped(socket
     assert answer(socket_)[0]["error"]["param"] == "image"
 
 
+@pytest.mark.process
 def test_a_frame_over_the_servers_limit_ends_the_connection(port: int) -> None:
     with connect(f"ws://127.0.0.1:{port}{PATH}") as websocket:
         websocket.send(bytes((16 << 20) + 1))
@@ -168,6 +174,7 @@ def test_a_frame_over_the_servers_limit_ends_the_connection(port: int) -> None:
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
 
 
+@pytest.mark.process
 def test_a_storm_of_abrupt_ends_leaves_no_work_and_a_server_that_answers(port: int) -> None:
     before = drawn_by(port, "plain")
     with connect(f"ws://127.0.0.1:{port}{PATH}") as busy:
@@ -187,6 +194,7 @@ def test_a_storm_of_abrupt_ends_leaves_no_work_and_a_server_that_answers(port: i
     assert drawn_by(port, "plain") == before + 1
 
 
+@pytest.mark.process
 def test_a_subprotocol_of_ours_is_accepted(port: int) -> None:
     with connect(f"ws://127.0.0.1:{port}{PATH}", subprotocols=["other", "fewstep"]) as websocket:  # type: ignore[list-item]
         assert websocket.subprotocol == "fewstep"

@@ -430,6 +430,7 @@ def ai(address: str) -> Iterator[OpenAI]:
         yield ai
 
 
+@pytest.mark.process
 def test_openais_client_edits(ai: OpenAI) -> None:
     picture = ("a.png", rgb(), "image/png")
     answer = ai.images.edit(image=picture, prompt="Forest", model=MANY, n=2, extra_body={"seed": 7, "strength": 0.5})
@@ -442,6 +443,7 @@ def test_openais_client_edits(ai: OpenAI) -> None:
     assert masked.value.param == "mask"
 
 
+@pytest.mark.process
 def test_openais_client_streams(ai: OpenAI) -> None:
     more = {"seed": 3, "steps": 5}
     generated = list(ai.images.generate(model=MANY, prompt="Forest", stream=True, partial_images=2, extra_body=more))
@@ -460,6 +462,7 @@ def test_openais_client_streams(ai: OpenAI) -> None:
     assert [event.type for event in edits] == ["image_edit.partial_image", "image_edit.completed"]
 
 
+@pytest.mark.process
 def test_openais_client_maps_the_errors(ai: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as absent:
         ai.images.generate(model="gpt-image", prompt="Forest")
@@ -496,6 +499,7 @@ def drawn_by(address: str, model: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("fewstep_images_total") and model in line)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stream", [False, True], ids=["at once", "stream"])
 def test_a_storm_of_callers_who_leave_costs_nothing_that_still_waited(address: str, stream: bool) -> None:
     port = int(address.rsplit(":", 1)[1])
@@ -513,6 +517,7 @@ def test_a_storm_of_callers_who_leave_costs_nothing_that_still_waited(address: s
     assert drawn_by(address, "plain") == before + 1
 
 
+@pytest.mark.process
 def test_who_leaves_in_the_middle_of_a_stream_leaves_a_server_that_answers(address: str) -> None:
     port = int(address.rsplit(":", 1)[1])
     leaving = sends(port, {"model": MANY, "label": 0, "steps": 40, "stream": True, "partial_images": 3})

@@ -553,6 +553,7 @@ def test_a_diffusion_model_trains_in_the_latents_and_carries_the_autoencoder(
     assert read_autoencoder(made)[0].kind == "vae"  # whose vae/ another recipe may name
 
 
+@pytest.mark.process
 def test_stock_diffusers_draws_the_same_from_its_latents(in_latents: tuple[Path, int], tmp_path: Path) -> None:
     made = in_latents[0]
     assert draw_with_diffusers(tmp_path, made).returncode == 0

@@ -79,6 +79,7 @@ def test_a_picture_is_translated_by_the_polarisation_its_name_has(tmp_path: Path
     assert np.array_equal(made["tile"], made["tile-VV"]) and not np.array_equal(made["tile-VV"], made["tile-VH"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [

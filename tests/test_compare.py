@@ -110,6 +110,7 @@ def done(place: Path, keys: dict[str, Any]) -> tuple[Path, Any]:
     return study, ended
 
 
+@pytest.mark.process
 def test_one_command_makes_the_table(done: tuple[Path, Any], place: Path) -> None:
     study, ended = done
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
@@ -140,6 +141,7 @@ def test_one_command_makes_the_table(done: tuple[Path, Any], place: Path) -> Non
         assert picture.format == "PNG" and picture.height == 5 * (20 + 8 * 12 + 2 * 2)
 
 
+@pytest.mark.process
 def test_the_figures_are_those_of_the_real_evaluation(done: tuple[Path, Any], place: Path) -> None:
     rows = {row["label"]: row for row in json.loads(done[0].with_suffix(".json").read_text())["rows"]}
     student = Generator.from_pretrained(place / "runs" / "tuned")
@@ -149,6 +151,7 @@ def test_the_figures_are_those_of_the_real_evaluation(done: tuple[Path, Any], pl
     assert rows["tuned without teacher, 4 steps"]["frechet"] == pytest.approx(measured.frechet, rel=1e-6)
 
 
+@pytest.mark.process
 def test_a_second_call_makes_only_what_is_missing_or_was_measured_otherwise(
     done: tuple[Path, Any], place: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ def test_batches_are_drawn_ahead_and_none_too_many(teacher: Teacher, data: Image
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
+@pytest.mark.process
 def test_processes_draw_the_same_batches_as_the_thread(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
     trained = []
     for workers in (0, 2):
@@ -215,6 +216,7 @@ class Endless:
             time.sleep(1)
 
 
+@pytest.mark.process
 def test_processes_inherit_nothing_of_this_one(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
     gc.disable()
     try:
@@ -231,6 +233,7 @@ class Collects(Slow):
         return super().draw(n, rng)
 
 
+@pytest.mark.process
 def test_a_stopped_training_with_processes_goes_on_where_it_stood(
     teacher: Teacher, data: ImageData, tmp_path: Path
 ) -> None:

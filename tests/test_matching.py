@@ -1,6 +1,6 @@
 """Distribution matching and its way back from the student: `dmd2`, `disback` and the losses they share.
 
-Trainings against exact teachers are in test_exact.py; here every term is held against its formula.
+Here every term is held against its formula; trainings on exact teachers are in proofs/.
 """
 
 from __future__ import annotations

@@ -558,6 +558,7 @@ def test_what_is_finished_is_not_made_again(made: Path, root: Path) -> None:
     assert [(place / "fewstep.json").stat().st_mtime_ns for place in places] == before
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_killed_midway_the_same_command_ends_with_the_same_folder(root: Path, tmp_path: Path) -> None:
     train = {**TRAIN, "iterations": 40, "checkpoint_every": 5}

@@ -91,6 +91,7 @@ def test_constraints_are_exact_and_inside_the_declared_ranges() -> None:
         assert canonicalize_name(name) not in ranges or ranges[canonicalize_name(name)].contains(version), line
 
 
+@pytest.mark.process
 def test_the_image_installs_a_package_that_is_whole(tmp_path: Path) -> None:
     """The Dockerfile's own pip command, on what it copies, less the dependencies; the result is imported elsewhere."""
     source, target = tmp_path / "source", tmp_path / "installed"
@@ -182,6 +183,7 @@ def test_the_image_gets_every_file_it_copies_and_no_root() -> None:
     assert instructions.index("USER") > max(i for i, word in enumerate(instructions) if word == "RUN")
 
 
+@pytest.mark.process
 def test_the_distill_image_starts_with_help() -> None:
     (entrypoint,), command = exec_form("ENTRYPOINT"), exec_form("CMD")[0]
     assert entrypoint[0] == "fewstep"

@@ -59,6 +59,7 @@ def published(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and "training" not in path.relative_to(folder).parts]
 
 
+@pytest.mark.process
 def test_stock_diffusers_draws_the_same_pictures(folder: Path, stock: tuple[Path, str]) -> None:
     generator = Generator.from_pretrained(folder)
     info = generator.info
@@ -72,6 +73,7 @@ def test_stock_diffusers_draws_the_same_pictures(folder: Path, stock: tuple[Path
         torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)
 
 
+@pytest.mark.process
 def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> None:
     assert stock[1] == ""
 

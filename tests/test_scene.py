@@ -559,6 +559,7 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path, generator: Generator
 # --- memory, the command, the data
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generator) -> None:
     """4096 x 4096: 134 MB of backscatter and 201 MB of floating-point colours, which must not all be held."""
     generator.save_pretrained(tmp_path / "tiny")
@@ -580,6 +581,7 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
     assert peaks[1] - peaks[0] < 180, peaks  # rows as wide as the scene, and the noise beside them
 
 
+@pytest.mark.process
 def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, generator: Generator) -> None:
     generator.save_pretrained(tmp_path / "tiny")
     write(tmp_path / "s.tif", np.tile(backscatter(512, 512), (1, 12, 12)))

@@ -310,6 +310,7 @@ def test_a_peer_that_cannot_be_installed_is_named_with_pips_words(tmp_path: Path
     assert not (tmp_path / "x" / "installed.json").exists()
 
 
+@pytest.mark.process
 @linux
 def test_a_tree_is_measured_whole() -> None:
     child = "import time; t = time.time()\nwhile time.time() < t + 0.5: pass\nblock = b'x' * 60_000_000; time.sleep(30)"

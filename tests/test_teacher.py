@@ -421,6 +421,7 @@ def test_a_misspelt_folder_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pyt
         Teacher.from_pretrained("weights/misspelt")
 
 
+@pytest.mark.process
 def test_a_hub_id_opens_from_the_local_cache_and_is_refused_when_out_of_reach(tmp_path: Path) -> None:
     """The hub client's own cache layout, offline, in a process of its own: it reads its settings once."""
     cached = tmp_path / "hub" / "models--owner--teacher"

@@ -241,6 +241,7 @@ def test_the_generator_holds_the_evaluation_average(teacher: Teacher, data: Imag
     assert same(values(last.denoiser), method.seen[-1]["after"])
 
 
+@pytest.mark.process
 def test_two_processes_are_one_with_both_batches(
     processes: ForkServerContext, teacher: Teacher, data: ImageData, tmp_path: Path
 ) -> None:
@@ -367,6 +368,7 @@ def flat(state: Any, name: str = "") -> dict[str, Any]:
     return {name: state.numpy().tobytes() if isinstance(state, Tensor) else state}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["diffusion", "consistency"])
 def test_killed_anywhere_it_ends_with_the_same_bits(
     method: str, processes: ForkServerContext, teacher: Teacher, tmp_path: Path
@@ -427,6 +429,7 @@ def test_every_player_goes_on_where_it_was(
     assert "student" in stored and not {"teacher", "backbone", "codec"} & set(stored)
 
 
+@pytest.mark.process
 def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(processes: ForkServerContext, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(tomli_w.dumps(TINY | {"train": TINY["train"] | {"checkpoint_every": 3}}))

@@ -20,9 +20,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from draw_with_diffusers import COUNT, draw_with_pipeline
+from gaussians import ExactStudent, diffused, each_schedule, same, single, start, state
 from mutate import mutated
 from test_denoiser import unet
-from test_exact import ExactStudent, diffused, each_schedule, same, single, start, state
 from test_methods import batch_for, iterate, teacher_for
 from test_weights import describe, transformer
 from torch import Tensor, nn

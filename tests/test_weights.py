@@ -148,6 +148,7 @@ def refused(folder: Path) -> Callable[[str], None]:
 # --- opened by stock diffusers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", FOLDERS)
 def test_stock_diffusers_draws_our_pictures(name: str, saved: Path, stock: tuple[Path, str]) -> None:
     generator = Generator.from_pretrained(saved / name)
@@ -163,6 +164,7 @@ def test_stock_diffusers_draws_our_pictures(name: str, saved: Path, stock: tuple
         torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3 if info.role == "student" else 1e-4, rtol=0)
 
 
+@pytest.mark.process
 def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> None:
     assert stock[1] == ""
 

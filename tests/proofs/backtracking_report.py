@@ -1,6 +1,6 @@
 """Does the way back from the student converge faster than matching the teacher at once? Curves, whatever they say.
 
-    python tests/backtracking_report.py --out docs/results/exact
+    python tests/proofs/backtracking_report.py --out docs/results/exact
 
 trains `dmd2` and `disback` on the same seeds and iterations, with students that start as the teacher's network,
 untrained, and smaller than the teacher, and writes backtracking.json, .md and .png: the energy distance of 8000 samples

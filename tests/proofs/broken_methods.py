@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 from exact_report import (
+    BROKEN_BY,
     MATCHING,
     MIXTURES,
     PROOFS,
@@ -16,6 +17,7 @@ from exact_report import (
     judge,
     judge_samples,
     prove,
+    strain,
     teacher_for,
     train_on,
 )
@@ -130,3 +132,14 @@ BROKEN = {
     "matching with a critic that stands still": Broken("dmd2", critic_stands_still),
     "matching a score without the weights": Broken("dmd2", equal_weights),
 }
+
+
+def broken_copies(method: str) -> list[str]:
+    """Name the broken copies that are judged by this method's limits."""
+    return [name for name, broken in BROKEN.items() if broken.method == method]
+
+
+def refute(name: str) -> None:
+    """Train a broken copy on seed 0 and see it miss a limit by far, as the tests do."""
+    found = BROKEN[name].train(0)
+    assert not all(share < BROKEN_BY for share in strain(BROKEN[name].method, found).values()), found

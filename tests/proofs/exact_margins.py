@@ -1,7 +1,7 @@
 """How far every figure of the slow proofs is from its limit, and how far broken methods are from passing.
 
-    python tests/exact_margins.py             # the page, from the reports that are there
-    python tests/exact_margins.py --broken 0  # trains the broken methods on seed 0 first
+    python tests/proofs/exact_margins.py             # the page, from the reports that are there
+    python tests/proofs/exact_margins.py --broken 0  # trains the broken methods on seed 0 first
 
 writes margins.md and margins.json from METHOD.json, pso.json and broken.json. A proof may fail on another processor
 where a margin is small: floating-point sums differ there, which acts on a training like another seed.
@@ -19,9 +19,8 @@ import pytest
 from broken_methods import BROKEN
 from exact_report import BROKEN_BY, IDEAL, LIMITS, kept, machine, strain
 from mutate import mutated
-from preference_report import TARGETS, held_against, modes, tuned, untuned
+from preference_report import TARGETS, WRONG, held_against, modes, tuned, untuned
 from preference_report import strain as strain_of_pso
-from test_pso import WRONG
 
 from distillers.evaluation.report import markdown_table
 from distillers.methods import pso
@@ -121,7 +120,7 @@ def page(folder: Path) -> None:
         "Floating-point sums differ between processors, which acts on a training like another seed; so a limit has to "
         f"be {LEAST} times what the worst of several seeds and processors gives. Margin: what is allowed over the "
         "worst run's distance from the ideal. The tests train seed 0 and read the same limits. Written by "
-        "`python tests/exact_margins.py` from the runs in the reports beside.",
+        "`python tests/proofs/exact_margins.py` from the runs in the reports beside.",
         markdown_table(
             [("proof", lambda r: r["proof"], ""), ("figure", lambda r: r["figure"], ""),
              ("ideal", lambda r: r.get("ideal"), ""), ("allowed distance", lambda r: r.get("limit"), ""),

@@ -1,6 +1,6 @@
 """PSO on a toy whose target is known: a few-step generator of the ring, tuned to some of its modes or to a reward.
 
-    python tests/preference_report.py --out docs/results/exact
+    python tests/proofs/preference_report.py --out docs/results/exact
 
 writes pso.json, pso.md and pso.png: naive fine-tuning and PSO side by side on three target sets, then PSO by reward.
 """
@@ -44,6 +44,14 @@ REWARDED: dict[str, Distiller] = {
     "online, beta 5, eps 0.5": Pso(mode="online", reward=RIGHT),
     "online, beta 50, eps 0.1": Pso(mode="online", reward=RIGHT, beta=50.0, clip=0.1),
     "one step, std 0.1 (experimental)": Pso(mode="online", reward=RIGHT, steps=1, policy_std=0.1),
+}
+# broken copies of the loss, by the line that is changed
+NOISE = "x_t = student.schedule.add_noise(x0, eps, t)"
+REFERENCE = "with torch.no_grad(), without_lora(student.network):\n            won_ref"
+WRONG = {
+    "wrong sign": ("((won_ref - lost_ref) - (won - lost))", "((won - lost) - (won_ref - lost_ref))"),
+    "other noise": (NOISE, NOISE.replace("eps", "torch.randn_like(x0)")),
+    "moving reference": (REFERENCE, "with torch.no_grad():\n            won_ref"),
 }
 POINTS = 4000
 # What the tests ask at four steps, at least 1.3 times what the worst seed gives (docs/results/exact/margins.md).
@@ -178,7 +186,7 @@ def table(runs: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         f"A consistency student of eight modes, tuned at four steps for {about['training']['iterations']} iterations "
         f"with a LoRA of rank {about['lora_rank']}; least to greatest of {count} seeds. Energy: distance to the target "
         "set, 0 is best. Spread: the samples' standard deviation over the target's, 1 is best. Written by "
-        "`python tests/preference_report.py`.",
+        "`python tests/proofs/preference_report.py`.",
         "",
     ]
     for name in TARGETS:
