@@ -84,6 +84,7 @@ def test_make_knows_every_target() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)
 def test_scripts_start(script: Path) -> None:
     done = run([sys.executable, str(script), "--help"])
@@ -135,6 +136,7 @@ def readiness(url: str) -> str:
         return str(json.load(error)["status"])
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 @pytest.mark.parametrize("command", each_command("curl"))
 def test_requests(served: str, command: str, tmp_path: Path) -> None:
@@ -152,6 +154,7 @@ def test_requests(served: str, command: str, tmp_path: Path) -> None:
     assert answer.startswith(next((start for kind, start in starts.items() if kind in command), b"{"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("block", each_block("python"))
 def test_python(served: str, block: str, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
