@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import distillers
-from distillers import cli, methods
+from distillers import cli
 from distillers.jobs.recipe import Recipe
 from distillers.sar.demonstration import demonstration
 
@@ -190,10 +190,6 @@ def test_files_and_modules_that_are_named_exist(page: Path) -> None:
             place /= parts.pop(0)
         file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         assert all(part in file.read_text() for part in parts), dotted
-
-
-def test_every_method_is_on_the_readme() -> None:
-    assert set(methods.names()) <= set(described((ROOT / "README.md").read_text()))
 
 
 def test_the_readme_is_short_and_its_figures_are_the_reports() -> None:
