@@ -20,6 +20,10 @@ def _no_url(value: object) -> object:
 
 
 ResponseFormat = Annotated[Literal["b64_json"], BeforeValidator(_no_url)]
+Polarisation = Annotated[
+    str | None,
+    Field(max_length=80, description="Of a SAR picture for a translator: VV or VH, where its file's name has neither."),
+]
 Unused = Annotated[Any, Field(description="Accepted because OpenAI's clients send it; without effect.")]
 
 
@@ -123,6 +127,7 @@ class EditRequest(OpenAIRequest):
     strength: float = Field(
         STRENGTH, gt=0, le=1, description="Share of the steps that are taken; 1 keeps least of the picture."
     )
+    bands: Polarisation = None
     input_fidelity: Unused = None
 
 
@@ -134,11 +139,12 @@ class RealtimeRequest(Turn, Described):
     seq: int = Field(ge=0, lt=SEEDS, description="Grows from message to message; the answer repeats it.")
     image: bool = Field(False, description="The next message is binary: the picture to translate or to begin from.")
     strength: float = Field(STRENGTH, gt=0, le=1, description="See edits.")
+    bands: Polarisation = None
     output_format: Format = "jpeg"
 
 
 class SceneFields(Body):
-    """How the numbers of a scene are read. To say one of them is to say that a TIFF is a scene."""
+    """How the numbers of a scene are read. Each of them makes a TIFF a scene; `bands` goes with a plain PNG, too."""
 
     units: Literal["auto", "db", "linear", "amplitude", "dn"] | None = Field(
         None, description="What the numbers are; auto, the default, decides by their values and refuses when unsure."

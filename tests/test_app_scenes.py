@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import struct
@@ -33,11 +34,13 @@ from test_app import (
     pixels_of,
     until_ready,
 )
+from typer.testing import CliRunner
 
 from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
 from app.media.rasters import is_scene
 from app.settings import Settings
+from distillers.cli.arguments import app
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
@@ -274,12 +277,71 @@ def test_a_plain_tiff_is_a_scene_where_the_request_says_so(client: TestClient) -
 
 
 def test_a_plain_picture_goes_through_a_model_of_decibels(client: TestClient, weights: Path) -> None:
-    answer = client.post(TRANSLATE, files={"image": file_of(GREY)}, data={"model": "sar-db", "seed": "5"})
+    answer = client.post(
+        TRANSLATE, files={"image": file_of(GREY)}, data={"model": "sar-db", "seed": "5", "bands": "VV"}
+    )
     vv = 20 * np.log10(np.maximum(GREY / 255, 1e-4)) - 5.3  # white where SENTINEL1_DB has it
     sar = np.zeros((1, 2, *GREY.shape), np.float32)
     sar[0, 0] = (np.clip(vv, -25, 0) + 25) / 12.5 - 1
     drawn = Generator.from_pretrained(weights / "sar-db").translate(torch.from_numpy(sar[:, :]), seed=5)[0]
     assert abs(pictures(answer)[0] - ((drawn + 1) * 127.5).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("band", ["VV", "VH"])
+def test_command_and_service_take_a_picture_for_the_same_polarisation(
+    client: TestClient, weights: Path, tmp_path: Path, band: str
+) -> None:
+    """By the file's name, by a form's field, by the header of a raw body, by an edit: the command's picture."""
+    data, fields = file_of(GREY), {"model": "sar-db", "seed": "5"}
+    file, out = tmp_path / f"0-{band}.png", tmp_path / "optical.png"
+    file.write_bytes(data)
+    done = CliRunner().invoke(
+        app, ["translate", str(file), str(out), "--model", str(weights / "sar-db"), "--seed", "5", "--device", "cpu"]
+    )
+    assert done.exit_code == 0, done.output
+    named, nameless = (file.name, data), ("tile.png", data)
+    disposition = {"Content-Type": "image/png", "Content-Disposition": f'attachment; filename="{file.name}"'}
+    pixels = {"Content-Type": "application/octet-stream"}
+    answers = [
+        client.post(TRANSLATE, files={"image": named}, data=fields),
+        client.post(TRANSLATE, files={"image": nameless}, data={**fields, "bands": band}),
+        client.post(TRANSLATE, files={"image": ("0-VH-VV.png", data)}, data={**fields, "bands": band}),
+        client.post(TRANSLATE, content=data, params=fields, headers=disposition),
+        client.post(
+            TRANSLATE,
+            content=GREY.tobytes(),
+            params={**fields, "width": GREY.shape[1], "bands": band},
+            headers=pixels,
+        ),
+        client.post("/v1/images/edits", files={"image": named}, data=fields),
+        client.post("/v1/images/edits", files={"image": nameless}, data={**fields, "bands": band}),
+    ]
+    expected = np.asarray(Image.open(out)).astype(int)
+    for answer in answers:
+        assert abs(pictures(answer)[0] - expected).max() <= 1
+    with client.websocket_connect("/v1/realtime") as socket:
+        for seq, said in enumerate(({"bands": band}, {}), 1):
+            socket.send_json({"seq": seq, "image": True, "model": "sar-db", "seed": 5, "output_format": "png", **said})
+            socket.send_bytes(data)
+            if said:
+                message = socket.receive_bytes()
+                drawn = pixels_of(message[4 + int.from_bytes(message[:4]) :])
+                assert abs(drawn - expected).max() <= 1
+            else:
+                assert json.loads(socket.receive_text())["error"]["param"] == "bands"
+    other = {**fields, "bands": "VH" if band == "VV" else "VV"}  # a field wins over the name
+    assert abs(pictures(client.post(TRANSLATE, files={"image": named}, data=other))[0] - expected).max() > 1
+
+
+@pytest.mark.parametrize("name", ["tile.png", "VV-and-VH.png", ""])
+def test_a_picture_without_a_polarisation_is_refused_by_a_model_of_two_bands(client: TestClient, name: str) -> None:
+    for path in (TRANSLATE, "/v1/images/edits"):
+        answer = client.post(path, files={"image": (name or "x", file_of(GREY))}, data={"model": "sar-db"})
+        error = error_of(answer, 400)
+        assert error["param"] == "bands" and "VV or VH" in error["message"]
+    refused = client.post("/v1/images/edits", files={"image": file_of(GREY)}, data={"model": "plain", "bands": "VV"})
+    assert error_of(refused, 400)["param"] == "bands"
+    assert client.post(TRANSLATE, files={"image": file_of(GREY)}, data={"model": "sar"}).status_code == 200  # one band
 
 
 # --- what can be wrong

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distillers.cli.arguments import app
+from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1_DB, Radiometry
@@ -67,16 +68,19 @@ def test_a_picture_is_translated_by_the_polarisation_its_name_has(tmp_path: Path
     grey = np.random.default_rng(0).integers(20, 250, (40, 52), dtype=np.uint8)
     made = {}
     for name in ("tile-VV", "tile-VH", "tile"):
+        said = [] if name != "tile" else ["--bands", "VV"]
         Image.fromarray(grey).save(tmp_path / f"{name}.png")
         out = tmp_path / f"{name}-optical.png"
         done = CliRunner().invoke(
-            app, ["translate", str(tmp_path / f"{name}.png"), str(out), "--model", str(models["db"])]
+            app, ["translate", str(tmp_path / f"{name}.png"), str(out), "--model", str(models["db"]), *said]
         )
         assert done.exit_code == 0, done.output
         with Image.open(out) as picture:
             assert picture.size == (52, 40)
             made[name] = np.asarray(picture)
     assert np.array_equal(made["tile"], made["tile-VV"]) and not np.array_equal(made["tile-VV"], made["tile-VH"])
+    done = CliRunner().invoke(app, ["translate", str(tmp_path / "tile.png"), str(out), "--model", str(models["db"])])
+    assert isinstance(done.exception, BadInput) and done.exception.field == "bands" and "VH" in str(done.exception)
 
 
 @pytest.mark.process

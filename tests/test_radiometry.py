@@ -264,3 +264,30 @@ def test_bands_that_are_not_there_are_refused(wanted: str | None, descriptions: 
     with pytest.raises(BadInput, match="VV") as error:
         name_bands(wanted, descriptions)
     assert error.value.field == "bands"
+
+
+@pytest.mark.parametrize(
+    ("own", "bands", "file", "band"),
+    [
+        (SENTINEL1_DB, "VH", "0-VV.png", "VH"),  # what is said wins
+        (SENTINEL1_DB, None, "0-VV.png", "VV"),
+        (SENTINEL1_DB, None, r"C:\VV\s1_vh.png", "VH"),
+        (SENTINEL1_DB, None, 'attachment; filename="S1 VH.png"', "VH"),
+        (Radiometry.of(SENTINEL1_DB.to_dict() | {"channels": 1, "bands": ["VV"]}), None, "tile.png", "VV"),
+        (AMPLITUDE, None, "tile.png", ""),
+        (SENTINEL1_DB, None, "VV/tile.png", None),
+        (SENTINEL1_DB, None, "VV-VH.png", None),
+        (SENTINEL1_DB, None, "", None),
+        (SENTINEL1_DB, "HH", "0-VV.png", None),
+        (AMPLITUDE, "VV,VH", "", None),
+    ],
+)
+def test_a_pictures_polarisation_is_said_named_or_the_only_one(
+    own: Radiometry, bands: str | None, file: str, band: str | None
+) -> None:
+    if band is not None:
+        assert own.band_of_picture(bands, file) == band
+        return
+    with pytest.raises(BadInput, match=r"VV.* VH") as error:
+        own.band_of_picture(bands, file)
+    assert error.value.field == "bands"

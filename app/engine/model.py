@@ -274,16 +274,6 @@ class Model:
             raise BadInput("steps", steps, f"{names} ({self.name})")
         return steps or self.default_steps
 
-    def sees(self, sar: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(channels, H, W) of one band (H, W) in [-1, 1], whose white is the display's: digital numbers of VV."""
-        from distillers.models.radiometry import Radiometry, decibels
-
-        own = Radiometry.of(self.info.sar)
-        if own.form == "amplitude":
-            return np.repeat(sar[None], own.channels, 0)
-        band = own.bands[0]
-        return own.unit({band: decibels((sar + 1) / 2, "dn") + np.float32(own.level(band))})
-
     def nfe(self, steps: int) -> int:
         """Network evaluations per picture: guidance asks twice in every step."""
         return steps * (1 if self.info.guidance_scale == 1 else 2)

@@ -208,7 +208,12 @@ def edits(engine: Engine, body: EditRequest | RealtimeRequest, size: str | None 
 
 
 async def from_picture(
-    engine: Engine, plan: Plan, body: EditRequest | RealtimeRequest, data: bytes, size: str | None = None
+    engine: Engine,
+    plan: Plan,
+    body: EditRequest | RealtimeRequest,
+    data: bytes,
+    size: str | None = None,
+    file: str = "",
 ) -> Work:
     """Order pictures from a picture's bytes: a translator takes them as SAR, a generator starts from them.
 
@@ -216,10 +221,12 @@ async def from_picture(
     `strength` is the share of the steps that are taken, at least one.
     """
     if plan.model.translates:
-        work = await from_sar(engine, plan, data)
+        work = await from_sar(engine, plan, data, body.bands, file)
         if size not in (None, "auto", f"{work.crop[1]}x{work.crop[0]}"):
             raise BadInput("size", size, f"{work.crop[1]}x{work.crop[0]}, the picture's, or auto")
         return work
+    if body.bands is not None:
+        raise BadInput("bands", body.bands, f"nothing: {plan.model.name} is no translator")
     height, width = check_size(plan.model, size)
     orders = orders_of(plan.model, body, plan.seeds)
     start = await engine.decode(decode_rgb, data, engine.settings.max_pixels)
@@ -231,11 +238,17 @@ async def from_picture(
     return Work(plan, started, height, width, (height, width), label_names(plan.model, orders), plan.steps - taken)
 
 
-async def from_sar(engine: Engine, plan: Plan, data: bytes, width: int | None = None) -> Work:
-    """Order translations of a plain SAR picture: a file's bytes or, with a width, its pixels 0..255 themselves."""
+async def from_sar(
+    engine: Engine, plan: Plan, data: bytes, bands: str | None, file: str, width: int | None = None
+) -> Work:
+    """Order translations of a plain SAR picture: a file's bytes or, with a width, its pixels 0..255 themselves.
+
+    bands, file: the field and the name that may say the picture's polarisation: see `Radiometry.band_of_picture`.
+    """
     limit = engine.settings.max_pixels
     sar = await engine.decode(decode_sar, data, limit) if width is None else _unpacked(data, width, limit)
-    padded = plan.model.sees(pad(sar, plan.model.generator.size_multiple))
+    generator = plan.model.generator
+    padded = generator.condition.of_picture((pad(sar, generator.size_multiple) + 1) / 2, bands, file)
     orders = [Order(seed, sar=padded) for seed in plan.seeds]
     return Work(plan, orders, padded.shape[1], padded.shape[2], (sar.shape[0], sar.shape[1]), [None for _ in orders])
 

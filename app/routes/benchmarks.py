@@ -78,8 +78,10 @@ def _examples(engine: Engine, model: Model) -> "Tensor":
     import torch
 
     files = sorted((model.folder / "examples").glob("*.png"))
-    multiple = model.generator.size_multiple
-    tiles = [model.sees(pad(decode_sar(file.read_bytes(), engine.settings.max_pixels), multiple)) for file in files]
+    generator, limit, tiles = model.generator, engine.settings.max_pixels, []
+    for file in files:
+        sar = pad(decode_sar(file.read_bytes(), limit), generator.size_multiple)
+        tiles.append(generator.condition.of_picture((sar + 1) / 2, file=file.name))
     if len({tile.shape for tile in tiles}) != 1:
         raise BadInput("model", model.name, "a translator with SAR tiles of one size in its examples/*.png")
     return torch.from_numpy(np.stack(tiles)).to(engine.device)

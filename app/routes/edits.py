@@ -34,22 +34,23 @@ async def edit(request: Request) -> Response:
     """A generator draws on from the picture, which must have the model's own size; a translator takes it as SAR.
 
     `strength` is the share of the steps that are taken (SDEdit, Meng et al. 2022): a model of one step takes that one
-    whatever it is. A translator ignores prompt and strength. A mask is refused. With several models served, and none
-    named, one that draws is chosen before one that translates.
+    whatever it is. A translator ignores prompt and strength; it takes the SAR picture's polarisation from `bands`, else
+    from the file's name, and refuses if it has several bands and neither says it. A mask is refused. With several
+    models served, and none named, one that draws is chosen before one that translates.
     """
     engine = engine_of(request)
-    data, fields = await _read_form(request)
+    data, name, fields = await _read_form(request)
     body = EditRequest.model_validate(fields)
     raw = accepted_unless_streamed(request, body)
     plan = await make_plan(engine, body, fits=edits(engine, body, body.size), n=body.n, raw=raw)
-    work = await from_picture(engine, plan, body, data, body.size)
+    work = await from_picture(engine, plan, body, data, body.size, name)
     if body.stream:
         return await stream(request, engine, work, "image_edit", body.partial_images or 0)
     return await respond(request, engine, work)
 
 
-async def _read_form(request: Request) -> tuple[bytes, dict[str, Any]]:
-    """Return the picture's bytes, and the form's other fields."""
+async def _read_form(request: Request) -> tuple[bytes, str, dict[str, Any]]:
+    """Return the picture's bytes, its file's name, and the form's other fields."""
     check_kind(request)
     async with request.form(max_files=17, max_fields=30) as form:
         if "mask" in form:
@@ -59,4 +60,4 @@ async def _read_form(request: Request) -> tuple[bytes, dict[str, Any]]:
             given = "a text" if len(pictures) == 1 else f"{len(pictures)} of them"
             raise BadInput("image", given, PICTURE)
         fields = {name: value for name, value in form.multi_items() if name not in ("image", "image[]")}
-        return await pictures[0].read(), fields
+        return await pictures[0].read(), pictures[0].filename or "", fields

@@ -70,10 +70,11 @@ async def translate(request: Request) -> Response:
     """A plain picture, or a GeoTIFF scene of backscatter in any units up to a pixel limit; beyond it, see the jobs.
 
     A plain picture is a PNG, or a TIFF without georeference: one band of 8 or 16 bit or float32 in 0..1, at the model's
-    own stretch (sar in /v1/models/{id}); or, with their width, the bytes 0..255 themselves, the fastest way. Every
-    other TIFF is a scene (BigTIFF always), and so is one that comes with units, bands, nodata, samples or
-    output_format=geotiff. A scene keeps its CRS, transform and holes; the answer's `scene` says how its numbers were
-    read. Colours are inferred, not measured.
+    own stretch (sar in /v1/models/{id}); or, with their width, the bytes 0..255 themselves, the fastest way. Its
+    polarisation, VV or VH, is that of `bands`, else of the file's name (in a form, or in Content-Disposition), else the
+    model's if it has one band; a model of several bands refuses a picture without. Every other TIFF is a scene (BigTIFF
+    always), and so is one that comes with units, bands, nodata, samples or output_format=geotiff. A scene keeps its
+    CRS, transform and holes; the answer's `scene` says how its numbers were read. Colours are inferred, not measured.
     """
     engine, kind = engine_of(request), check_kind(request, RAW_KINDS)
     data, name, parameters = await _read_body(request, kind)
@@ -88,10 +89,10 @@ async def translate(request: Request) -> Response:
     if kind != PIXELS and data[:4] in CLASSIC + BIG:
         if said or is_scene(data):
             return await _translate_scene(request, plan, data, name, scene_options(body, plan.steps, plan.seed))
-    elif said:
-        given = getattr(body, said[0]) if said[0] != "output_format" else "geotiff"
-        raise BadInput(said[0], given, "nothing with this file: it is for GeoTIFF scenes, and this is no TIFF")
-    return await respond(request, engine, await from_sar(engine, plan, data, body.width))
+    elif own := [field for field in said if field != "bands"]:
+        given = getattr(body, own[0]) if own[0] != "output_format" else "geotiff"
+        raise BadInput(own[0], given, "nothing with this file: it is for GeoTIFF scenes, and this is no TIFF")
+    return await respond(request, engine, await from_sar(engine, plan, data, body.bands, name, body.width))
 
 
 async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str, options: "Options") -> Response:

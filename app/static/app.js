@@ -41,7 +41,8 @@ function show() {
   at("prompt-row").hidden = !model.reads_text;
   at("image-row").hidden = !translating;
   const scene = translating && isScene(at("image").files[0]);
-  at("scene-fields").hidden = at("samples-row").hidden = !scene;
+  at("sar-fields").hidden = !translating;
+  at("units-row").hidden = at("samples-row").hidden = !scene;
   at("n-row").hidden = scene;
   at("measure").hidden = model.role !== "student" || !model.teacher;
   at("go").textContent = translating ? "Translate" : "Generate";
@@ -68,11 +69,18 @@ function order() {
     if (!file) throw new Error("choose a SAR image first");
     const body = new FormData();
     body.append("image", file);
+    if (bandsOf(file)) fields.bands = bandsOf(file);
     for (const [name, value] of Object.entries(fields)) body.append(name, value);
     return { path: "/v1/images/translations", options: { method: "POST", body }, fields, file };
   }
   describe(fields);
   return { path: "/v1/images/generations", options: json(fields), fields };
+}
+
+/** The bands as the form says them; of a picture, as its name does. */
+function bandsOf(file) {
+  const named = isScene(file) ? [] : file.name.toUpperCase().split(/[^A-Z0-9]+/).filter((word) => ["VV", "VH"].includes(word));
+  return at("bands").value.trim() || (new Set(named).size === 1 ? named[0] : "");
 }
 
 /** What is to be in the picture. */
@@ -156,7 +164,7 @@ async function busy(work) {
 async function translateFile(file) {
   const fields = common();
   if (at("units").value !== "auto") fields.units = at("units").value;
-  if (at("bands").value.trim()) fields.bands = at("bands").value.trim();
+  if (bandsOf(file)) fields.bands = bandsOf(file);
   if (at("samples").valueAsNumber > 1) fields.samples = at("samples").valueAsNumber;
   for (const id of ["timing", "pictures"]) at(id).replaceChildren();
   at("measured").hidden = at("as-curl").hidden = true;
@@ -177,6 +185,7 @@ function orderNow() {
   if (translates(chosen()) && !file) throw new Error("choose a SAR picture first");
   if (isScene(file)) throw new Error("a GeoTIFF scene is not drawn live; a PNG picture is");
   if (!file) describe(fields);
+  else if (bandsOf(file)) fields.bands = bandsOf(file);
   return { fields, file };
 }
 

@@ -20,7 +20,7 @@ from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
-from distillers.models.radiometry import Radiometry, name_bands
+from distillers.models.radiometry import Radiometry
 
 __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 
@@ -95,14 +95,16 @@ KINDS: dict[str, Callable[..., ImageData]] = {
 
 
 def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None = None) -> Tensor:
-    """One SAR picture as a model is shown it, (1, C, H, W) in [-1, 1]; its polarisation by `bands` or the file's name.
+    """Read one SAR picture as a model takes it, (1, C, H, W) in [-1, 1].
+
+    bands: its polarisation, where the file's name does not say it: see `Radiometry.band_of_picture`.
 
     Raises:
-        BadInput: a missing, unreadable or coloured file.
+        BadInput: a missing, unreadable or coloured file; a polarisation that nothing says.
     """
     grey = _read_grey(path)
     seen = seen or Radiometry()
-    (band, *_), _ = name_bands(bands, [None], Path(path).stem)
+    band = seen.band_of_picture(bands, Path(path).name)
     return torch.from_numpy(seen.picture((grey[0, 0].numpy() + 1) / 2, band))[None]
 
 

@@ -132,6 +132,13 @@ class Condition:
         """Take the conditions of items of a data set."""
         return {}
 
+    def of_picture(self, grey: NDArray[np.floating], bands: str | None = None, file: str = "") -> NDArray[np.float32]:
+        """Make a condition (C, H, W) of a grey picture (H, W), 0 black to 1 white.
+
+        bands, file: what may say which polarisation it has: see `Radiometry.band_of_picture`.
+        """
+        raise BadInput("image", f"a picture of {grey.shape}", f"nothing: {self.name} {SarPicture.refusal}")
+
     def in_turn(self, numbers: Sequence[int], real: Tensor | None = None) -> Given:
         """Give picture number i the i-th of all conditions, over and over; `real` are those that cannot be made up.
 
@@ -283,6 +290,9 @@ class SarPicture(Condition):
 
     def of_items(self, items: Mapping[str, Tensor]) -> Given:
         return {"sar": items["sar"]}
+
+    def of_picture(self, grey: NDArray[np.floating], bands: str | None = None, file: str = "") -> NDArray[np.float32]:
+        return self.radiometry.picture(grey, self.radiometry.band_of_picture(bands, file))
 
     def in_turn(self, numbers: Sequence[int], real: Tensor | None = None) -> Given:
         if real is None or not len(real):

@@ -10,6 +10,7 @@ Knows arrays and the manifest's words; files are read in `scene.py` and `data/`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -121,6 +122,26 @@ class Radiometry:
         if self.calibrated:
             out[-1] = np.where(calibrated, 1, -1)
         return np.nan_to_num(out, copy=False, nan=0.0)
+
+    def band_of_picture(self, bands: str | None = None, file: str = "") -> str:
+        """Name the polarisation of a picture of one band.
+
+        In this order: what `bands` says ("VV", "VH"; see `name_bands`), what the file's name says, the model's band if
+        it has one. "" for form "amplitude", which takes any.
+
+        Raises:
+            BadInput: nothing says it.
+        """
+        if bands is not None:
+            return next(iter(name_bands(bands, [None])[0]))
+        named = _polarisations(file)
+        if len(named) == 1:
+            return named[0]
+        if self.form == "amplitude":
+            return ""
+        if len(self.bands) > 1:
+            raise BadInput("bands", None, f"{' or '.join(self.bands)}, or a file with it in its name: tile-VH.png")
+        return self.bands[0]
 
     def picture(self, grey: Array, band: str) -> NDArray[np.float32]:
         """(channels, H, W) in [-1, 1] from a grey picture (H, W), 0 black to 1 white: its white is the 99 % quantile.
@@ -260,13 +281,19 @@ def _guess(described: dict[str, int], count: int, file: str) -> tuple[dict[str, 
     if described:
         return described, "by band descriptions"
     if count == 1:
-        named = [p for p in POLARISATIONS if p in _words(file)]
+        named = _polarisations(file)
         if len(named) == 1:
             return {named[0]: 1}, "by the file's name"
         return {"VV": 1}, "assumed: one band without a name is taken for VV"
     if count == 2:
         return {"VV": 1, "VH": 2}, "assumed: two bands without names are taken for VV, VH"
     raise BadInput("bands", f"{count} bands without polarisations in their descriptions", "--bands VV=NUMBER,VH=NUMBER")
+
+
+def _polarisations(file: str) -> list[str]:
+    """List the polarisations that the name of a file has as words of their own."""
+    words = _words(re.split(r"[/\\]", file)[-1])
+    return [p for p in POLARISATIONS if p in words]
 
 
 def _words(text: str | None) -> set[str]:

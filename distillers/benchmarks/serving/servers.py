@@ -263,7 +263,7 @@ class Workload:
     folder: Path
     steps: int
     size: tuple[int, int]
-    orders: tuple[Mapping[str, Any], ...]  # {"seed", "label"?, "prompt"?, "file"?}
+    orders: tuple[Mapping[str, Any], ...]  # {"seed", "label"?, "prompt"?, "bands"?, "file"?}
     constant: bool = False  # a picture instead of the forward pass
     device: str = "cpu"
     dtype: str = "float32"  # of torch, for the raw loop and the peers; ours chooses
@@ -279,7 +279,7 @@ class Workload:
 
 def request(system: System, workload: Workload, order: Mapping[str, Any]) -> bytes:
     """The HTTP request for one picture, ready to be sent."""
-    body: dict[str, Any] = {name: order[name] for name in ("seed", "label", "prompt") if name in order}
+    body: dict[str, Any] = {name: order[name] for name in ("seed", "label", "prompt", "bands") if name in order}
     picture = Path(order["file"]).read_bytes() if "file" in order else None
     path, kind = "/draw", "application/json"
     if system.ours:

@@ -40,6 +40,7 @@ from distillers.benchmarks.serving.servers import (
 )
 from distillers.errors import BadInput
 from distillers.evaluation.report import setting
+from distillers.models.radiometry import Radiometry
 from distillers.runtime import package_versions
 
 RAW = "raw"
@@ -194,7 +195,10 @@ def workload(folder: Path, steps: int = 1) -> Workload:
         if info["task"] == "text-to-image":
             order["prompt"] = PROMPTS[seed % len(PROMPTS)]
         if files:
-            order["file"] = str(files[seed % len(files)].absolute())
+            file = files[seed % len(files)].absolute()
+            order["file"] = str(file)
+            if band := Radiometry.of(info.get("sar")).band_of_picture(file=file.name):
+                order["bands"] = band
         orders.append(order)
     height, width = info["size"]
     return Workload(name=folder.name, folder=folder, steps=steps, size=(height, width), orders=tuple(orders))

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,10 +63,10 @@ class Work:
             self.draw([Order(0, **first)] * count)
 
     def order(self, body: Mapping[str, Any], picture: bytes | None = None) -> Order:
-        """From a request: {"seed", "label"?, "prompt"?, "image"? (base64 PNG)}, or a picture's own bytes beside it."""
+        """Read a request: {"seed", "label"?, "prompt"?, "bands"?, "image"?}, or a picture's bytes beside it."""
         if picture is None and "image" in body:
             picture = base64.b64decode(body["image"])
-        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture))
+        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture, body.get("bands")))
 
     def draw(self, orders: Sequence[Order]) -> Pixels:
         """(B, H, W, 3) of B orders of one shape."""
@@ -91,13 +91,11 @@ class Work:
         )
         return (found.images * 255).round().astype(np.uint8)
 
-    def _sar(self, picture: bytes | None) -> NDArray[np.float32] | None:
-        """What the network sees of a PNG, by our server's own reading."""
+    def _sar(self, picture: bytes | None, bands: str | None) -> NDArray[np.float32] | None:
+        """Turn a PNG into the network's SAR, read as our server reads it."""
         if picture is None or self.constant is not None or self.condition.argument != "sar":
             return None
-        from app.engine.model import Model
-
-        return Model.sees(cast(Model, self), decode_sar(picture, MAX_PIXELS))
+        return self.condition.of_picture((decode_sar(picture, MAX_PIXELS) + 1) / 2, bands)
 
 
 def png(pixels: Pixels) -> bytes:
