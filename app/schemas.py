@@ -1,11 +1,14 @@
 """Request and answer bodies. A field that is not here is refused by name; OpenAI's own without effect are accepted."""
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.errors import ErrorBody
 from distillers.errors import BadInput
+from distillers.models.radiometry import Units
+from distillers.sar.options import SceneFacts, SceneOptions
 
 Format = Literal["png", "jpeg", "webp", "raw"]
 SceneFormat = Literal["png", "jpeg", "webp", "raw", "geotiff"]
@@ -143,19 +146,19 @@ class RealtimeRequest(Turn, Described):
     output_format: Format = "jpeg"
 
 
+def _of_options(name: str) -> Any:
+    """Make a form's field of the library's option of that name; None stands for the option's default."""
+    (option,) = (option for option in fields(SceneOptions) if option.name == name)
+    return Field(None, **option.metadata)
+
+
 class SceneFields(Body):
     """How the numbers of a scene are read. Each of them makes a TIFF a scene; `bands` goes with a plain PNG, too."""
 
-    units: Literal["auto", "db", "linear", "amplitude", "dn"] | None = Field(
-        None, description="What the numbers are; auto, the default, decides by their values and refuses when unsure."
-    )
-    bands: str | None = Field(
-        None, max_length=80, description='Which bands: "VV,VH", numbers in that order "2,1", or "VV=2".'
-    )
-    nodata: float | None = Field(None, description="A number that means no data, beside NaN and what the file says.")
-    samples: int | None = Field(
-        None, ge=1, le=64, description="Over 1: mean, deviation and quantiles over seeds seed, seed + 1, ... as well."
-    )
+    units: Units | None = _of_options("units")
+    bands: str | None = _of_options("bands")
+    nodata: float | None = _of_options("nodata")
+    samples: int | None = _of_options("samples")
 
 
 class TranslationRequest(Sampling, SceneFields):
@@ -217,31 +220,6 @@ class ImageData(BaseModel):
     b64_json: str
     seed: int = Field(description="Draws this picture alone.")
     label: str | None = Field(None, description="Its class, where the model has classes.")
-
-
-class SceneFacts(BaseModel):
-    """What was done to a scene, and why."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str
-    model_sha256: str
-    steps: int
-    seed: int
-    samples: int
-    units: str
-    units_why: str
-    bands: dict[str, int]
-    bands_how: str
-    width: int
-    height: int
-    tiles: int = Field(description="Tiles drawn, over all samples.")
-    skipped: int = Field(description="Tiles without data.")
-    valid_share: float
-    mean_deviation: float | None = Field(description="Of the samples, in levels of 255; null for one sample.")
-    seconds: float
-    megapixels_per_second: float
-    warnings: list[str]
 
 
 class SceneData(BaseModel):

@@ -18,9 +18,9 @@ from distillers.evaluation.pictures import side_by_side
 from distillers.evaluation.report import markdown_table, setting
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
+from distillers.sar.options import SceneFacts, SceneOptions
 from distillers.sar.raster import Source, preview
-from distillers.sar.tiles import Options
-from distillers.sar.translate import Facts, translate, uncertainty_path
+from distillers.sar.translate import translate, uncertainty_path
 
 SHOWN = 160  # px a side, from the upper left
 SAMPLES = 8
@@ -50,7 +50,7 @@ def main() -> None:
     """All rasters of backscatter in the folder."""
     model, folder, page = map(Path, sys.argv[1:4])
     generator = Generator.from_pretrained(model)
-    rows: list[tuple[Path, Facts, bool, bool]] = []
+    rows: list[tuple[Path, SceneFacts, bool, bool]] = []
     pictures: dict[str, list[torch.Tensor]] = {
         "SAR": [],
         "one sample": [],
@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for file in files:
             out = Path(place) / file.name
-            facts = translate(generator, file, out, Options(samples=SAMPLES))
+            facts = translate(generator, file, out, SceneOptions(samples=SAMPLES))
             with rasterio.open(file) as given, rasterio.open(out) as made:
                 same = (given.crs, given.transform, given.shape) == (made.crs, made.transform, made.shape)
             valid = all(cog_validate(str(path), strict=True)[0] for path in (out, uncertainty_path(out)))

@@ -44,8 +44,8 @@ from distillers.cli.arguments import app
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
-from distillers.sar.tiles import Options
-from distillers.sar.translate import WARNING, translate
+from distillers.sar.options import WARNING, SceneOptions
+from distillers.sar.translate import translate
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 
@@ -166,7 +166,7 @@ def test_a_geotiff_comes_back_on_its_own_grid_as_the_library_draws_it(
     answer = client.post(TRANSLATE, params=query, content=scene, headers=TIFF | {"Accept": "image/tiff"})
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/tiff", answer.text
     (tmp_path / "scene.tif").write_bytes(scene)
-    options = Options(seed=5, steps=2)
+    options = SceneOptions(seed=5, steps=2)
     generator = Generator.from_pretrained(weights / model)
     translate(generator, tmp_path / "scene.tif", tmp_path / "out.tif", options)
     with opened(answer.content) as ours, rasterio.open(tmp_path / "out.tif") as theirs:
@@ -456,7 +456,7 @@ def test_a_scene_whose_caller_leaves_ends_at_its_next_tile(client: TestClient) -
     state, portal = cast(Any, client.app).state, client.portal
     assert portal is not None
     with engine_held(client):
-        order = (large(299), "", state.engine.models["sar"], Options(units="dn"), "png", 90)
+        order = (large(299), "", state.engine.models["sar"], SceneOptions(units="dn"), "png", 90)
         asking = portal.start_task_soon(state.scenes.at_once, *order)
         # at work, not merely on its way: a scene that has not begun is taken back by its future alone
         until(lambda: state.scenes._at_work and state.scenes._at_work[-1].running())

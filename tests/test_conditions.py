@@ -20,7 +20,7 @@ from distillers.jobs.suggest import noised_inputs
 from distillers.models import conditions
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Levels, Radiometry
-from distillers.sar.tiles import Options
+from distillers.sar.options import SceneOptions
 from distillers.sar.translate import translate
 from distillers.teacher import Teacher
 from distillers.training.trainer import train
@@ -208,7 +208,7 @@ def test_a_scene_says_whether_its_levels_are_absolute(
         return own(self, **given)
 
     monkeypatch.setattr(Generator, "encode_condition", watched)
-    facts = translate(generator, scene, tmp_path / "out.tif", Options(tile=48, overlap=16))
+    facts = translate(generator, scene, tmp_path / "out.tif", SceneOptions(tile=48, overlap=16))
     assert facts.units == units and len(told) > 1 and all((planes == plane).all() for planes in told)
     assert pixels(tmp_path / "out.tif").shape == (3, 90, 70)
 

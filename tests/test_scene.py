@@ -27,7 +27,8 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import SENTINEL1_DB
 from distillers.models.schedule import VariancePreserving
 from distillers.sar.demonstration import demonstration
-from distillers.sar.tiles import Axis, NoiseField, Options, axis
+from distillers.sar.options import SceneOptions
+from distillers.sar.tiles import Axis, NoiseField, axis
 from distillers.sar.translate import HOLE, SCALE, STATISTICS, translate, uncertainty_path
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
@@ -188,8 +189,8 @@ def test_the_noise_is_gaussian_and_differs_by_seed_step_and_block() -> None:
 def test_tiled_and_untiled_are_the_same_picture(tmp_path: Path, local: Generator, shape, steps: int) -> None:
     """A local network says the same in every tile, but for the zeros that it sees beyond a border."""
     scene = write(tmp_path / "s.tif", backscatter(*shape))
-    translate(local, scene, tmp_path / "whole.tif", Options(tile=512, steps=steps))
-    facts = translate(local, scene, tmp_path / "tiled.tif", Options(tile=64, steps=steps))
+    translate(local, scene, tmp_path / "whole.tif", SceneOptions(tile=512, steps=steps))
+    facts = translate(local, scene, tmp_path / "tiled.tif", SceneOptions(tile=64, steps=steps))
     assert facts.tiles > 6
     apart = np.abs(pixels(tmp_path / "whole.tif").astype(int) - pixels(tmp_path / "tiled.tif"))
     inside = apart[:, 8:-8, 8:-8]  # at the scene's own border the two see other things beyond
@@ -200,12 +201,12 @@ def test_noise_of_a_tile_instead_of_the_ground_would_fail_that(
     tmp_path: Path, local: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = write(tmp_path / "s.tif", backscatter(150, 150))
-    translate(local, scene, tmp_path / "whole.tif", Options(tile=512))
+    translate(local, scene, tmp_path / "whole.tif", SceneOptions(tile=512))
     crop = NoiseField.crop
     monkeypatch.setattr(
         NoiseField, "crop", lambda self, seed, step, top, left, *sides: crop(self, seed, step, 0, 0, *sides)
     )
-    translate(local, scene, tmp_path / "tiled.tif", Options(tile=64))
+    translate(local, scene, tmp_path / "tiled.tif", SceneOptions(tile=64))
     apart = np.abs(pixels(tmp_path / "whole.tif").astype(int) - pixels(tmp_path / "tiled.tif"))
     assert apart.mean() > 5
 
@@ -220,7 +221,7 @@ def test_a_constant_scene_shows_no_grid(tmp_path: Path, name: str, monkeypatch: 
 
     def unevenness() -> float:
         """Largest over smallest contrast along a stride of 96 px, in parts of 16, over 14 strides."""
-        translate(published, scene, tmp_path / "o.tif", Options(tile=128, overlap=32))
+        translate(published, scene, tmp_path / "o.tif", SceneOptions(tile=128, overlap=32))
         grey = uniform_filter(pixels(tmp_path / "o.tif").astype(float).mean(0), 5)[16:-16]  # without the pixels' grain
         contrast = grey.std(0)[104 : 104 + 96 * 14]  # the first part is where two tiles are blended
         parts = contrast.reshape(14, 6, 16).mean((0, 2))
@@ -244,18 +245,18 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(tmp_path: Path, g
     for batch in (1, 2, 5):
         out = tmp_path / str(batch)
         out.mkdir()
-        translate(generator, scene, out / "o.tif", Options(tile=64, batch=batch, samples=2, seed=9))
+        translate(generator, scene, out / "o.tif", SceneOptions(tile=64, batch=batch, samples=2, seed=9))
         files.append([(out / "o.tif").read_bytes(), uncertainty_path(out / "o.tif").read_bytes()])
     assert files[0] == files[1] == files[2]
-    translate(generator, scene, tmp_path / "o.tif", Options(tile=64, seed=10))
+    translate(generator, scene, tmp_path / "o.tif", SceneOptions(tile=64, seed=10))
     assert (tmp_path / "o.tif").read_bytes() != files[0][0]
 
 
 def test_a_part_of_a_scene_is_drawn_from_the_same_noise(tmp_path: Path, local: Generator) -> None:
     """The upper left of a scene does not depend on how far the scene goes."""
     values = backscatter(200, 330)
-    translate(local, write(tmp_path / "s.tif", values), tmp_path / "whole.tif", Options(tile=64))
-    translate(local, write(tmp_path / "p.tif", values[:, :120, :200]), tmp_path / "part.tif", Options(tile=64))
+    translate(local, write(tmp_path / "s.tif", values), tmp_path / "whole.tif", SceneOptions(tile=64))
+    translate(local, write(tmp_path / "p.tif", values[:, :120, :200]), tmp_path / "part.tif", SceneOptions(tile=64))
     apart = np.abs(
         pixels(tmp_path / "whole.tif")[:, :64, :150].astype(int) - pixels(tmp_path / "part.tif")[:, :64, :150]
     )
@@ -277,7 +278,7 @@ def test_holes_stay_holes_and_nothing_else_becomes_one(tmp_path: Path, generator
     if kind == "mask":
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(scene, "r+") as raster:
             raster.write_mask(~hole)
-    options = Options(tile=64, samples=3, nodata=-99.0 if kind == "option" else None)
+    options = SceneOptions(tile=64, samples=3, nodata=-99.0 if kind == "option" else None)
     facts = translate(generator, scene, tmp_path / "o.tif", options)
     made, spread = pixels(tmp_path / "o.tif"), pixels(uncertainty_path(tmp_path / "o.tif"))
     assert np.array_equal((made == 0).all(0), hole) and np.array_equal((made == 0).any(0), hole)
@@ -302,10 +303,10 @@ def test_what_a_hole_holds_does_not_matter(tmp_path: Path, generator: Generator)
 
 def test_statistics_are_those_of_the_samples(tmp_path: Path, generator: Generator) -> None:
     scene = write(tmp_path / "s.tif", backscatter(70, 90))
-    facts = translate(generator, scene, tmp_path / "o.tif", Options(samples=6, seed=4))
+    facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=6, seed=4))
     drawn = []
     for seed in range(4, 10):
-        translate(generator, scene, tmp_path / "one.tif", Options(seed=seed))
+        translate(generator, scene, tmp_path / "one.tif", SceneOptions(seed=seed))
         drawn.append(pixels(tmp_path / "one.tif").astype(float))
     with rasterio.open(uncertainty_path(tmp_path / "o.tif")) as raster:
         found = (raster.read() * SCALE).reshape(len(STATISTICS), 3, 70, 90)
@@ -323,7 +324,7 @@ def test_a_student_that_ignores_its_noise_is_said_to_have_collapsed(tmp_path: Pa
             return super().forward(torch.cat([torch.zeros_like(x[:, :12]), x[:, 12:]], 1), time)
 
     deaf = Generator(Denoiser(Deaf(), local.schedule, "x0"), local.codec, local.info).eval()
-    facts = translate(deaf, write(tmp_path / "s.tif", backscatter(64, 64)), tmp_path / "o.tif", Options(samples=4))
+    facts = translate(deaf, write(tmp_path / "s.tif", backscatter(64, 64)), tmp_path / "o.tif", SceneOptions(samples=4))
     assert any("collapsed to a point" in warning for warning in facts.warnings)
 
 
@@ -338,7 +339,7 @@ def test_one_scene_in_all_units_is_one_picture(tmp_path: Path, generator: Genera
     }.items():  # fmt: skip
         scene = write(tmp_path / f"{units}.tif", numbers)
         facts = translate(
-            generator, scene, tmp_path / "o.tif", Options(units=units if units == "amplitude" else "auto")
+            generator, scene, tmp_path / "o.tif", SceneOptions(units=units if units == "amplitude" else "auto")
         )
         assert facts.units == units
         made[units] = pixels(tmp_path / "o.tif").astype(int)
@@ -376,7 +377,7 @@ def test_one_scaled_band_beside_one_that_is_not(tmp_path: Path, generator: Gener
     scene = write(tmp_path / "i.tif", values)
     with rasterio.open(scene, "r+") as raster:
         raster.scales = (1.0, 0.01)
-    assert translate(generator, scene, tmp_path / "a.tif", Options(nodata=-9999)).units == "db"
+    assert translate(generator, scene, tmp_path / "a.tif", SceneOptions(nodata=-9999)).units == "db"
     floats = values * np.array([1.0, 0.01])[:, None, None]
     floats[:, :10] = np.nan
     translate(generator, write(tmp_path / "f.tif", floats.astype(np.float32)), tmp_path / "b.tif")
@@ -397,7 +398,7 @@ def test_bands_are_chosen_by_name_or_number(tmp_path: Path, generator: Generator
     both = write(tmp_path / "both.tif", values[::-1].copy(), ("VH", "VV"))
     made = {}
     for bands in (None, "VV", "VH", "VV=2", "2"):
-        facts = translate(generator, both, tmp_path / "o.tif", Options(bands=bands))
+        facts = translate(generator, both, tmp_path / "o.tif", SceneOptions(bands=bands))
         made[bands] = (facts.bands, pixels(tmp_path / "o.tif"))
     assert made[None][0] == {"VV": 2, "VH": 1} and made["VH"][0] == {"VH": 1}
     assert made["VV"][0] == made["VV=2"][0] == made["2"][0] == {"VV": 2}
@@ -479,7 +480,7 @@ def test_bad_scenes_are_refused_by_name_and_leave_nothing(tmp_path: Path, genera
     scene, out = make(tmp_path / "s.tif"), tmp_path / "out"
     out.mkdir()
     with pytest.raises(BadInput, match=f"(?s){message}"):
-        translate(generator, scene, out / "o.tif", Options(tile=64))
+        translate(generator, scene, out / "o.tif", SceneOptions(tile=64))
     assert list(out.iterdir()) == []
 
 
@@ -495,14 +496,14 @@ def test_bad_scenes_are_refused_by_name_and_leave_nothing(tmp_path: Path, genera
 def test_wrong_options_are_refused_by_name(tmp_path: Path, generator: Generator, options, field: str) -> None:
     scene = write(tmp_path / "s.tif", backscatter(80, 80))
     with pytest.raises(BadInput) as caught:
-        translate(generator, scene, tmp_path / "o.tif", Options(**options))
+        translate(generator, scene, tmp_path / "o.tif", SceneOptions(**options))
     assert caught.value.field == field and not (tmp_path / "o.tif").exists()
 
 
 def test_power_said_to_be_decibels_is_refused(tmp_path: Path, generator: Generator) -> None:
     scene = write(tmp_path / "s.tif", np.full((1, 64, 64), 300.0, np.float32), ("VV",))
     with pytest.raises(BadInput, match="units"):
-        translate(generator, scene, tmp_path / "o.tif", Options(units="db"))
+        translate(generator, scene, tmp_path / "o.tif", SceneOptions(units="db"))
 
 
 def test_outputs_that_cannot_be_are_refused(tmp_path: Path, generator: Generator) -> None:
@@ -515,20 +516,20 @@ def test_outputs_that_cannot_be_are_refused(tmp_path: Path, generator: Generator
     assert scene.read_bytes() == before
     scene = scene.rename(uncertainty_path(tmp_path / "o.tif"))
     with pytest.raises(BadInput, match="another file than the scene"):
-        translate(generator, scene, tmp_path / "o.tif", Options(samples=2))
+        translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=2))
     assert scene.read_bytes() == before
 
 
 def test_an_interrupted_work_leaves_the_old_file_and_no_new_one(tmp_path: Path, generator: Generator) -> None:
     scene = write(tmp_path / "s.tif", backscatter(300, 300))
-    translate(generator, scene, tmp_path / "o.tif", Options(tile=64))
+    translate(generator, scene, tmp_path / "o.tif", SceneOptions(tile=64))
     before = (tmp_path / "o.tif").read_bytes()
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        translate(generator, scene, tmp_path / "o.tif", Options(tile=64, seed=1), progress=stop)
+        translate(generator, scene, tmp_path / "o.tif", SceneOptions(tile=64, seed=1), progress=stop)
     assert (tmp_path / "o.tif").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.tif", "s.tif"]
     assert not [t for t in threading.enumerate() if t.name.startswith("fewstep-")]
@@ -543,7 +544,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, generator: Gener
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
         with pytest.raises(BadInput, match=r"out: .*room"):
-            translate(generator, scene, out / "o.tif", Options(tile=128))
+            translate(generator, scene, out / "o.tif", SceneOptions(tile=128))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
@@ -624,5 +625,5 @@ def test_real_rasters_are_translated_on_their_grid(tmp_path: Path, generator: Ge
 
 
 def test_axis_takes_small_scenes_as_one_tile(generator: Generator) -> None:
-    assert axis(50, Options(), generator) == Axis(50, 52, 0)
-    assert axis(1000, Options(), generator) == Axis(1000, 256, 64)
+    assert axis(50, SceneOptions(), generator.size_multiple) == Axis(50, 52, 0)
+    assert axis(1000, SceneOptions(), generator.size_multiple) == Axis(1000, 256, 64)

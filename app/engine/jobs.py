@@ -21,7 +21,7 @@ from app.settings import Settings
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
-    from distillers.sar.translate import Facts
+    from distillers.sar.options import SceneFacts
 
 log = logging.getLogger("fewstep.jobs")
 OPTICAL, UNCERTAINTY, PREVIEW, SAR = "optical.tif", "uncertainty.tif", "preview.png", "sar.png"
@@ -39,7 +39,7 @@ class Job:
     started: float | None = None  # time.perf_counter
     done: int = 0  # pixels
     pixels: int = 0
-    facts: "Facts | None" = None
+    facts: "SceneFacts | None" = None
     error: ErrorBody | None = None
     expires: float | None = None
 

@@ -28,8 +28,7 @@ from distillers.errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillers.sar.tiles import Options
-    from distillers.sar.translate import Facts
+    from distillers.sar.options import SceneFacts, SceneOptions
 
 log = logging.getLogger("fewstep.scenes")
 PREVIEW = 1024  # pixels a side, at most
@@ -44,7 +43,7 @@ class SceneOrder:
     """A scene to translate."""
 
     model: Model
-    options: "Options"
+    options: "SceneOptions"
     scene: Path
     gone: threading.Event  # set when nobody wants it any more
 
@@ -63,7 +62,7 @@ class SceneOrder:
 class Translated:
     """A translated scene, as bytes; its file has been removed."""
 
-    facts: "Facts"
+    facts: "SceneFacts"
     forward_s: float  # on the engine's thread, all tiles
     optical: bytes  # a GeoTIFF, or a picture in the format asked for
     uncertainty: bytes | None
@@ -94,7 +93,7 @@ class Scenes:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     async def at_once(
-        self, data: bytes, name: str, model: Model, options: "Options", output_format: str, quality: int
+        self, data: bytes, name: str, model: Model, options: "SceneOptions", output_format: str, quality: int
     ) -> Translated:
         """A scene from bytes to bytes; a cancelled caller's ends at its next tile."""
         import_rasterio()
@@ -124,7 +123,9 @@ class Scenes:
         finally:
             gone.set()
 
-    def translate(self, order: SceneOrder, progress: Callable[[int, int], None] | None = None) -> tuple["Facts", float]:
+    def translate(
+        self, order: SceneOrder, progress: Callable[[int, int], None] | None = None
+    ) -> tuple["SceneFacts", float]:
         """In the caller's thread; and the seconds on the engine's. Raises Cancelled when the order's nobody's."""
         from distillers.sar.tiles import TILE
         from distillers.sar.translate import translate
@@ -162,7 +163,7 @@ class Scenes:
         facts.warnings = [_fields(warning) for warning in facts.warnings]
         return facts, forward_s
 
-    def previews(self, order: SceneOrder, facts: "Facts") -> tuple[bytes, bytes]:
+    def previews(self, order: SceneOrder, facts: "SceneFacts") -> tuple[bytes, bytes]:
         """The result and the SAR as small PNG pictures of one size."""
         from distillers.sar.raster import preview
 

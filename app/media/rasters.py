@@ -17,7 +17,7 @@ from app.media.images import Pixels, too_many_pixels
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
-    from distillers.sar.translate import Facts
+    from distillers.sar.options import SceneFacts
 
 CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
 GEOREFERENCE = (33550, 33922, 34264, 34735)  # pixel scale, tie points, transformation, geo keys
@@ -76,7 +76,7 @@ def check(path: Path, max_pixels: int | None = None) -> None:
         raise BadInput("image", given, f"a file tiled or in strips, {MAX_BLOCK} bytes a block (gdal_translate -of COG)")
 
 
-def grey(path: Path, facts: "Facts", nodata: float | None, side: int) -> Pixels:
+def grey(path: Path, facts: "SceneFacts", nodata: float | None, side: int) -> Pixels:
     """(h, w) of the first band that was used, at most `side` pixels a side: 2 to 98 % of its decibels; holes are 0."""
     from rasterio.enums import Resampling
 

@@ -20,7 +20,7 @@ from app.schemas import SEEDS, Described, EditRequest, RealtimeRequest, SceneFie
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
-    from distillers.sar.tiles import Options
+    from distillers.sar.options import SceneOptions
 
 
 @dataclass(frozen=True)
@@ -263,15 +263,9 @@ def _unpacked(data: bytes, width: int, max_pixels: int) -> NDArray[np.float32]:
     return np.frombuffer(data, np.uint8).reshape(height, width).astype(np.float32) / 127.5 - 1
 
 
-def scene_options(body: SceneFields, steps: int, seed: int) -> "Options":
+def scene_options(body: SceneFields, steps: int, seed: int) -> "SceneOptions":
     """Return a scene's fields as the library's options. BadInput for what it refuses."""
-    from distillers.sar.tiles import Options
+    from distillers.sar.options import SceneOptions
 
-    return Options(
-        steps=steps,
-        seed=seed,
-        samples=body.samples or 1,
-        units=body.units or "auto",
-        bands=body.bands,
-        nodata=body.nodata,
-    )
+    said = {name: value for name in SceneFields.model_fields if (value := getattr(body, name)) is not None}
+    return SceneOptions(steps=steps, seed=seed, **said)

@@ -4,7 +4,6 @@ import asyncio
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +20,7 @@ from app.media.rasters import KINDS, check, import_rasterio
 from app.requests.answers import ERRORS, SCENE_ERRORS
 from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
 from app.requests.orders import check_task, scene_options
-from app.schemas import JobAnswer, JobRequest, SceneFacts
+from app.schemas import JobAnswer, JobRequest
 from distillers.errors import BadInput
 
 PATH = "/v1/jobs/translations"
@@ -139,7 +138,7 @@ def _answer(job: Job) -> JobAnswer:
         megapixels_per_second=job.megapixels_per_second,
         created=int(job.created),
         expires=int(job.expires) if job.expires else None,
-        facts=SceneFacts.model_validate(asdict(job.facts)) if job.facts else None,
+        facts=job.facts,
         error=job.error,
         files={name: f"/v1/jobs/{job.id}/{name}" for name in job.files},
     )

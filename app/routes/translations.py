@@ -7,7 +7,6 @@ something, comes back as a GeoTIFF on its own grid.
 import asyncio
 import base64
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -38,7 +37,6 @@ from app.schemas import (
     ImageData,
     ImagesAnswer,
     SceneData,
-    SceneFacts,
     SceneFields,
     SceneFormat,
     Timings,
@@ -47,8 +45,7 @@ from app.schemas import (
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
-    from distillers.sar.tiles import Options
-    from distillers.sar.translate import Facts
+    from distillers.sar.options import SceneFacts, SceneOptions
 
 router = APIRouter(tags=["images"], route_class=FastRoute)
 PIXELS = "application/octet-stream"
@@ -95,7 +92,7 @@ async def translate(request: Request) -> Response:
     return await respond(request, engine, await from_sar(engine, plan, data, body.bands, name, body.width))
 
 
-async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str, options: "Options") -> Response:
+async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str, options: "SceneOptions") -> Response:
     if plan.n > 1:
         raise BadInput("n", plan.n, "1 for a scene; samples=N gives statistics over N seeds")
     started = time.perf_counter()
@@ -138,7 +135,7 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
         timings=timings,
         chosen=Chosen(**choice) if (choice := choice_of(plan)) else None,
         scene=SceneData(
-            facts=SceneFacts.model_validate(asdict(facts)),
+            facts=facts,
             sar_png=text(done.sar_png),
             optical_png=text(done.optical_png),
             uncertainty_geotiff=text(done.uncertainty) if done.uncertainty else None,
@@ -147,7 +144,7 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
     return JSONResponse(content.model_dump(), headers=headers)
 
 
-def _headers(facts: "Facts") -> dict[str, str]:
+def _headers(facts: "SceneFacts") -> dict[str, str]:
     """The facts of a scene, for who takes the bytes alone; percent-encoded where a header must be."""
     told = {
         "Model": facts.model,

@@ -27,8 +27,9 @@ from distillers.evaluation.report import markdown_table, setting
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.sar.demonstration import demonstration
+from distillers.sar.options import SceneOptions
 from distillers.sar.raster import import_rasterio
-from distillers.sar.tiles import TILE, Options
+from distillers.sar.tiles import TILE
 from distillers.sar.translate import lanes_and_batch, one_thread, translate
 
 PART = 1024  # px; larger scenes repeat one of this side
@@ -90,7 +91,7 @@ def _size(generator: Generator, folder: Path, side: int, rounds: int, steps: int
     ratios, ours, bares = [], [], []
     for _ in range(rounds):
         bare = _bare(generator, steps)
-        facts = translate(generator, scene, out, Options(steps=steps))
+        facts = translate(generator, scene, out, SceneOptions(steps=steps))
         bare = (bare + _bare(generator, steps)) / 2
         seen = facts.tiles * facts.tile[0] * facts.tile[1] / 1e6
         ours.append(facts.megapixels_per_second)
@@ -165,7 +166,7 @@ def one() -> None:
     folder, device, steps, scene, out = json.loads(sys.argv[1])
     generator = Generator.from_pretrained(folder, device)
     if out is not None:
-        translate(generator, scene, out, Options(steps=steps))
+        translate(generator, scene, out, SceneOptions(steps=steps))
     else:
         _bare(generator, steps, 0.1)
     print(peak_mb())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -33,6 +38,34 @@ Seed = Annotated[int, typer.Option(help="Picture i uses seed + i.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", envvar="FEWSTEP_DEVICE")]
 
 Root = Annotated[Path, typer.Option("--weights", help="Where published folders are.", envvar="FEWSTEP_WEIGHTS")]
+
+
+def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a dataclass, and pass it the filled dataclass as `options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints, own = get_type_hints(kind), list(inspect.signature(command, eval_str=True).parameters.values())
+        made = [
+            Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[hints[field.name], typer.Option(help=field.metadata["description"])],
+            )
+            for field in fields(kind)
+        ]
+        at = [parameter.name for parameter in own].index("options")
+
+        @functools.wraps(command)
+        def filled(**given: Any) -> None:
+            options = kind(**{parameter.name: given.pop(parameter.name) for parameter in made})
+            command(options=options, **given)
+
+        filled.__signature__ = inspect.Signature([*own[:at], *made, *own[at + 1 :]])  # type: ignore[attr-defined]
+        filled.__annotations__ = {}  # typer looks here, too
+        return filled
+
+    return decorate
 
 
 def device_of(name: str) -> str:

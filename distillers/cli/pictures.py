@@ -7,8 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from distillers.cli.arguments import Device, Seed, Steps, Weights, app, check_png_name, columns_of, device_of, label_of
+from distillers.cli.arguments import (
+    Device,
+    Seed,
+    Steps,
+    Weights,
+    app,
+    check_png_name,
+    columns_of,
+    device_of,
+    label_of,
+    with_options,
+)
 from distillers.errors import BadInput
+from distillers.sar.options import WARNING, SceneOptions
 
 
 @app.command()
@@ -47,6 +59,7 @@ def generate(
 
 
 @app.command()
+@with_options(SceneOptions)
 def translate(
     sar: Annotated[
         Path, typer.Argument(help="A GeoTIFF of VV, VH or both; or one grey PNG or WebP.", show_default=False)
@@ -55,21 +68,8 @@ def translate(
     model: Annotated[
         Path, typer.Option(help="A weights folder of sar-to-optical.", envvar="FEWSTEP_TRANSLATOR")
     ] = Path("weights/sar-optical-db-consistency"),
-    steps: Steps = None,
-    samples: Annotated[
-        int, typer.Option(help="Above 1: also OUT.uncertainty.tif: mean, deviation, quantiles over so many seeds.")
-    ] = 1,
-    units: Annotated[
-        str, typer.Option(help="auto | db | linear | amplitude | dn. auto refuses when the values do not tell.")
-    ] = "auto",
-    bands: Annotated[
-        str | None, typer.Option(help='"VV,VH", "2,1" or "VH=1"; by descriptions or the name if left out.')
-    ] = None,
-    nodata: Annotated[float | None, typer.Option(help="A number without data, beside NaN and the file's own.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed and scene give the same bytes.")] = 0,
-    tile: Annotated[int | None, typer.Option(help="Pixels a side of the tiles; 256 if left out.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Pixels; a quarter of a tile if left out, at most half.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tiles at a time; cores on a CPU, 16 on a GPU if left out.")] = None,
+    *,
+    options: SceneOptions,
     stac: Annotated[bool, typer.Option("--stac", help="Write a STAC item beside, OUT with .json.")] = False,
     preview: Annotated[Path | None, typer.Option(help="A PNG of the result, 2048 px at most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout.")] = False,
@@ -94,18 +94,13 @@ def translate(
         check_png_name(out)
     generator = Generator.from_pretrained(model, device_of(device))
     if picture:
-        _translate_picture(generator, sar, out, bands, seed, steps)
+        _translate_picture(generator, sar, out, options)
         return
     from distillers.progress import scene_bar
     from distillers.sar.raster import preview as small
-    from distillers.sar.tiles import Options
     from distillers.sar.translate import translate as translate_scene
     from distillers.sar.translate import uncertainty_path
 
-    options = Options(
-        steps=steps, seed=seed, samples=samples, units=units, bands=bands, nodata=nodata, tile=tile, overlap=overlap,
-        batch=batch,
-    )  # fmt: skip
     with scene_bar() as show:
         facts = translate_scene(generator, sar, out, options, stac=stac, progress=show)
     if preview is not None:
@@ -123,21 +118,20 @@ def translate(
         )
         if facts.mean_deviation is not None:
             typer.echo(f"{uncertainty_path(out)}: mean deviation {facts.mean_deviation:.1f} levels of 255")
-        if samples > 1 and (line := _calibrated(model)):
+        if options.samples > 1 and (line := _calibrated(model)):
             typer.echo(line)
     for warning in facts.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 
-def _translate_picture(generator: Any, sar: Path, out: Path, bands: str | None, seed: int, steps: int | None) -> None:
+def _translate_picture(generator: Any, sar: Path, out: Path, options: SceneOptions) -> None:
     """One grey picture, of the size a network takes at once."""
     from distillers.data import read_sar
     from distillers.evaluation.pictures import grid_png
     from distillers.models.radiometry import Radiometry
-    from distillers.sar.translate import WARNING
 
-    seen = read_sar(sar, Radiometry.of(generator.info.sar), bands)
-    grid_png(generator.translate(seen, seed=seed, steps=steps), columns=1, path=out, gap=0)
+    seen = read_sar(sar, Radiometry.of(generator.info.sar), options.bands)
+    grid_png(generator.translate(seen, seed=options.seed, steps=options.steps), columns=1, path=out, gap=0)
     typer.echo(f"{out}: {seen.shape[-1]}x{seen.shape[-2]} px")
     typer.echo(f"warning: {WARNING}", err=True)
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.floating]
 
 POLARISATIONS = ("VV", "VH")
-UNITS = ("db", "linear", "amplitude", "dn")
+Units = Literal["auto", "db", "linear", "amplitude", "dn"]  # what the numbers of a raster are; auto: by their values
+UNITS = get_args(Units)[1:]
 WHITE = 0.99  # the quantile of digital numbers that is taken for white, as in the pictures the models learnt from
 PLAUSIBLE_DB = {"VV": (-20.0, -4.0), "VH": (-27.0, -11.0), "": (-27.0, -4.0)}  # where the median of land lies
 LOWEST_DB, HIGHEST_DB = -80.0, 50.0  # beyond, a number is no backscatter in decibels (saturated metal reaches 40)

@@ -1,4 +1,4 @@
-"""How a scene is cut into overlapping tiles: the options of a translation, the noise of the ground, the windows."""
+"""How a scene is cut into overlapping tiles that blend without seams, and the noise that they share."""
 
 from __future__ import annotations
 
@@ -11,43 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
-from distillers.generator import MAX_SEED, Generator
-from distillers.models.radiometry import UNITS
+from distillers.sar.options import SceneOptions
 
 TILE = 256  # px a side, unless a scene is smaller
-
-MAX_SAMPLES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a scene is translated. `None` leaves the choice to the model or the raster; sizes are pixels.
-
-    bands, units: see `radiometry.name_bands`, `decide_units`. nodata: a number that means no data, beside NaN and what
-    the file says. samples: more than 1 also gives mean, deviation and quantiles over seeds seed, seed + 1, ...
-    tile, overlap: multiples of the model's `size_multiple`; overlap is a quarter to a half of a tile. batch: tiles at a
-    time; threads on a CPU, where single tiles on each core are fastest.
-    """
-
-    steps: int | None = None
-    seed: int = 0
-    samples: int = 1
-    units: str = "auto"
-    bands: str | None = None
-    nodata: float | None = None
-    tile: int | None = None
-    overlap: int | None = None
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed <= MAX_SEED - MAX_SAMPLES:
-            raise BadInput("seed", self.seed, f"0 to {MAX_SEED - MAX_SAMPLES}")
-        if not 1 <= self.samples <= MAX_SAMPLES:
-            raise BadInput("samples", self.samples, f"1 to {MAX_SAMPLES}")
-        if self.units not in ("auto", *UNITS):
-            raise BadInput("units", self.units, " | ".join(("auto", *UNITS)))
-        if self.batch is not None and self.batch < 1:
-            raise BadInput("batch", self.batch, "1 or more")
 
 
 # --- the ground's noise ----------------------------------------------------------------------------------------------
@@ -133,9 +99,12 @@ class Axis:
         return weight.astype(np.float32)
 
 
-def axis(length: int, options: Options, generator: Generator) -> Axis:
-    """The tiles of one side. BadInput for a tile or an overlap that does not fit the model."""
-    multiple = generator.size_multiple
+def axis(length: int, options: SceneOptions, multiple: int) -> Axis:
+    """Cut one side of a scene into tiles whose size is a multiple of the model's `size_multiple`.
+
+    Raises:
+        BadInput: a tile that is no such multiple, or an overlap that is not a quarter to a half of it.
+    """
     tile = options.tile or max(TILE // multiple, 1) * multiple
     overlap = ceil(tile / 4 / multiple) * multiple if options.overlap is None else options.overlap
     if tile % multiple or tile < 2 * multiple:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -30,94 +30,32 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
-from distillers.sar.raster import (
-    CACHE_MB,
-    Product,
-    Source,
-    check_output,
-    import_rasterio,
-    write_stac,
-    writing,
-)
-from distillers.sar.tiles import Axis, NoiseField, Options, Tile, axis
+from distillers.sar.options import WARNING, SceneFacts, SceneOptions
+from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, writing
+from distillers.sar.stac import write_stac
+from distillers.sar.tiles import Axis, NoiseField, Tile, axis
 
 QUANTILES = (0.05, 0.95)
-
 COLOURS = ("red", "green", "blue")
-
 STATISTICS = ("mean", "standard deviation", *(f"{100 * q:g} % quantile" for q in QUANTILES))
-
 SCALE = 1 / 256  # of the statistics: 16-bit numbers hold levels of 0 to 255 in steps of 1/256
-
 HOLE = 65535  # no data in them
-
 COLLAPSED = 1.0  # levels of 255: below this mean deviation N samples are one
 
-WARNING = (
-    "Colours are inferred, not measured; objects may be invented or missing. "
-    "Not for measurement, targeting or damage claims."
-)
-
 Progress = Callable[[int, int], None]  # pixels done, of how many
-
 Forward = Callable[[Callable[[], Tensor]], Tensor]
-
-
-@dataclass
-class Facts:
-    """What was done, for the log, the tags, the sidecar and the headers."""
-
-    model: str
-    model_sha256: str
-    steps: int
-    seed: int
-    samples: int
-    units: str
-    units_why: str
-    bands: dict[str, int]
-    bands_how: str
-    sar: dict[str, Any]
-    white_shift_db: dict[str, float]
-    width: int
-    height: int
-    tile: tuple[int, int]  # down, across
-    overlap: tuple[int, int]
-    tiles: int = 0
-    skipped: int = 0
-    valid_share: float = 0.0
-    mean_deviation: float | None = None  # of N samples, levels of 255
-    seconds: float = 0.0
-    megapixels_per_second: float = 0.0
-    version: str = ""
-    warnings: list[str] = field(default_factory=list)
-
-    def tags(self) -> dict[str, str]:
-        """What the file says of itself: nothing of when or how fast, so that equal work gives equal bytes."""
-        return {
-            "FEWSTEP_SYNTHETIC": "yes",
-            "FEWSTEP_WARNING": WARNING,
-            "FEWSTEP_MODEL": self.model,
-            "FEWSTEP_MODEL_SHA256": self.model_sha256,
-            "FEWSTEP_STEPS": str(self.steps),
-            "FEWSTEP_SEED": str(self.seed),
-            "FEWSTEP_SAMPLES": str(self.samples),
-            "FEWSTEP_UNITS": f"{self.units} ({self.units_why})",
-            "FEWSTEP_BANDS": ", ".join(f"{band} = band {i}" for band, i in self.bands.items()) + f" ({self.bands_how})",
-            "FEWSTEP_SAR": json.dumps(self.sar),
-            "FEWSTEP_VERSION": self.version,
-        }
 
 
 def translate(
     generator: Generator,
     scene: str | Path,
     out: str | Path,
-    options: Options | None = None,
+    options: SceneOptions | None = None,
     *,
     stac: bool = False,
     progress: Progress | None = None,
     forward: Forward | None = None,
-) -> Facts:
+) -> SceneFacts:
     """Translate a raster of backscatter into a Cloud-Optimised GeoTIFF of red, green and blue (uint8, 0 = no data).
 
     CRS and transform are those of the scene, bit for bit. With `options.samples` > 1 the file holds the first sample,
@@ -132,9 +70,9 @@ def translate(
     Raises:
         BadInput: what `Source` refuses, an output that is the input or cannot be written, a model of another task.
     """
-    options, scene, out = options or Options(), Path(scene), Path(out)
+    options, scene, out = options or SceneOptions(), Path(scene), Path(out)
     info = generator.info
-    if info.task != "sar-to-optical":
+    if not generator.condition.paired:
         raise BadInput("model", info.name, "a model of sar-to-optical")
     steps = len(generator.times(options.steps))
     for target in (out, uncertainty_path(out))[: 1 + (options.samples > 1)]:
@@ -145,8 +83,8 @@ def translate(
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
         height, width = source.shape
-        down, across = axis(height, options, generator), axis(width, options, generator)
-        facts = Facts(
+        down, across = axis(height, options, generator.size_multiple), axis(width, options, generator.size_multiple)
+        facts = SceneFacts(
             model=info.name,
             model_sha256=model_hash(generator),
             steps=steps,
@@ -199,9 +137,9 @@ class _Work:
     source: Source
     down: Axis
     across: Axis
-    options: Options
+    options: SceneOptions
     steps: int
-    facts: Facts
+    facts: SceneFacts
     forward: Forward
 
     def run(self, rasters: Sequence[Any], progress: Progress | None) -> None:
