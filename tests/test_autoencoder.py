@@ -25,7 +25,7 @@ from distillers import cli
 from distillers.autoencoder import Autoencoder
 from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
-from distillers.data.images import ImageFolder
+from distillers.data.image_folder import ImageFolder
 from distillers.errors import BadInput
 from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction
 from distillers.evaluation.features import EfficientNetFeatures, FeatureCard, FeatureNet, load_features

@@ -13,9 +13,9 @@ from PIL import Image
 from scipy.ndimage import label
 
 from distillers.data import KINDS, open_data
-from distillers.data.images import ImageFolder
-from distillers.data.pairs import MixedPairs, SarOpticalPairs, simulated, varied
+from distillers.data.image_folder import ImageFolder
 from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
+from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.shapes import ALONE, COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from test_data import noise, real, rng, save, save_pair
 
 from distillers.data.layouts import LAYOUTS, find_pairs
-from distillers.data.pairs import SarOpticalPairs
+from distillers.data.sar_optical import SarOpticalPairs
 from distillers.errors import BadInput
 
 rasterio = pytest.importorskip("rasterio")

@@ -6,21 +6,17 @@ Every kind answers the same two questions, so training and evaluation know none 
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from distillers.data.images import ImageFolder
-from distillers.data.pairs import MixedPairs, SarOpticalPairs
-from distillers.data.pairs import read_sar as _read_grey
+from distillers.data.image_folder import ImageFolder
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
+from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, read_sar
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
-from distillers.models.radiometry import Radiometry
 
 __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 
@@ -92,20 +88,6 @@ KINDS: dict[str, Callable[..., ImageData]] = {
     "shapes": CaptionedShapes,
     "preferences": PreferencePairs,
 }
-
-
-def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None = None) -> Tensor:
-    """Read one SAR picture as a model takes it, (1, C, H, W) in [-1, 1].
-
-    bands: its polarisation, where the file's name does not say it: see `Radiometry.band_of_picture`.
-
-    Raises:
-        BadInput: a missing, unreadable or coloured file; a polarisation that nothing says.
-    """
-    grey = _read_grey(path)
-    seen = seen or Radiometry()
-    band = seen.band_of_picture(bands, Path(path).name)
-    return torch.from_numpy(seen.picture((grey[0, 0].numpy() + 1) / 2, band))[None]
 
 
 def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -> ImageData:

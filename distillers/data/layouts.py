@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distillers.data.pair_rasters import RASTER_SUFFIXES, Place, on_one_map, place
 from distillers.data.pixels import SPLITS, existing_folder, image_files, subfolders
-from distillers.data.rasters import RASTER_SUFFIXES, Place, on_one_map, place
 from distillers.errors import BadInput
 
 QXS_SAR, QXS_OPTICAL = "sar_256_oc_0.2", "opt_256_oc_0.2"

@@ -19,46 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from distillers.data.pixels import (
-    SPLITS,
-    Batch,
-    Pixels,
-    check_indices,
-    check_size,
-    check_split,
-    dihedral,
-    existing_folder,
-    read_image,
-    square,
-    to_tensor,
-)
+from distillers.data.image_folder import PicturesInMemory
+from distillers.data.pixels import Batch, Pixels, read_image, square, to_tensor
 from distillers.errors import BadInput
 
 PAIRS, LABELS = "pairs.jsonl", "labels.json"
 
 
-class PreferencePairs:
+class PreferencePairs(PicturesInMemory):
     """The pairs of `path[/split]`: "image" is the winner, "loser" the other, "label" theirs.
 
-    `flip` and `dihedral` are those of `ImageFolder` and treat both pictures of a pair alike. BadInput names file and
-    line of what is no pair, of a picture that is missing, unreadable or outside the folder, and of an unknown label.
+    Both pictures of a pair are turned alike.
+
+    Raises:
+        BadInput: naming file and line of what is no pair, of a picture that is missing, unreadable or outside the
+            folder, and of an unknown label.
     """
 
     def __init__(
         self, path: str | Path, split: str | None = None, size: int = 64, flip: bool = True, dihedral: bool = False
     ) -> None:
-        self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
-        if split is not None:
-            check_split(split)
-        self.root = self.path if split is None else existing_folder(self.path / split)
-        self.name = self.path.parent.name if split is None and self.path.name in SPLITS else self.path.name
+        super().__init__(path, split, size, flip, dihedral)
         self.labels = self._read_labels()
         self.files, self._classes = self._read_pairs()
-
-    # --- what is on disk
 
     def _read_labels(self) -> tuple[str, ...]:
         file = self.root / LABELS
@@ -120,7 +105,7 @@ class PreferencePairs:
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All pairs, (N,size,size,6) uint8, the winner's channels first, decoded at the first use."""
+        """All pairs, (N,size,size,6), the winner's channels first, decoded at the first use."""
         pixels = np.empty((len(self.files), self.size, self.size, 6), dtype=np.uint8)
         for i, pair in enumerate(self.files):
             try:
@@ -130,36 +115,13 @@ class PreferencePairs:
                 raise BadInput(line, error.given, error.allowed) from None
         return pixels
 
-    # --- the batches
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` pairs at random with replacement, augmented; a pure function of `rng`."""
-        index = rng.integers(len(self), size=n)
-        pixels = self.pixels[index]
-        if self.dihedral:
-            pixels = dihedral(pixels, rng.integers(8, size=n))
-        elif self.flip:
-            pixels = dihedral(pixels, 4 * rng.integers(2, size=n))
-        return self._batch(pixels, index)
-
-    def items(self, indices: Sequence[int]) -> Batch:
-        """The pairs of these positions as they are."""
-        index = check_indices(indices, len(self))
-        return self._batch(self.pixels[index], index)
-
-    def _batch(self, pixels: Pixels, index: np.ndarray) -> Batch:
-        batch = {"image": to_tensor(pixels[..., :3]), "loser": to_tensor(pixels[..., 3:])}
-        if self.labels:
-            batch["label"] = torch.from_numpy(self._classes[index])
-        return batch
+    def batch(self, pixels: Pixels) -> Batch:
+        return {"image": to_tensor(pixels[..., :3]), "loser": to_tensor(pixels[..., 3:])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preferred:
-    """One pair to write: two pictures, uint8 (H,W,3), their class by name, and whatever else is to be remembered."""
+    """A pair to write: two pictures (H,W,3), the name of their class, and further entries of its line."""
 
     winner: Pixels
     loser: Pixels
@@ -168,7 +130,7 @@ class Preferred:
 
 
 def write_preferences(folder: Path, pairs: Iterable[Preferred], labels: Sequence[str]) -> int:
-    """Write a folder of pairs, beside and then renamed, so that it is whole or absent; how many there are.
+    """Write a folder of pairs, beside and then renamed, so that it is whole or absent, and count them.
 
     Raises:
         BadInput: something stands there already; there is no pair.

@@ -124,6 +124,13 @@ class Radiometry:
             out[-1] = np.where(calibrated, 1, -1)
         return np.nan_to_num(out, copy=False, nan=0.0)
 
+    def choose_bands(self, found: dict[str, int]) -> dict[str, int]:
+        """Choose among a raster's bands (polarisation: number) those that the model takes: one for form "amplitude"."""
+        if self.form == "db":
+            return found
+        kept = next((band for band in ("VH", *self.bands) if band in found), next(iter(found)))
+        return {kept: found[kept]}
+
     def band_of_picture(self, bands: str | None = None, file: str = "") -> str:
         """Name the polarisation of a picture of one band.
 

@@ -1,12 +1,13 @@
-"""Rasters in and out: a scene of backscatter as a model sees it, and a product that is whole or not there at all.
+"""Reading scenes of backscatter and writing rasters on their grid, with rasterio.
 
-Reading decides bands, units and where there are data, once for the whole scene. Writing goes by rows into a plain file
-beside, which becomes a Cloud-Optimised GeoTIFF, which is renamed. rasterio does the files; it knows no model.
+`Source` decides bands, units and valid pixels once for the whole scene. `writing` writes rows into a plain file beside
+the target, converts it into a Cloud-Optimised GeoTIFF and renames it, so that a file that is there is whole.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a he
 LEAST_SIDE = 8  # px; below it there is nothing to translate
 WINDOW, WINDOWS = 256, 8  # px a side, and how many down and across: what units and white are decided by
 GROUND_M = (5.0, 20.0)  # pixel sizes that models of 10 m can be trusted with
+TOOLS = "SNAP, pyroSAR, sarsen"
 CACHE_MB = 128  # without a limit GDAL takes a twentieth of the machine's memory
 KEPT_TAGS = ("AREA_OR_POINT", "TIFFTAG_DATETIME", "datetime")
 COG = {
@@ -40,7 +42,11 @@ COG = {
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 class Source:
-    """An open raster of backscatter: which bands, in which units, where there are data. One thread at a time.
+    """An open raster of backscatter, with its bands, its units and its valid pixels. One thread may use it at a time.
+
+    Args:
+        seen: how the model takes backscatter.
+        units, bands, nodata: see `SceneOptions`.
 
     Raises:
         BadInput: not a readable raster, complex, without bands, in range geometry, all nodata, bands or units unclear.
@@ -59,7 +65,7 @@ class Source:
         if not path.is_file():
             raise BadInput("scene", str(path), "an existing file")
         try:
-            self.raster = rasterio.open(path)
+            self.raster = open_raster(path)
         except rasterio.errors.RasterioError as error:
             raise BadInput("scene", path.name, f"a raster that opens, such as a whole GeoTIFF ({error})") from None
         self.path, self.radiometry = path, seen
@@ -81,10 +87,12 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         return self.raster.height, self.raster.width
 
     @property
     def georeferenced(self) -> bool:
+        """Whether the file says where its pixels lie."""
         return self.raster.crs is not None or not self.raster.transform.is_identity
 
     def _check(self, rasterio: Any) -> None:
@@ -97,21 +105,17 @@ class Source:
         if min(r.height, r.width) < LEAST_SIDE:
             raise BadInput("scene", f"{r.width}x{r.height} pixels", f"at least {LEAST_SIDE} pixels on each side")
         if any("complex" in kind for kind in r.dtypes):  # complex_int16 is no dtype of NumPy
-            raise BadInput(
-                "scene", f"complex values ({r.dtypes[0]}), as single-look complex products have",
-                "detected backscatter: multi-look and terrain-correct first (SNAP, pyroSAR, sarsen)",
-            )  # fmt: skip
+            given = f"complex values ({r.dtypes[0]}), as single-look complex products have"
+            raise BadInput("scene", given, f"detected backscatter: multi-look and terrain-correct first ({TOOLS})")
         if r.crs is None and r.transform.is_identity and (r.gcps[0] or r.rpcs):
-            raise BadInput(
-                "scene", "range geometry: ground control points but no map grid, as GRD products come",
-                "a terrain-corrected raster: make one first (SNAP, pyroSAR, sarsen, or an RTC product)",
-            )  # fmt: skip
+            given = "range geometry: ground control points but no map grid, as GRD products come"
+            raise BadInput("scene", given, f"a terrain-corrected raster: make one first ({TOOLS}, or an RTC product)")
         if not self.georeferenced:
             self.notes.append("The scene has no georeference; the result has none either.")
         self._check_ground()
 
     def _check_ground(self) -> None:
-        """Notes about pixels of another size or shape than the models have seen."""
+        """Note pixels of another size or shape than the models have learnt from."""
         x, y = _metres(self.raster)
         if x is None or y is None:
             return
@@ -126,15 +130,15 @@ class Source:
         found, how = radiometry.name_bands(wanted, r.descriptions, self.path.stem)
         if len({r.dtypes[i - 1] for i in found.values()}) > 1:
             raise BadInput("bands", found, "bands of one data type")
-        if self.radiometry.form == "amplitude" and len(found) > 1:
-            kept = next((b for b in ("VH", *self.radiometry.bands) if b in found), next(iter(found)))
-            found, how = {kept: found[kept]}, f"{how}; the model takes one band"
+        kept = self.radiometry.choose_bands(found)
+        if len(kept) < len(found):
+            found, how = kept, f"{how}; the model takes one band"
         if "assumed" in how:
             self.notes.append(f"Polarisation {how}; --bands says otherwise.")
         return found, how
 
     def _sample(self) -> dict[str, NDArray[Any]]:
-        """Valid values by band, from windows spread over the scene, or from all of it where those hold none."""
+        """Read valid values by band, from windows spread over the scene, or from all of it where those hold few."""
         from rasterio.windows import Window
 
         height, width = self.shape
@@ -168,47 +172,36 @@ class Source:
         return wanted, "as asked for"
 
     def _read(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """((bands, h, w) in the raster's numbers, scaled if the file says so; (h, w) valid in all bands)."""
-        rasterio, indexes = import_rasterio(), list(self.bands.values())
+        """Read a window as `read_bands` does."""
         try:
-            values = self.raster.read(indexes, window=window)
-            valid = (self.raster.read_masks(indexes, window=window) > 0).all(0)
-        except rasterio.errors.RasterioError as error:
+            return read_bands(self.raster, list(self.bands.values()), nodata=self.nodata, window=window)
+        except import_rasterio().errors.RasterioError as error:
             top = int(window.row_off)
-            raise BadInput(
-                "scene", f"{self.path.name}: rows {top} to {top + int(window.height)} cannot be read",
-                f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})",
-            ) from None  # fmt: skip
-        if self.nodata is not None:  # as the file's own: before scaling
-            valid &= (values != self.nodata).all(0)
-        scales, offsets = (
-            np.array([told[i - 1] for i in indexes]) for told in (self.raster.scales, self.raster.offsets)
-        )
-        if (scales != 1).any() or (offsets != 0).any():
-            values = values * scales[:, None, None] + offsets[:, None, None]
-        if values.dtype.kind == "f":
-            valid &= np.isfinite(values).all(0)
-        return values, valid
+            given = f"{self.path.name}: rows {top} to {top + int(window.height)} cannot be read"
+            allowed = f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})"
+            raise BadInput("scene", given, allowed) from None
 
     def rows(self, top: int, height: int, below: int, right: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Rows from `top` as the model sees them, (channels, height + below, W + right), and where they are valid.
+        """Read rows from `top` as the model takes them.
 
-        What lies beyond the scene is reflected. Invalid pixels hold whatever they hold.
+        Returns:
+            (channels, height + below, W + right) in [-1, 1], reflected beyond the scene, any number in invalid pixels;
+            and (height + below, W + right), where they are valid.
         """
         from rasterio.windows import Window
 
         values, valid = self._read(Window(0, top, self.raster.width, height))
-        heard = {
+        levels = {
             band: radiometry.decibels(numbers, self.units) + np.float32(self.shift[band])
             for band, numbers in zip(self.bands, values, strict=True)
         }
         pad = ((0, below), (0, right))
-        seen = self.radiometry.unit(heard, calibrated=not self.radiometry.anchored(self.units))
+        seen = self.radiometry.unit(levels, calibrated=not self.radiometry.anchored(self.units))
         return np.pad(seen, ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
 
 
 def _metres(raster: Any) -> tuple[float | None, float | None]:
-    """Pixel width and height in metres, as far as the CRS says."""
+    """Measure a pixel's width and height in metres; None where the CRS does not say."""
     t, crs = raster.transform, raster.crs
     if crs is None:
         return None, None
@@ -230,7 +223,10 @@ def _metres(raster: Any) -> tuple[float | None, float | None]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Product:
-    """A raster to make on a scene's grid: where, its bands by name, how numbers are stored (value = number x scale)."""
+    """A raster to write on a scene's grid: its path, its bands' names and how numbers are stored.
+
+    scale: a value is its stored number times this.
+    """
 
     path: Path
     names: Sequence[str]
@@ -241,7 +237,7 @@ class Product:
 
 @contextmanager
 def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]) -> Iterator[list[Any]]:
-    """Rasters to write rows into; on leaving all of them become COGs under their names, or none does.
+    """Open rasters to write rows into; on leaving all of them become COGs under their names, or none does.
 
     Raises:
         BadInput: the disk is full, the place cannot be written.
@@ -299,7 +295,7 @@ def _open(source: Source, product: Product, path: Path) -> Any:
 
 
 def _check_whole(path: Path) -> None:
-    """The last pixel reads, and the first: what GDAL could not write (a full disk) it may have kept to itself."""
+    """Read the last pixel and the first: GDAL may not have told of what it could not write to a full disk."""
     from rasterio.windows import Window
 
     with import_rasterio().open(path) as written:
@@ -308,7 +304,7 @@ def _check_whole(path: Path) -> None:
 
 
 def check_output(scene: Path, out: Path) -> None:
-    """BadInput for a name that a GeoTIFF cannot have, or that is the scene's own."""
+    """Refuse with BadInput a name that a GeoTIFF cannot have, or that is the scene's own."""
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise BadInput("out", str(out), "a name that ends in .tif")
     if out.exists() and scene.exists() and out.samefile(scene):
@@ -318,7 +314,7 @@ def check_output(scene: Path, out: Path) -> None:
 
 
 def preview(raster: str | Path, side: int = 2048) -> NDArray[np.uint8]:
-    """(h, w, 3) of a translated scene, at most `side` pixels a side, from its overviews; holes are 0."""
+    """Read a translated scene as (h, w, 3), at most `side` pixels a side, from its overviews; holes are 0."""
     rasterio = import_rasterio()
     with rasterio.open(raster) as opened:
         shrink = max(1.0, max(opened.shape) / side)
@@ -327,13 +323,41 @@ def preview(raster: str | Path, side: int = 2048) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-def import_rasterio() -> Any:
-    """The package, or BadInput with how to get it."""
+# --- rasterio --------------------------------------------------------------------------------------------------------
+def import_rasterio(field: str = "scene") -> Any:
+    """Import rasterio. BadInput of this field says how to get it where it is missing."""
     try:
         import rasterio
         import rasterio.enums
         import rasterio.errors
         import rasterio.shutil
     except ImportError:
-        raise BadInput("scene", "a GeoTIFF, without rasterio", "pip install 'fewstep[raster]'") from None
+        raise BadInput(field, "a GeoTIFF, without rasterio", "pip install 'fewstep[raster]'") from None
     return rasterio
+
+
+def open_raster(path: Path, field: str = "scene") -> Any:
+    """Open a raster for reading, without a warning where it has no place on the ground."""
+    rasterio = import_rasterio(field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return rasterio.open(path)
+
+
+def read_bands(
+    raster: Any, indexes: Sequence[int], *, nodata: float | None = None, window: Any = None
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Read bands (C, H, W) by number, scaled if the file says so, and (H, W), where they are valid in all bands.
+
+    nodata: a stored number that means no data, beside NaN and the file's own.
+    """
+    values = raster.read(indexes, window=window)
+    valid: NDArray[np.bool_] = (raster.read_masks(indexes, window=window) > 0).all(0)
+    if nodata is not None:
+        valid &= (values != nodata).all(0)
+    scales, offsets = (np.array([every[i - 1] for i in indexes]) for every in (raster.scales, raster.offsets))
+    if (scales != 1).any() or (offsets != 0).any():
+        values = values * scales[:, None, None] + offsets[:, None, None]
+    if values.dtype.kind == "f":
+        valid &= np.isfinite(values).all(0)
+    return values, valid

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distillers.data import Batch, ImageData
-from distillers.data.images import ImageFolder
+from distillers.data.image_folder import ImageFolder
 from distillers.models.codec import ImageCodec, Vae
 
 BATCH = 64  # pictures encoded at a time
@@ -45,7 +45,7 @@ class Latents:
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         """The same items, turned in the same ways, as the folder itself draws for this `rng`."""
-        index, operation = self.data.chosen(n, rng)
+        index, operation = self.data.choose(n, rng)
         pairs = zip(index.tolist(), operation.tolist(), strict=True)
         return {"latent": torch.stack([self.latents[way][i] for i, way in pairs]), **self.data.conditions(index)}
 

@@ -1,9 +1,5 @@
-"""Georeferenced rasters of a pair: where they lie, which of their bands are meant, and where they hold nothing.
+"""The georeferenced rasters of SAR and optical pairs: their place on the ground, their bands, their valid pixels."""
 
-Knows files and arrays; what backscatter means is `models.radiometry`. rasterio is imported when a raster is met.
-"""
-
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +10,18 @@ from numpy.typing import NDArray
 
 from distillers.errors import BadInput
 from distillers.models.radiometry import name_bands
+from distillers.sar.raster import import_rasterio, open_raster, read_bands
 
 RASTER_SUFFIXES = frozenset({".tif", ".tiff"})
 DISPLAY = 0.3  # the reflectance that is shown as white
 RGB = (("B04", "B4", "RED"), ("B03", "B3", "GREEN"), ("B02", "B2", "BLUE"))  # as Sentinel-2 and others call them
-SENTINEL2_COUNTS = (
-    12,
-    13,
-)  # bands of a whole product in their order, with or without B10: red, green, blue are 4, 3, 2
+SENTINEL2_COUNTS = (12, 13)  # bands of a whole product, without or with B10: red, green, blue are numbers 4, 3, 2
 _SAME = 0.01  # px that two corners may differ by
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a raster lies."""
+    """The grid of a raster: its CRS, its size in pixels and its affine transform."""
 
     crs: Any  # rasterio's, or None
     width: int
@@ -36,12 +30,12 @@ class Place:
 
     @property
     def corners(self) -> NDArray[np.float64]:
-        """(4, 2), clockwise, in the units of the CRS."""
+        """The corners (4, 2), clockwise, in the units of the CRS."""
         at = np.array([(0, 0, 1), (self.width, 0, 1), (self.width, self.height, 1), (0, self.height, 1)], np.float64)
         return at @ np.array(self.transform, dtype=np.float64).reshape(2, 3).T
 
     def fits(self, other: "Place") -> bool:
-        """Whether the pixels of both are the same pieces of ground."""
+        """Tell whether the pixels of both are the same pieces of ground."""
         if (self.crs, self.width, self.height) != (other.crs, other.width, other.height):
             return False
         pixel = np.hypot(self.transform[:2], self.transform[3:5]).min()
@@ -53,16 +47,16 @@ class Place:
 
 
 def place(path: Path) -> Place:
-    """Read from the header; BadInput for a file that is no raster."""
+    """Read the grid from a file's header. Raises BadInput for a file that is no raster."""
     with _open(path) as raster:
         return Place(raster.crs, raster.width, raster.height, tuple(raster.transform)[:6])
 
 
 def on_one_map(corners: Sequence[NDArray[np.float64]], systems: Sequence[Any]) -> NDArray[np.float64]:
-    """(n, 4, 2) of corners in their CRS: as they are where all have the same, else in degrees of EPSG:4326."""
+    """Bring corners to one CRS, (n, 4, 2): to their own where all have the same, else to degrees of EPSG:4326."""
     if all(crs == systems[0] for crs in systems):
         return np.stack(corners)
-    _rasterio("EPSG:4326")
+    import_rasterio("EPSG:4326")
     from rasterio.warp import transform
 
     moved = [transform(crs, "EPSG:4326", *quad.T.tolist())[:2] for quad, crs in zip(corners, systems, strict=True)]
@@ -70,7 +64,7 @@ def on_one_map(corners: Sequence[NDArray[np.float64]], systems: Sequence[Any]) -
 
 
 def sar_bands(path: Path, wanted: str | None) -> dict[str, int]:
-    """{polarisation: band number}, by `radiometry.name_bands`."""
+    """Name a SAR raster's bands, {polarisation: number from 1}: see `radiometry.name_bands`."""
     with _open(path) as raster:
         try:
             return name_bands(wanted, raster.descriptions, path.stem)[0]
@@ -81,24 +75,28 @@ def sar_bands(path: Path, wanted: str | None) -> dict[str, int]:
 def read_sar_raster(
     path: Path, bands: dict[str, int], nodata: float | None = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """((H,W,C) in the raster's numbers, scaled if the file says so; (H,W) whether there are data in all of them)."""
+    """Read backscatter (H,W,C) in the raster's own units, and (H,W), where there are data in all bands.
+
+    Raises:
+        BadInput: a damaged file or complex values.
+    """
     with _open(path) as raster:
-        values, valid, _ = _read(raster, list(bands.values()), path)
+        values, valid = _read(raster, list(bands.values()), path, nodata)
     if values.dtype.kind == "c":
         raise BadInput(str(path), "complex values", "detected, terrain-corrected backscatter")
-    if nodata is not None:
-        valid &= (values != nodata).all(2)
     return values, valid
 
 
 def read_optical_raster(path: Path, scale: float, offset: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """((H,W,3) red, green, blue, 0..255; (H,W) whether there are data).
+    """Read red, green and blue (H,W,3), 0..255, and (H,W), where there are data.
 
     8 bits are taken as they are. All else is reflectance, (numbers - offset) / scale or as the file's own scale says,
     of which 0 to DISPLAY become 0 to 255; there 0 in all three is no data, as in Sentinel-2's products.
     """
     with _open(path) as raster:
-        values, valid, scaled = _read(raster, _rgb(raster, path), path)
+        bands = _rgb(raster, path)
+        values, valid = _read(raster, bands, path)
+        scaled = any((raster.scales[i - 1], raster.offsets[i - 1]) != (1, 0) for i in bands)
     if values.dtype == np.uint8:
         return values, valid
     if not scaled:
@@ -115,7 +113,7 @@ def read_optical_raster(path: Path, scale: float, offset: float) -> tuple[NDArra
 
 
 def _rgb(raster: Any, path: Path) -> list[int]:
-    """The numbers of the red, the green and the blue band."""
+    """Find the numbers of the red, the green and the blue band."""
     names = [(name or "").upper() for name in raster.descriptions]
     found = [next((i + 1 for i, name in enumerate(names) if name in wanted), None) for wanted in RGB]
     if None not in found:
@@ -128,35 +126,20 @@ def _rgb(raster: Any, path: Path) -> list[int]:
     raise BadInput(str(path), given, "red, green, blue; or bands described B04, B03, B02; or Sentinel-2's 12 or 13")
 
 
-def _read(raster: Any, indexes: list[int], path: Path) -> tuple[NDArray[Any], NDArray[np.bool_], bool]:
-    """((H,W,C), (H,W) valid in all bands, whether the file's own scale was applied)."""
+def _read(
+    raster: Any, indexes: list[int], path: Path, nodata: float | None = None
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Read bands as `read_bands` does, but (H,W,C). BadInput names a damaged file."""
     try:
-        values, masks = raster.read(indexes), raster.read_masks(indexes)
-    except _rasterio(path).errors.RasterioError as error:
+        values, valid = read_bands(raster, indexes, nodata=nodata)
+    except import_rasterio(str(path)).errors.RasterioError as error:
         raise BadInput(str(path), str(error.__cause__ or error), "a complete, readable raster") from None
-    valid = (masks > 0).all(0)
-    factors = np.array([(raster.scales[i - 1], raster.offsets[i - 1]) for i in indexes])[:, :, None, None]
-    if scaled := bool((factors[:, 0] != 1).any() or (factors[:, 1] != 0).any()):
-        values = values * factors[:, 0] + factors[:, 1]
-    if values.dtype.kind == "f":
-        valid &= np.isfinite(values).all(0)
-    return values.transpose(1, 2, 0), valid, scaled
+    return values.transpose(1, 2, 0), valid
 
 
 def _open(path: Path) -> Any:
-    rasterio = _rasterio(path)
+    rasterio = import_rasterio(str(path))
     try:
-        with warnings.catch_warnings():  # where a place is needed, its absence is refused
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            return rasterio.open(path)
+        return open_raster(path)
     except rasterio.errors.RasterioError as error:
         raise BadInput(str(path), str(error), "a complete, readable raster") from None
-
-
-def _rasterio(what: Path | str) -> Any:
-    try:
-        import rasterio
-        import rasterio.errors
-    except ImportError:
-        raise BadInput(str(what), "a raster, without rasterio", "pip install 'fewstep[raster]'") from None
-    return rasterio

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distillers.data.layouts import RASTERS, Pair, find_pairs, metadata
+from distillers.data.pair_rasters import RASTER_SUFFIXES, read_optical_raster, read_sar_raster, sar_bands
 from distillers.data.pixels import (
     Batch,
     Pixels,
@@ -29,7 +30,6 @@ from distillers.data.pixels import (
     spread,
     to_tensor,
 )
-from distillers.data.rasters import RASTER_SUFFIXES, read_optical_raster, read_sar_raster, sar_bands
 from distillers.errors import BadInput
 from distillers.models.radiometry import (
     HIGHEST_DB,
@@ -162,11 +162,7 @@ class SarOpticalPairs:
 
     def _bands_of(self, pair: Pair) -> dict[str, int]:
         """{polarisation: band}; one of them for a model that takes one."""
-        found = sar_bands(pair.sar, self._asked[0])
-        if self.radiometry.form == "amplitude":
-            kept = next((band for band in ("VH", *self.radiometry.bands) if band in found), next(iter(found)))
-            found = {kept: found[kept]}
-        return found
+        return self.radiometry.choose_bands(sar_bands(pair.sar, self._asked[0]))
 
     def _read_sar(self, pair: Pair) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         found = self._bands_of(pair)
@@ -546,7 +542,7 @@ def _check_sizes(pair: Pair, sar: NDArray[Any], optical: NDArray[Any], size: int
 
 
 def _read_sar(path: Path) -> Pixels:
-    """(H,W,1) uint8; BadInput for a picture in colour, which is most often the optical one in the wrong folder."""
+    """Read a grey picture (H,W,1). BadInput for one in colour, most often the optical one in the wrong folder."""
     image = read_image(path)
     if image.mode == "L":
         return np.asarray(image)[:, :, None]
@@ -556,9 +552,18 @@ def _read_sar(path: Path) -> Pixels:
     return rgb[:, :, 1:2]
 
 
-def read_sar(path: str | Path) -> Tensor:
-    """One SAR picture as (1, 1, H, W), 0..255 to [-1, 1]; BadInput for a missing, unreadable or coloured file."""
-    file = Path(path)
+def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None = None) -> Tensor:
+    """Read one SAR picture as a model takes it, (1, C, H, W) in [-1, 1].
+
+    Args:
+        seen: how the model takes backscatter; amplitudes if left out.
+        bands: the polarisation, where the file's name does not say it: see `Radiometry.band_of_picture`.
+
+    Raises:
+        BadInput: a missing, unreadable or coloured file; a polarisation that nothing says.
+    """
+    file, seen = Path(path), seen or Radiometry()
     if not file.is_file():
         raise BadInput("sar", str(path), "an existing picture file")
-    return to_tensor(_read_sar(file)[None])
+    grey = (to_tensor(_read_sar(file)[None])[0, 0].numpy() + 1) / 2
+    return torch.from_numpy(seen.picture(grey, seen.band_of_picture(bands, file.name)))[None]

@@ -1,0 +1,145 @@
+"""A folder of images, with or without classes, kept in memory as one uint8 array.
+
+In memory because training draws at random: 15,000 images of 64 px are 184 MB, and a draw is then one array lookup.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distillers.data.pixels import (
+    SPLITS,
+    Batch,
+    Pixels,
+    check_indices,
+    check_size,
+    check_split,
+    dihedral,
+    existing_folder,
+    image_files,
+    read_image,
+    spread,
+    square,
+    subfolders,
+    to_tensor,
+)
+from distillers.errors import BadInput
+
+
+class PicturesInMemory(ABC):
+    """Labelled or unlabelled items of `path[/split]`, decoded once, drawn at random and turned.
+
+    Args:
+        size: the side in pixels of the squares that pictures are cropped and resized to.
+        flip: mirror half of the drawn pictures left-right.
+        dihedral: turn and mirror drawn pictures in all eight ways instead, which suits pictures without an up.
+
+    Attributes:
+        labels: the names of the classes; () where there are none.
+        root: the folder of the split.
+    """
+
+    labels: tuple[str, ...] = ()
+    _classes: np.ndarray  # (N,) positions in labels
+
+    def __init__(self, path: str | Path, split: str | None, size: int, flip: bool, dihedral: bool) -> None:
+        self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
+        if split is not None:
+            check_split(split)
+        self.root = self.path if split is None else existing_folder(self.path / split)
+        self.name = self.path.parent.name if split is None and self.path.name in SPLITS else self.path.name
+
+    @cached_property
+    @abstractmethod
+    def pixels(self) -> Pixels:
+        """All items, (N,size,size,C), decoded at the first use."""
+
+    @abstractmethod
+    def batch(self, pixels: Pixels) -> Batch:
+        """Make the pictures of a batch of items (n,size,size,C)."""
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    @property
+    def operations(self) -> tuple[int, ...]:
+        """The ways in which drawn pictures are turned, as `pixels.dihedral` numbers them."""
+        return tuple(range(8)) if self.dihedral else (0, 4) if self.flip else (0,)
+
+    def choose(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the positions and the operations, (n,) each, of the `n` items that `draw` gives for this `rng`."""
+        index, ways = rng.integers(len(self), size=n), self.operations
+        way = rng.integers(len(ways), size=n) if len(ways) > 1 else np.zeros(n, dtype=np.int64)
+        return index, np.array(ways)[way]
+
+    def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        """Draw `n` items at random with replacement, augmented; a pure function of `rng`."""
+        return self.turned(*self.choose(n, rng))
+
+    def turned(self, index: np.ndarray, operation: np.ndarray) -> Batch:
+        """Take the items at these positions, each turned by its operation."""
+        return {**self.batch(dihedral(self.pixels[index], operation)), **self.conditions(index)}
+
+    def items(self, indices: Sequence[int]) -> Batch:
+        """Take the items at these positions as they are."""
+        index = check_indices(indices, len(self))
+        return {**self.batch(self.pixels[index]), **self.conditions(index)}
+
+    def conditions(self, index: np.ndarray) -> Batch:
+        """Take the conditions of the items at these positions: "label", where there are classes."""
+        return {"label": torch.from_numpy(self._classes[index])} if self.labels else {}
+
+
+class ImageFolder(PicturesInMemory):
+    """Images of `path[/split]/CLASS/*.jpg`, labelled by their sorted class folders, or of `path[/split]/*.jpg`.
+
+    `limit` keeps an evenly spaced part. Images of another size are cropped to the centred square and resized with
+    antialiasing; grey and palette become RGB, alpha is dropped. Images beside class folders are left out.
+
+    Raises:
+        BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit or smaller than 8 px, by name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str | None = None,
+        size: int = 64,
+        flip: bool = True,
+        dihedral: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(path, split, size, flip, dihedral)
+        # Labels come from both splits, so that a class absent from one of them never shifts the numbers of the others.
+        siblings = [self.root] if split is None else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
+        self.labels = tuple(sorted({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
+        self.files, self._classes = self._find(self.root, limit)
+
+    def _find(self, root: Path, limit: int | None) -> tuple[list[Path], np.ndarray]:
+        if self.labels:
+            found = [(f, k) for k, c in enumerate(self.labels) if (root / c).is_dir() for f in image_files(root / c)]
+        else:
+            found = [(f, 0) for f in image_files(root)]
+        if not found:
+            splits = ", ".join(c.name for c in subfolders(root) if c.name in SPLITS)
+            hint = f" (it has {splits}: give split)" if splits else ""
+            raise BadInput("path", str(root), f"a folder with images, or with class folders of images{hint}")
+        found = [found[i] for i in spread(len(found), limit)]
+        return [f for f, _ in found], np.array([k for _, k in found], dtype=np.int64)
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """All images, (N,size,size,3), decoded at the first use."""
+        pixels = np.empty((len(self.files), self.size, self.size, 3), dtype=np.uint8)
+        for i, file in enumerate(self.files):
+            pixels[i] = square(read_image(file), self.size)
+        return pixels
+
+    def batch(self, pixels: Pixels) -> Batch:
+        return {"image": to_tensor(pixels)}
