@@ -1,4 +1,4 @@
-"""What `method = "autoencoder"` makes: pictures to latents and back, as one folder. It draws nothing by itself.
+"""Published autoencoders, which `method = "autoencoder"` trains: pictures to latents and back.
 
 The network is a stock diffusers `AutoencoderKL`; a diffusion model trains in its latents (`model.autoencoder` of a
 recipe) and publishes it along with itself.
@@ -22,7 +22,7 @@ BATCH = 64  # pictures at a time
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder and its manifest."""
+    """A frozen autoencoder with its manifest."""
 
     def __init__(self, codec: Vae, info: Info) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] through the latents' means and back, float32 on the CPU in [-1, 1]."""
+        """Encode pictures (B, 3, H, W) in [-1, 1] to their latents' means and decode them, float32 on the CPU."""
         device = next(self.parameters()).device
         parts = [self.codec.decode(self.codec.encode(part.to(device))) for part in pictures.split(BATCH)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:
-        """Reconstruct the pictures of real items."""
+        """Reconstruct the pictures of items of a data set."""
         return self.reconstruct(items["image"])
 
     def standardise(self, batches: Iterable[Tensor]) -> None:

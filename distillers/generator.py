@@ -1,7 +1,6 @@
-"""What is saved, loaded, served and measured: a few-step generator (or its many-step teacher) as one call.
+"""The sampler of a published model: a few-step student, or its many-step teacher, as one call.
 
-A teacher opens as a Generator whose sampler is deterministic DDIM; a consistency student as one that re-noises between
-its steps. It does not know how it was trained, nor HTTP.
+A teacher samples by deterministic DDIM steps, a consistency student by adding fresh noise between its steps.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MAX_SEED = 2**63 - 1
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Endless unit Gaussian noise (B, *shape), float32 on CPU; image i's stream is a function of seeds[i] alone.
+    """Yield unit Gaussian noise (B, *shape), float32 on CPU, for ever; image i's stream depends on seeds[i] alone.
 
     The stream of one seed is what `torch.Generator().manual_seed(seed)` gives to diffusers' pipelines, so the same seed
     draws the same picture there. Like torch's CPU generator it knows a seed by its lower 32 bits.
@@ -45,13 +44,13 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tenso
 
 
 class Generator(nn.Module):
-    """noise -> x0 in a few network calls; nfe == steps (twice that under guidance).
+    """A map from noise to x0 in a few network calls: as many as steps, or twice that under guidance.
 
     Args:
         denoiser: the network behind `x0 = denoiser(x_t, t, cond)`.
         codec: between x0 and pixels.
         info: the manifest.
-        prompts: of a text-to-image generator.
+        prompts: the text encoders of a text-to-image generator.
     """
 
     def __init__(
@@ -71,12 +70,12 @@ class Generator(nn.Module):
         return cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder: fp16 safetensors, scheduler, manifest."""
+        """Write a weights folder: fp16 safetensors, scheduler, manifest."""
         write_pipeline(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def times(self, steps: int | None = None) -> list[float]:
-        """The times the network is called at, descending.
+        """Return the times at which the network is called, descending.
 
         Raises:
             BadInput: a student asked for a number of steps it was not published with; a teacher for none, over 1000,
@@ -106,17 +105,17 @@ class Generator(nn.Module):
         first: int = 0,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """x0 (B, C, H, W) in the network's space, from unit Gaussian noise of that shape.
+        """Sample x0 (B, C, H, W), in the network's space, from unit Gaussian noise of that shape.
 
         Args:
             noise: unit Gaussian; the start x_T is this times sqrt(alpha(T)^2 + sigma(T)^2).
             cond: as `encode_condition` gives.
             steps: network calls; None for the folder's default.
             fresh: where a consistency sampler takes its noise between steps; None draws from torch's global generator.
-            start: x0 to begin from instead of from nothing: noised to the time of step `first` (SDEdit, Meng et al.
-                2022; for consistency models Song et al. 2023, Algorithm 4).
+            start: x0 to diffuse to the time of step `first` and to start from, instead of from noise alone (SDEdit,
+                Meng et al. 2022; for consistency models Song et al. 2023, Algorithm 4).
             first: steps left out at the beginning, below `steps`.
-            watch: told the index of every step but the last, and its estimate of x0.
+            watch: called with the index of every step but the last and its estimate of x0.
         """
         times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
@@ -148,7 +147,7 @@ class Generator(nn.Module):
         size: tuple[int, int] | None = None,
         **condition: Unpack[Given],
     ) -> Tensor:
-        """Pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its own condition only.
+        """Sample pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its condition only.
 
         Alone or in any batch it is the same picture to about 1e-5: torch may sum in another order at another size.
 
@@ -169,11 +168,11 @@ class Generator(nn.Module):
         return self.codec.decode(x0).float().clamp(-1, 1).cpu()
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:
-        """Draw one picture for each real item, of seeds 0, 1, ..., under the item's label or SAR."""
+        """Sample one picture for each item of a data set, of seeds 0, 1, ..., under the item's condition."""
         return self.sample(range(len(items["image"])), **self.condition.of_items(items))
 
     def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
-        """One SAR picture (1, 1, H, W) in [-1, 1] of any size -> optical (1, 3, H, W): reflect-padded, cropped back."""
+        """Translate a SAR picture (1, C, H, W) in [-1, 1] of any size to optical (1, 3, H, W), with padding."""
         least = max(8, self.size_multiple // 2 + 1)  # a reflection is shorter than the picture
         if sar.ndim != 4 or min(sar.shape[-2:]) < least:
             raise BadInput("sar", tuple(sar.shape), f"(1, 1, H, W), a picture of {least} pixels a side or more")
@@ -208,5 +207,5 @@ class Generator(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """H and W must be multiples of this."""
+        """What H and W in pixels must be multiples of."""
         return size_multiple(self.denoiser.network, self.codec)

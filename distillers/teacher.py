@@ -1,8 +1,7 @@
-"""A teacher: a denoiser nobody trains, with what turns pictures, labels and SAR into the network's terms.
+"""Teachers: a frozen denoiser, its codec and its manifest, and the encoding of training batches for it.
 
-Any supported diffusers pipeline folder or hub id opens as one; `random` builds an untrained network, the start of the
-degenerate distiller that trains a teacher. Text-to-image pipelines are drawn from and served, not distilled: no data
-with captions is read here.
+Any supported diffusers pipeline opens as a teacher; `random` builds an untrained network, which `method = "diffusion"`
+trains. Text-to-image pipelines are sampled and served, not distilled: no data with captions is read here.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from distillers.weights.read import read_pipeline
 
 @dataclass(frozen=True)
 class Teacher:
-    """denoiser (frozen), codec, and the manifest of the folder it came from."""
+    """A frozen denoiser, its codec, and the manifest of the folder it came from."""
 
     denoiser: Denoiser
     codec: ImageCodec
@@ -51,7 +50,7 @@ class Teacher:
     def random(
         cls, info: Info, network: dict[str, Any], schedule: dict[str, Any], prediction: Prediction, codec: ImageCodec
     ) -> Teacher:
-        """An untrained `UNet2DModel` for info's task; `network` holds diffusers' own options.
+        """Build an untrained `UNet2DModel` for info's task; `network` holds diffusers' own options.
 
         One embedding more than there are labels: the last is the null label of classifier-free guidance.
         """
@@ -75,22 +74,22 @@ class Teacher:
 
     @classmethod
     def absent(cls, info: Info) -> Teacher:
-        """No network, and pictures as they are: for a method that builds its own, which only needs to know `info`."""
+        """Make a teacher without a network, for a method that builds its own and needs only `info`."""
         return cls(Denoiser(nn.Identity(), RectifiedFlow(), "x0"), PixelUnshuffle(1), info)
 
     def guided(self, guidance_scale: float) -> nn.Module:
-        """The denoiser under classifier-free guidance; 1 is the denoiser itself."""
+        """Put the denoiser under classifier-free guidance; scale 1 is the denoiser itself."""
         return guided(self.denoiser, self.info, guidance_scale)
 
     def example(self) -> tuple[Tensor, Cond | None]:
-        """One sample of zeros (1, C, H, W) in the network's space, and a condition of the task: for its shapes."""
+        """Make an example for shapes: zeros (1, C, H, W) in the network's space, and a condition of the task."""
         side = (length // self.codec.factor for length in self.info.size)
         return torch.zeros(1, self.codec.channels(3), *side), self.condition.example()
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-        """A batch of pictures (see `distillers.data`) in the network's terms: "x0", "loser", the condition.
+        """Encode a batch of pictures (see `data.pixels.Batch`): "x0", "loser", and the condition's tensors.
 
-        "latent" stands for "image" where `Latents` has encoded it before.
+        "latent" takes the place of "image" where `Latents` has encoded it before.
         """
         if "latent" in batch:
             encoded: Cond = {"x0": batch["latent"].to(device, torch.float32)}

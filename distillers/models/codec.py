@@ -1,4 +1,4 @@
-"""Between pixels and the space a network works in: identity, pixel-unshuffle, or a diffusers VAE.
+"""Codecs between pixels and the space that a network works in: pixel-unshuffle, or a diffusers VAE.
 
 Pixels are float (B, 3, H, W) in [-1, 1] on both ends.
 """
@@ -14,20 +14,22 @@ from torch.nn import functional as F
 
 
 class ImageCodec(nn.Module, ABC):
-    """encode(pixels) -> x0 and decode(x0) -> pixels; `factor` pixels a side become one position."""
+    """A pair of maps, encode(pixels) -> x0 and decode(x0) -> pixels; `factor` pixels a side become one position."""
 
     kind: ClassVar[str]
     factor: int
 
     @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Map pixels (B, C, H, W) to (B, `channels`(C), H / factor, W / factor)."""
 
     @abstractmethod
-    def decode(self, x0: Tensor) -> Tensor: ...
+    def decode(self, x0: Tensor) -> Tensor:
+        """Map x0 back to pixels."""
 
     @abstractmethod
     def channels(self, pixels: int) -> int:
-        """Channels in the network's space for so many pixel channels."""
+        """Count the channels in the network's space for so many pixel channels."""
 
 
 class PixelUnshuffle(ImageCodec):
@@ -53,7 +55,7 @@ class PixelUnshuffle(ImageCodec):
 
 
 class Decoder(nn.Module):
-    """The half of an autoencoder that a picture needs."""
+    """The decoder of an autoencoder as a module of its own, so that a server can run it in its own way."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class Decoder(nn.Module):
         self.config: Any = vae.config
 
     def forward(self, latents: Tensor) -> Any:
-        """`.sample` (B, 3, H, W) of latents (B, C, h, w)."""
+        """Decode latents (B, C, h, w) to `.sample` (B, 3, H, W)."""
         return self.vae.decode(latents)
 
 

@@ -1,7 +1,6 @@
-"""Any network behind one sentence: `x0 = denoiser(x_t, t, cond)`.
+"""The preconditioned network x0 = denoiser(x_t, t, cond), the one signature of all losses and samplers.
 
-After this wrapper, every loss, sampler and benchmark knows one signature only; whether the network predicts noise,
-data, velocity or flow, and how it is told the time, is said here once. It knows no file format: see `weights`.
+The wrapper converts whatever the network predicts (noise, data, velocity or flow) and the time it takes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from distillers.models.schedule import EDM, PREDICTIONS, NoiseSchedule, Predicti
 
 
 class Denoiser(nn.Module):
-    """x0 = denoiser(x_t, t, cond), the minimum-mean-square estimate of the clean data.
+    """The minimum-mean-square estimate of the clean data, x0 = denoiser(x_t, t, cond).
 
     Args:
         network: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, or a module called as
@@ -45,7 +44,7 @@ class Denoiser(nn.Module):
         return self.schedule.x0_from(self.prediction, output, x_t, t)
 
     def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """The raw network output, in the network's own prediction type, float32."""
+        """Run the network and return its output, in its own prediction type, float32."""
         if isinstance(self.schedule, EDM):  # keep the input near unit variance (Karras et al. 2022, c_in)
             x_in = x_t / like((self.sigma_data**2 + t.double() ** 2).sqrt(), x_t)
         else:
@@ -59,9 +58,9 @@ class Denoiser(nn.Module):
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)
     ) -> list[Tensor]:
-        """Activations of the named submodules, for discriminators. Each is the module's (first) output tensor.
+        """Return the activations of the named submodules, for discriminators: each module's (first) output tensor.
 
-        The network is left as soon as the last of them has answered: an encoder costs an encoder.
+        The forward pass ends with the last of them, so that an encoder costs an encoder.
 
         Raises:
             BadInput: a layer that the network does not have, or does not call (a list of blocks is never called).
@@ -94,7 +93,7 @@ class Denoiser(nn.Module):
         return [kept[name] for name in layers]
 
     def _layers(self) -> str:
-        """What can be asked of `features`, as far as a message can say it: blocks, by name."""
+        """Name the blocks that `features` can be asked for, for messages."""
         blocks = [
             name if not isinstance(child, nn.ModuleList) else f"{name}.0 to {name}.{len(child) - 1}"
             for name, child in self.network.named_children()
@@ -104,7 +103,7 @@ class Denoiser(nn.Module):
 
 
 class _AllKept(Exception):
-    """Leaves a network's forward pass when its wanted activations are there."""
+    """The exception that ends a forward pass when the wanted activations are there."""
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
 
 def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Call a diffusers network, or a plain one, with the condition where it belongs.
+    """Call a diffusers or a plain network, with each condition as the argument that it takes.
 
     SAR is concatenated, noise-free, to the noisy image (Bai and Xu 2024); labels are `class_labels`.
     """
@@ -135,8 +134,8 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
         labels["encoder_hidden_states"] = cond["text"].to(x)
     if "pooled" in cond:
         labels["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(x), "time_ids": cond["ids"]}
-    told = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
-    for module in told:
+    embeddings = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
+    for module in embeddings:
         module.scale = cond["guidance"]
     try:
         if type(network).__name__ == "DiTTransformer2DModel":
@@ -144,7 +143,7 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
         else:
             sample = network(x, time, **labels).sample
     finally:
-        for module in told:
+        for module in embeddings:
             module.scale = None
     # DiT and improved-DDPM networks also output a learned variance in further channels; the mean comes first.
     channels = x.shape[1] - (cond["sar"].shape[1] if "sar" in cond else 0)
@@ -152,13 +151,13 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
 
 
 class Routed(nn.Module):
-    """Several denoisers as one: each answers for the labels of its share, all its rows of a batch in one call.
+    """Several denoisers as one: the label of each row of a batch chooses the student that denoises it.
 
     Args:
         students: denoisers of one schedule and prediction.
         shares: the labels of each; together 0 to N-1, each once.
 
-    Shapes as `Denoiser`'s. The answer for a row depends on its own label alone, whatever else is in the batch.
+    Shapes as `Denoiser`'s. The result of a row depends on its own label alone, whatever else is in the batch.
     """
 
     student_of: Tensor
@@ -174,14 +173,13 @@ class Routed(nn.Module):
 
     @property
     def network(self) -> Any:
-        """The first student's, for what all share: channels, size, classes."""
+        """The first student's network, whose channels, size and classes are those of all."""
         return self.students[0].network
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         student, x0 = self.student_of[cond["label"]], torch.empty_like(x_t)
         for k in student.unique().tolist():
             rows = student == k
-            x0[rows] = self.students[k](
-                x_t[rows], t if t.ndim == 0 else t[rows], {key: value[rows] for key, value in cond.items()}
-            )
+            own = {key: value[rows] for key, value in cond.items()}
+            x0[rows] = self.students[k](x_t[rows], t if t.ndim == 0 else t[rows], own)
         return x0

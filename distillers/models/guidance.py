@@ -13,7 +13,7 @@ from distillers.models.schedule import NoiseSchedule, like
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance by wrapping (Ho and Salimans 2022): uncond + w (cond - uncond), on x0.
+    """A denoiser under classifier-free guidance: uncond + w (cond - uncond), on x0 (Ho and Salimans 2022).
 
     w = 1 is no guidance (one network call); x0, eps and v are affine in each other at fixed (x_t, t), so it does not
     matter on which of them guidance acts. LCM counts w from 0: its w is ours minus 1. A condition "guidance", float
@@ -40,9 +40,9 @@ class Guided(nn.Module):
         return guided
 
 
-# --- a network that is told the guidance scale (Luo et al. 2023, sec. 4.2) -------------------------------------------
+# --- the guidance scale as a network's input -------------------------------------------------------------------------
 class GuidedTime(nn.Module):
-    """diffusers' `TimestepEmbedding`, told a guidance scale beside the time.
+    """diffusers' `TimestepEmbedding` of the time and a guidance scale (Luo et al. 2023, sec. 4.2).
 
     project(features(w)) is added to the time's features before the embedding's first layer, where LCM's `cond_proj`
     adds it. For one fixed w that is a shift of that layer's bias, so `fold_guidance` gives the stock network back.
@@ -59,7 +59,7 @@ class GuidedTime(nn.Module):
         self.scale: Tensor | None = None  # (B,), set by `call_network`; w = 1 where None
 
     def shift(self, scale: Tensor) -> Tensor:
-        """What is added to the time's features for guidance scales (B,): (B, inputs)."""
+        """Compute what guidance scales (B,) add to the time's features, (B, inputs)."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         w = 1000 * (scale - 1).float()  # LCM's convention: 0 is no guidance, and the clock runs to thousands
@@ -73,7 +73,7 @@ class GuidedTime(nn.Module):
 
 
 def embed_guidance(network: nn.Module) -> nn.Module:
-    """The network itself, its time embeddings replaced by `GuidedTime`. BadInput where it has none."""
+    """Replace a network's time embeddings by `GuidedTime`, in place. Raises BadInput where it has none."""
     found = [
         (m, k) for m in network.modules() for k, v in m.named_children() if type(v).__name__ == "TimestepEmbedding"
     ]
@@ -86,7 +86,7 @@ def embed_guidance(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_guidance(network: nn.Module, guidance_scale: float) -> nn.Module:
-    """The network itself, stock again, answering as it did when told this one scale."""
+    """Turn a network with `GuidedTime` into the stock network at one fixed guidance scale, in place."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, GuidedTime):

@@ -1,8 +1,8 @@
-"""LoRA: a student that is its frozen teacher plus a low-rank change of every layer, y = W x + (alpha / rank) B A x.
+"""Low-rank adapters of a frozen network: y = W x + (alpha / rank) B A x in every layer (LoRA, Hu et al. 2021).
 
-Hu et al. 2021, by the peft library, which is imported inside functions, for that is slow. The network keeps its class
-and is changed in place; `lora_state` is the change in the format that diffusers loads, `fused` the plain network with
-the change added to its weights. It knows no file.
+The peft library adds them; it is imported inside functions, for that is slow. The network keeps its class and is
+changed in place. `lora_state` is the adapter in the format that diffusers loads, `fused` the plain network with the
+change added to its weights.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None) -> nn.Mo
 
 
 def has_lora(network: nn.Module) -> bool:
-    """Whether `add_lora` was called on the network, or on what it is a copy of."""
+    """Tell whether `add_lora` was called on the network, or on what it is a copy of."""
     return NAME in getattr(network, "peft_config", {})
 
 
 def lora_rank(network: nn.Module) -> int:
-    """The rank of a network's adapter."""
+    """Return the rank of a network's adapter."""
     config: Any = network.peft_config
     return int(config[NAME].r)
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:
-    """Multiply the trained change by `scale`: 0 is exactly the teacher, 1 the student. Set anew, not accumulated."""
+    """Set the factor of the trained change: 0 is exactly the teacher, 1 the student. It does not accumulate."""
     for _, layer in _layers(network):
         layer.set_scale(NAME, scale)
 
 
 @contextmanager
 def without_lora(network: nn.Module) -> Iterator[None]:
-    """Inside, the network is exactly what it was before `add_lora`; afterwards its scale is what it was."""
+    """Switch a network's adapter off inside the block, and back to its scale afterwards."""
     scales = [(layer, layer.scaling[NAME]) for _, layer in _layers(network)]
     set_lora_scale(network, 0)
     try:
@@ -81,7 +81,7 @@ def without_lora(network: nn.Module) -> Iterator[None]:
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter in diffusers' format: "unet.<layer>.lora_A.weight" (rank, in, ...) and lora_B (out, rank, ...).
+    """Export the adapter for diffusers: "unet.<layer>.lora_A.weight" (rank, in, ...) and lora_B (out, rank, ...).
 
     The keys of what is no U-Net start with "transformer". B is multiplied by the present scale, alpha / rank included:
     the format has no place for it, and whoever loads the state takes it for 1.
@@ -98,7 +98,7 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """A frozen copy with the change, at the present scale, added to the weights: plain layers under their old names."""
+    """Copy the network, frozen, with the change added to its weights at the present scale, into plain layers."""
     plain = copy.deepcopy(network).requires_grad_(False)
     for name, layer in list(_layers(plain)):
         layer.merge()

@@ -1,11 +1,9 @@
-"""What the numbers of a SAR picture mean, and how a network sees them.
+"""Conversion of SAR backscatter in any units to the [-1, 1] that a network takes.
 
-A raster holds decibels, linear power, amplitude, or digital numbers that nobody calibrated; a network wants [-1, 1].
-Between the two stands the decibel: dB = 10 log10(power) = 20 log10(amplitude). Digital numbers are amplitudes up to an
-unknown factor, so their white (the 99 % quantile of the scene; 255 where they have 8 bits) is put at a level that the
-model names. Clip ranges and levels stand in the weights folder (`sar` in fewstep.json), never in a user's code.
-
-Knows arrays and the manifest's words; files are read in `scene.py` and `data/`.
+A raster holds decibels, linear power, amplitude, or digital numbers that nobody calibrated. All are converted to
+decibels first: dB = 10 log10(power) = 20 log10(amplitude). Digital numbers are amplitudes up to an unknown factor, so
+their white (the 99 % quantile of the scene; 255 where they have 8 bits) is put at a level that the model's manifest
+names, as it names the clip ranges (`sar` in fewstep.json).
 """
 
 from __future__ import annotations
@@ -46,13 +44,17 @@ class Levels:
 
 @dataclass(frozen=True, kw_only=True)
 class Radiometry:
-    """How one model sees backscatter; the manifest's `sar`.
+    """The description of one model's SAR input, stored as `sar` in its manifest.
 
-    form "db": each of `bands` is clipped to clip_db[band] and brought to [-1, 1] linearly; a band that is not there is
-    0 everywhere. form "amplitude": one band, amplitude over its white, clipped, brought to [-1, 1]; absolute levels
-    play no part. `white_db`: the level that the white of digital numbers is taken for ("db" only). `levels`: the
-    network is told local means and which bands are there. `calibrated`: after the bands follows a plane of 1 where
-    levels are absolute (decibels, power, amplitude) and -1 where they hang on the scene's own white ("db" only).
+    Attributes:
+        form: "db": each of `bands` is clipped to clip_db[band] and mapped to [-1, 1] linearly; an absent band is 0
+            everywhere. "amplitude": one band, amplitude over its white, clipped and mapped to [-1, 1]; absolute levels
+            play no part.
+        channels: of the input, the plane of `calibrated` included.
+        white_db: the level in decibels that the white of digital numbers is taken for ("db" only).
+        levels: whether the network takes local means and the presence of each band besides.
+        calibrated: whether a last plane says if levels are absolute (1: decibels, power, amplitude) or relative to the
+            scene's own white (-1) ("db" only).
     """
 
     form: Literal["db", "amplitude"] = "amplitude"
@@ -66,7 +68,7 @@ class Radiometry:
 
     @classmethod
     def of(cls, sar: Mapping[str, Any] | None) -> Radiometry:
-        """What a manifest says. Raises BadInput for a description that cannot be followed."""
+        """Read a manifest's `sar`. Raises BadInput for a description that cannot be followed."""
         from pydantic import ValidationError
 
         try:
@@ -93,22 +95,22 @@ class Radiometry:
 
     @property
     def band_count(self) -> int:
-        """How many of the channels are backscatter."""
+        """The number of channels that are backscatter."""
         return self.channels - self.calibrated
 
     def anchored(self, units: str) -> bool:
-        """Whether levels hang on the scene's own white, for want of an absolute one."""
+        """Tell whether levels in these units are relative to the scene's own white."""
         return units == "dn" or self.form == "amplitude"
 
     def level(self, band: str) -> float:
-        """The decibels that a scene's white becomes, where it is anchored."""
+        """Return the decibels that the white of relative levels is put at."""
         return self.white_db[band] if self.form == "db" else 0.0
 
     def unit(self, decibels: Mapping[str, Array], calibrated: bool | NDArray[np.bool_] = False) -> NDArray[np.float32]:
-        """(channels, H, W) in [-1, 1] from decibels (H, W) by band, anchored already; NaN is 0.
+        """Map decibels (H, W) by band, shifted to the model's white, to (channels, H, W) in [-1, 1]; NaN becomes 0.
 
-        Form "db" takes any of its bands; "amplitude" takes one, whatever its name. `calibrated` says whether levels are
-        absolute, to a model that is told so.
+        Form "db" takes any of its bands; "amplitude" takes one, whatever its name. `calibrated`: whether levels are
+        absolute, for a model with that plane.
         """
         if self.form == "amplitude":
             (values,) = decibels.values()
@@ -152,7 +154,7 @@ class Radiometry:
         return self.bands[0]
 
     def picture(self, grey: Array, band: str) -> NDArray[np.float32]:
-        """(channels, H, W) in [-1, 1] from a grey picture (H, W), 0 black to 1 white: its white is the 99 % quantile.
+        """Map a grey picture (H, W), 0 black to 1 white (the quantile WHITE), to (channels, H, W) in [-1, 1].
 
         In form "db" black is half a level of 8 bits, and the picture is of `band`.
         """
@@ -163,9 +165,9 @@ class Radiometry:
         return self.unit({band: self.level(band) + decibels(np.maximum(grey, 0.5 / 255), "dn")})
 
     def as_picture(self, unit: NDArray[np.floating]) -> tuple[NDArray[np.float32], str]:
-        """((H, W) grey, 0 to 1, and its band) of what a model is shown (channels, H, W): the first band that is there.
+        """Show the first band that an input (channels, H, W) holds as a grey picture (H, W), 0 to 1, and name the band.
 
-        `picture` gives that band back, as far as its white reaches.
+        `picture` is its inverse, up to white.
         """
         if self.form == "amplitude":
             return ((unit[0] + 1) / 2).astype(np.float32), ""
@@ -190,8 +192,10 @@ NAMED = {"amplitude": AMPLITUDE, "sentinel1-db": SENTINEL1_DB, "sentinel1": SENT
 
 
 def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:
-    """dB of values in `units`; relative dB of digital numbers. No backscatter (zero, or noise subtracted below it) is
-    LOWEST_DB; NaN stays NaN."""
+    """Convert values in `units` to dB, digital numbers to relative dB; NaN stays NaN.
+
+    Zero backscatter, or less where noise was subtracted, becomes LOWEST_DB.
+    """
     numbers = values.astype(np.float32)
     if units == "db":
         return numbers
@@ -201,16 +205,16 @@ def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:
 
 
 def white_of(values: NDArray[Any], units: str) -> float:
-    """dB of what counts as white: 255 where numbers have 8 bits, else the 99 % quantile of valid values."""
+    """Measure the white of valid values in dB: 255 where they have 8 bits, else their 99 % quantile."""
     if values.dtype == np.uint8:
         return float(20 * np.log10(255.0))
     return float(np.nanquantile(decibels(values, units), WHITE))
 
 
 def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
-    """(units, why) by the values of each band; `samples` are valid values only, in the type of the raster.
+    """Decide the units of a raster by valid values of each band, in the raster's type, and say why.
 
-    The rule, for all bands alike; where one band could be two things, another may tell:
+    One rule holds for all bands; where one band could be in two units, another may decide:
     - 8 bits: digital numbers, stretched for display.
     - a median below -1 dB, all values between -80 and 50: decibels.
     - a median above 50, or whole numbers: digital numbers.
@@ -229,7 +233,7 @@ def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
 
 
 def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
-    """(the units that fit, why)."""
+    """Return the units that fit one band, and why."""
     if values.dtype == np.uint8:
         return {"dn"}, "8-bit numbers, stretched for display"
     numbers = values.astype(np.float64)
@@ -253,7 +257,7 @@ def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
 
 
 def name_bands(wanted: str | None, descriptions: Sequence[str | None], file: str = "") -> tuple[dict[str, int], str]:
-    """({polarisation: band number from 1}, how it was told) for a raster's bands.
+    """Name a raster's bands: {polarisation: band number from 1}, and how they were named.
 
     wanted: None, or entries divided by commas: "VV,VH" (by description; else by position), "2,1" (numbers, in the order
     VV, VH), "VV=2". Without: by descriptions, by the file's name where there is one band, by position for two.
@@ -310,7 +314,7 @@ def _words(text: str | None) -> set[str]:
 
 @lru_cache
 def _checker() -> TypeAdapter[Radiometry]:
-    """Built once: it takes longer than a small picture does."""
+    """Build the checker of manifests once: building takes longer than a small picture does."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Radiometry)

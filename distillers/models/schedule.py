@@ -1,4 +1,4 @@
-"""Noise schedules, and every conversion derived from them once.
+"""Noise schedules x_t = alpha(t) x0 + sigma(t) eps, with the conversions and solver steps that follow from them.
 
 `t` grows with noise, from `t_min` (almost clean) to `t_max` (almost pure noise), and
 
@@ -25,20 +25,20 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Shape a coefficient of shape () or (B,) so that it multiplies x of shape (B, ...); float64 in, dtype of x out."""
+    """Shape a float64 coefficient, () or (B,), so that it multiplies x (B, ...), and cast it to the dtype of x."""
     if coefficient.ndim == 0 and coefficient.device.type == "cpu":
         return coefficient.to(x.dtype)  # a scalar goes to a GPU with the kernel; copied, it would wait for the device
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)).to(x)
 
 
 @lru_cache(4096)
-def _known(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
+def _cached_coefficients(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
     at = torch.tensor(t, dtype=torch.float64)
     return float(schedule.alpha(at)), float(schedule.sigma(at))
 
 
 class NoiseSchedule(ABC):
-    """x_t = alpha(t) x0 + sigma(t) eps. Subclasses give alpha, sigma and the time range, nothing else."""
+    """The forward process x_t = alpha(t) x0 + sigma(t) eps. Subclasses define alpha, sigma and the time range."""
 
     name: ClassVar[str]
     t_min: float
@@ -48,15 +48,14 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Signal scale at t, float64, same shape as t."""
+        """Compute the signal scale at t, float64, same shape as t."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise scale at t, float64, same shape as t."""
+        """Compute the noise scale at t, float64, same shape as t."""
 
-    # What the network is told. Discrete schedules: the integer timestep. Continuous ones: their own unit.
     def network_time(self, t: Tensor) -> Tensor:
-        """The number fed to the network's time embedding for time t."""
+        """Convert t to the number that the network's time embedding takes."""
         return t
 
     # --- conversions -------------------------------------------------------------------------------------------------
@@ -65,27 +64,27 @@ class NoiseSchedule(ABC):
         return like(a, x), like(s, x)
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma, float64."""
+        """Compute alpha and sigma, float64."""
         if t.ndim == 0 and t.device.type == "cpu":  # a sampler's: the same few for ever, and slower computed than used
-            a, s = _known(self, float(t))
+            a, s = _cached_coefficients(self, float(t))
             return torch.tensor(a, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
         t = t.double()
         return self.alpha(t), self.sigma(t)
 
     def start(self, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t where sampling begins: unit Gaussian noise eps, brought to the scale of p_t of data of variance 1.
+        """Make the x_t that sampling starts from: unit Gaussian eps at the scale of p_t for data of variance 1.
 
-        sqrt(alpha^2 + sigma^2): 1 for variance-preserving schedules, about sigma for exploding ones.
+        The scale is sqrt(alpha^2 + sigma^2): 1 for variance-preserving schedules, about sigma for exploding ones.
         """
         return eps * like(torch.hypot(*self._coefficients(t)), eps)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t from clean data and unit Gaussian noise."""
+        """Diffuse clean data x0 to time t with unit Gaussian noise eps."""
         a, s = self._at(t, x0)
         return a * x0 + s * eps
 
     def x0_from(self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Clean data from a network output of the given kind.
+        """Convert a network output of the given kind into the clean estimate x0.
 
         v is diffusers' velocity alpha eps - sigma x0 and needs alpha^2 + sigma^2 = 1 only if it is to be orthogonal;
         the inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0.
@@ -102,7 +101,7 @@ class NoiseSchedule(ABC):
         raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
 
     def output_from(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The inverse of `x0_from`: what a network of the given kind outputs when its clean estimate is x0."""
+        """Convert a clean estimate x0 into a network output of the given kind: the inverse of `x0_from`."""
         a, s = self._at(t, x_t)
         if prediction == "x0":
             return x0
@@ -115,36 +114,36 @@ class NoiseSchedule(ABC):
         raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
 
     def eps_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that x_t holds if its clean part is x0."""
+        """Compute the noise eps = (x_t - alpha x0) / sigma."""
         return self.output_from("eps", x0, x_t, t)
 
     def v_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity alpha eps - sigma x0."""
+        """Compute the velocity v = alpha eps - sigma x0."""
         return self.output_from("v", x0, x_t, t)
 
     def score_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x_t) when x0 = E[x0 | x_t] (Tweedie)."""
+        """Compute the score grad log p_t(x_t) from x0 = E[x0 | x_t] (Tweedie's formula)."""
         a, s = self._at(t, x_t)
         return (a * x0 - x_t) / (s * s)
 
     def snr(self, t: Tensor) -> Tensor:
-        """alpha^2 / sigma^2, float64."""
+        """Compute the signal-to-noise ratio alpha^2 / sigma^2, float64."""
         t = t.double()
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def noise_ratio(self, t: Tensor) -> Tensor:
-        """sigma / alpha, float64: the noise level of the equivalent variance-exploding process."""
+        """Compute sigma / alpha, float64: the noise level of the equivalent variance-exploding process."""
         t = t.double()
         return self.sigma(t) / self.alpha(t)
 
     def renoise(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """x_t from x_s at an earlier time s <= t: the forward process from s, with unit Gaussian noise eps."""
+        """Diffuse x_s further, from time s to t >= s, with unit Gaussian noise eps."""
         a_t, s_t = self._at(t, x_s)
         a_s, s_s = self._at(s, x_s)
         return a_t / a_s * x_s + (s_t**2 - (a_t / a_s * s_s) ** 2).clamp_min(0).sqrt() * eps
 
     def time_at_ratio(self, ratio: Tensor) -> Tensor:
-        """The t in [t_min, t_max] at which sigma/alpha = ratio, by bisection; the nearer end if there is none."""
+        """Find the t in [t_min, t_max] where sigma/alpha = ratio, by bisection; the nearer end if there is none."""
         ratio = ratio.double()
         low, high = torch.full_like(ratio, self.t_min), torch.full_like(ratio, self.t_max)
         for _ in range(54):  # halvings until the bracket is below float64 resolution
@@ -155,7 +154,7 @@ class NoiseSchedule(ABC):
 
     # --- solving the probability-flow ODE ----------------------------------------------------------------------------
     def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """One step from t to s that is exact when x0 is constant along it: x_s = a_s x0 + (s_s/s_t)(x_t - a_t x0).
+        """Take a first-order step from t to s: x_s = a_s x0 + (s_s/s_t)(x_t - a_t x0), exact for constant x0.
 
         This is DDIM (Song et al. 2021, eq. 12), and Euler in the variable sigma/alpha (Karras et al. 2022).
         """
@@ -164,7 +163,7 @@ class NoiseSchedule(ABC):
         return a_s * x0 + (s_s / s_t) * (x_t - a_t * x0)
 
     def heun_step(self, x_t: Tensor, x0: Tensor, x0_next: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Second-order correction: `x0_next` is the clean estimate at the end point of `step(x_t, x0, t, s)`.
+        """Correct a step to second order; `x0_next` is the clean estimate at the end of `step(x_t, x0, t, s)`.
 
         In u = x/alpha and r = sigma/alpha the ODE is du/dr = (u - x0)/r; Heun averages the slopes at both ends
         (Karras et al. 2022, Algorithm 1). At sigma(s) = 0 the end slope does not exist and the first-order step is
@@ -175,9 +174,8 @@ class NoiseSchedule(ABC):
         a_s, s_s = self._at(s, x_t)
         euler = self.step(x_t, x0, t, s)
         if self.velocity:
-            velocities = self.output_from(self.velocity, x0, x_t, t) + self.output_from(
-                self.velocity, x0_next, euler, s
-            )
+            kind = self.velocity
+            velocities = self.output_from(kind, x0, x_t, t) + self.output_from(kind, x0_next, euler, s)
             return torch.where(s_s > 0, x_t + like((s - t).double(), x_t) * velocities / 2, euler)
         r_t, r_s = like(self.noise_ratio(t), x_t), like(self.noise_ratio(s), x_t)
         slope_t = (x_t / a_t - x0) / r_t
@@ -185,13 +183,13 @@ class NoiseSchedule(ABC):
         return a_s * (x_t / a_t + (r_s - r_t) * (slope_t + slope_s) / 2)
 
     def grid(self, n: int) -> Tensor:
-        """n times from t_min up to t_max, float64 (Karras et al. 2022, eq. 5, with this schedule's rho)."""
+        """Discretise [t_min, t_max] into n ascending times, float64 (Karras et al. 2022, eq. 5, with rho)."""
         if n < 2:
             raise BadInput("grid points", n, "2 or more")
         return self.spaced(torch.linspace(0, 1, n, dtype=torch.float64))
 
     def segment_grid(self, n: int) -> Tensor:
-        """The ends of n intervals that cut [t_min, t_max] evenly in the grid's spacing: n + 1 ascending times, float64.
+        """Cut [t_min, t_max] into n segments, even in the grid's spacing: n + 1 ascending times, float64.
 
         Every n/k-th is an end of k segments. Discrete schedules: whole timesteps, those of diffusers' "trailing"
         spacing, so that a stock DDIMScheduler visits the segments' upper ends.
@@ -199,17 +197,17 @@ class NoiseSchedule(ABC):
         return self.grid(n + 1)
 
     def spaced(self, u: Tensor) -> Tensor:
-        """The time at a share u of the range, 0 at t_min and 1 at t_max, in the grid's spacing."""
+        """Find the time at a share u of the range, 0 at t_min and 1 at t_max, in the grid's spacing."""
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
     def to_config(self) -> dict[str, Any]:
-        """What `from_config` needs to make this schedule again."""
+        """Describe the schedule as a dictionary that `from_config` takes."""
         return {"name": self.name, "t_min": self.t_min, "t_max": self.t_max}
 
 
 class EDM(NoiseSchedule):
-    """Variance exploding: alpha = 1, sigma = t (Karras et al. 2022)."""
+    """The variance-exploding schedule alpha = 1, sigma = t (Karras et al. 2022)."""
 
     name = "edm"
     rho = 7.0
@@ -224,12 +222,12 @@ class EDM(NoiseSchedule):
         return t.double()
 
     def network_time(self, t: Tensor) -> Tensor:
-        """250 ln sigma: diffusers' convention for consistency models (1000 times EDM's ln(sigma)/4)."""
+        """Compute 250 ln(sigma), as diffusers does for consistency models (1000 times EDM's ln(sigma)/4)."""
         return 250 * t.log()
 
 
 class RectifiedFlow(NoiseSchedule):
-    """alpha = 1 - t, sigma = t (Liu et al. 2023). The network is told 1000 t, as by diffusers' flow schedulers.
+    """The rectified flow alpha = 1 - t, sigma = t (Liu et al. 2023). Networks take 1000 t, as in diffusers.
 
     t_max is 1 for Euler steps; ratios sigma/alpha need t_max < 1, hence the default.
     """
@@ -251,7 +249,7 @@ class RectifiedFlow(NoiseSchedule):
 
 
 class Trigonometric(NoiseSchedule):
-    """alpha = cos t, sigma = sin t, t in (0, pi/2) (TrigFlow, Lu and Song 2024). Data are scaled to unit variance."""
+    """TrigFlow: alpha = cos t, sigma = sin t, t in (0, pi/2), for data of unit variance (Lu and Song 2024)."""
 
     name = "trig"
     velocity = "v"
@@ -267,7 +265,7 @@ class Trigonometric(NoiseSchedule):
 
 
 class VariancePreserving(NoiseSchedule):
-    """DDPM's discrete schedule, alpha^2 = abar_t, continued between the integers.
+    """DDPM's discrete schedule alpha^2 = abar_t (Ho et al. 2020), continued between the integers.
 
     t counts diffusers' timesteps: 0 .. T-1 inclusive, float. ln(sigma/alpha) is interpolated linearly, so at integers
     the values are diffusers' own. Mind that t = 0 is not clean (sigma = 0.01 for linear betas) and T-1 is not pure
@@ -315,7 +313,7 @@ class VariancePreserving(NoiseSchedule):
         beta_end: float = 0.02,
         num_train_timesteps: int = 1000,
     ) -> VariancePreserving:
-        """The schedule that diffusers' DDPM/DDIM schedulers build from the same four numbers."""
+        """Build the schedule of diffusers' DDPM and DDIM schedulers from their four numbers."""
         from diffusers import DDIMScheduler
 
         config = dict(
@@ -334,7 +332,7 @@ _CONTINUOUS: dict[str, type[EDM] | type[RectifiedFlow] | type[Trigonometric]] = 
 
 
 def from_config(config: dict[str, Any]) -> NoiseSchedule:
-    """A schedule from `to_config`'s dictionary, or from a recipe's [schedule] table."""
+    """Build a schedule from `to_config`'s dictionary or a recipe's [schedule] table."""
     options = dict(config)
     name = options.pop("name", "vp")
     try:
@@ -350,7 +348,7 @@ def from_config(config: dict[str, Any]) -> NoiseSchedule:
 
 
 def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
-    """The schedule behind a diffusers scheduler folder (`scheduler_config.json`).
+    """Build the schedule of a diffusers scheduler from its `scheduler_config.json`.
 
     Betas are rebuilt by diffusers' own code, so zero-terminal-SNR rescaling and every beta schedule are honoured.
     """

@@ -1,7 +1,7 @@
-"""Words as a text-to-image network is told them: CLIP's hidden states, by the encoders of a diffusers pipeline.
+"""The prompt encoders of diffusers' text-to-image pipelines: CLIP's hidden states.
 
-One encoder gives Stable Diffusion its text; two give SDXL theirs side by side, with a pooled vector and the picture's
-size besides (Podell et al. 2023, sec. 2.1, 2.2).
+Stable Diffusion has one encoder; SDXL has two, whose states stand side by side, and takes a pooled vector and the
+picture's size besides (Podell et al. 2023, sec. 2.1, 2.2).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 
 
-class Towers(nn.Module):
-    """Tokens to one row for each prompt: hidden states of all encoders side by side, then the pooled vector, if any.
+class TextEncoders(nn.Module):
+    """The text encoders as one network: tokens to one row for each prompt, so that it runs as every other network does.
 
-    One tensor out, so that it runs as every other network does.
+    A row holds the hidden states of all encoders side by side, then the pooled vector, if there is one.
     """
 
     def __init__(self, encoders: Sequence[nn.Module], penultimate: bool) -> None:
@@ -29,7 +29,7 @@ class Towers(nn.Module):
         self.config: Any = encoders[0].config
 
     def forward(self, *tokens: Tensor) -> Any:
-        """tokens: int64 (B, length) of each encoder; `.sample` is (B, length * width + pooled)."""
+        """Encode tokens, int64 (B, length) for each encoder, to `.sample` (B, length * width + pooled)."""
         hidden: list[Tensor] = []
         for encoder, ids in zip(self.encoders, tokens, strict=True):
             found: Any = encoder(input_ids=ids, output_hidden_states=self.penultimate)
@@ -41,30 +41,30 @@ class Towers(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Prompts to the conditions "text" (B, length, width) and, for SDXL, "pooled" (B, P) and "ids" (B, 6).
+    """An encoder of prompts to "text" (B, length, width) and, for SDXL, "pooled" (B, P) and "ids" (B, 6).
 
     Args:
         tokenizers, encoders: CLIP's, one of each or two.
-        zeros_for_empty: SDXL's convention: an empty prompt is told as zeros.
+        zeros_for_empty: SDXL's convention: an empty prompt becomes zeros.
     """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], zeros_for_empty: bool = False) -> None:
         super().__init__()
         self.tokenizers, self.zeros_for_empty = list(tokenizers), zeros_for_empty
         self.xl = len(encoders) == 2
-        self.towers = Towers([encoder.eval().requires_grad_(False) for encoder in encoders], self.xl)
+        self.towers = TextEncoders([encoder.eval().requires_grad_(False) for encoder in encoders], self.xl)
         self.length = int(self.towers.config.max_position_embeddings)
         self.width = sum(tower.config.hidden_size for tower in self.encoders)
 
     @property
     def encoders(self) -> list[Any]:
-        """As they were loaded."""
+        """The encoders as they were loaded."""
         towers: Any = getattr(self.towers, "network", self.towers)  # a server runs them in its own way
         return list(towers.encoders)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        """Of B prompts, for pictures of size (H, W) in pixels. On the encoders' device."""
+        """Encode B prompts for pictures of `size` (H, W) in pixels, on the encoders' device."""
         device = next(self.parameters()).device
         given = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         tokens = [tokenizer(list(prompts), **given).input_ids.to(device) for tokenizer in self.tokenizers]
@@ -79,7 +79,7 @@ class PromptEncoder(nn.Module):
 
 
 def read_prompts(folder: Path, zeros_for_empty: bool, dtype: torch.dtype) -> PromptEncoder:
-    """The encoders and tokenizers of a pipeline's folder. BadInput where they are damaged or of another family."""
+    """Open the encoders and tokenizers of a pipeline's folder. Raises BadInput where they are damaged or not CLIP's."""
     import transformers
 
     tokenizers, encoders = [], []

@@ -1,4 +1,4 @@
-"""The manifest of a weights folder, `fewstep.json`: what a pipeline cannot say of itself, and its files' SHA-256."""
+"""The manifest of a weights folder, `fewstep.json`: what stock pipelines have no place for, and the files' SHA-256."""
 
 from __future__ import annotations
 
@@ -16,29 +16,20 @@ from distillers.models.schedule import Prediction
 from distillers.models.text import PromptEncoder
 
 MANIFEST = "fewstep.json"
-
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
-
 AUTOENCODER = "autoencoder"
-
 TASKS = (*KINDS, AUTOENCODER)
-
 SAMPLERS = ("consistency", "ddim")
-
 ROLES = ("teacher", "student")
-
 STUDENTS = "students"
-
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
 PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, "scheduler")  # the network first: see `staged`
-
 DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The adapter of a folder. Its alpha is its rank, whatever it was trained with: see `lora_state`."""
+    """The adapter of a folder; its alpha equals its rank, whatever it was trained with: see `lora_state`."""
 
     rank: int
     base: str | None  # name of the teacher whose network it changes
@@ -46,7 +37,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """`fewstep.json`. Sizes are pixels; times are in the schedule's unit, descending."""
+    """The content of `fewstep.json`. Sizes are (height, width) in pixels; times, in the schedule's unit, descend."""
 
     name: str
     task: str
@@ -62,7 +53,7 @@ class Info:
     patch: int = 1  # pixels a side that become one position of the network
     guidance_scale: float = 1.0
     teacher: str | None = None
-    sar: dict[str, Any] | None = None  # what the model sees of SAR: `Radiometry` in words
+    sar: dict[str, Any] | None = None  # `Radiometry.to_dict` of its SAR input
     shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
     trained_with: list[str] = field(default_factory=list)  # feature spaces that a loss compared in: no report may
     lora: Lora | None = None  # set by `write_pipeline` if the folder holds an adapter
@@ -121,7 +112,7 @@ class Info:
 
     @property
     def classes(self) -> list[int]:
-        """The labels that are answered for, ascending: all, or a lone student's share."""
+        """The labels that the model draws, ascending: all, or a lone student's share."""
         return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))
 
     def condition(self, codec: ImageCodec, prompts: PromptEncoder | None = None) -> Condition:
@@ -136,15 +127,16 @@ class Info:
         return Condition(self.name)
 
     def student_of(self, label: int | None) -> int:
-        """Which of its networks answers for a label."""
+        """Find the number of the student that draws a label."""
         return next((k for k, share in enumerate(self.shares) if label in share), 0)
 
     @property
     def sar_channels(self) -> int:
-        """Pixel channels of the SAR input; 0 for models that take none."""
+        """The pixel channels of the SAR input; 0 for models that take none."""
         return (self.sar or {}).get("channels", 1) if self.task == "sar-to-optical" else 0
 
     def write(self, folder: Path) -> None:
+        """Write the manifest into a folder."""
         entries = asdict(self)
         for name in ("lora", "shares", "trained_with"):  # unknown to folders and readers older than they are
             if not entries[name]:
@@ -153,13 +145,13 @@ class Info:
 
 
 def find(root: Path) -> dict[str, Path]:
-    """Published folders below root, by name. Hidden ones are on their way: see `staged`."""
+    """Find the published folders below root, by name; hidden ones are not complete: see `staged`."""
     folders = (p.parent for p in sorted(Path(root).glob(f"*/{MANIFEST}")))
     return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
 def draws(folder: Path) -> bool:
-    """Whether a published folder draws pictures. All but autoencoders do; `read_pipeline` refuses a broken one."""
+    """Tell whether a published folder draws pictures. All but autoencoders do; `read_pipeline` refuses a broken one."""
     try:
         return bool(read_json(folder / MANIFEST).get("task") != AUTOENCODER)
     except BadInput:

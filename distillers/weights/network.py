@@ -1,4 +1,4 @@
-"""What a network can do under its manifest: classifier-free guidance, and the sizes of picture it takes."""
+"""What a network's configuration allows: classifier-free guidance, and the sizes of its pictures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from distillers.weights.manifest import Info
 
 
 def class_rows(network: nn.Module) -> int:
-    """Rows of a network's class embedding. DiT has one more than the classes it counts, for the null class."""
+    """Count the rows of a network's class embedding. DiT has one more than the classes it counts, the null class."""
     config: Any = network.config
     counted = config.get("num_embeds_ada_norm")
     return counted + 1 if counted else config.get("num_class_embeds") or 0
 
 
 def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn.Module:
-    """The denoiser under classifier-free guidance; 1 is the denoiser itself. The null class follows the last label."""
+    """Put a denoiser under classifier-free guidance; scale 1 is the denoiser itself.
+
+    Raises:
+        BadInput: a network without a null class to be guided by.
+    """
     if guidance_scale == 1:
         return denoiser
     null_label = info.condition(PixelUnshuffle(info.patch)).null_label(class_rows(denoiser.network))
@@ -31,6 +35,6 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
 
 
 def size_multiple(network: nn.Module, codec: ImageCodec) -> int:
-    """H and W in pixels must be multiples of this: the codec's factor times the network's patch or downsampling."""
+    """Return what H and W in pixels must be multiples of: the codec's factor times the network's patch or stride."""
     config: Any = network.config
     return codec.factor * (config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))

@@ -1,4 +1,4 @@
-"""Opens a weights folder, or any supported diffusers pipeline, as a denoiser with its codec and its text encoders."""
+"""Reading weights folders and any supported diffusers pipeline: a denoiser with its codec and its text encoders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from torch import nn
 from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
-from distillers.models.schedule import (
-    NoiseSchedule,
-    Prediction,
-    from_diffusers,
-)
+from distillers.models.schedule import NoiseSchedule, Prediction, from_diffusers
 from distillers.models.text import PromptEncoder, read_prompts
 from distillers.weights.manifest import (
     ADAPTER,
@@ -31,20 +27,28 @@ from distillers.weights.manifest import (
 from distillers.weights.network import class_rows
 
 PIPELINES = (
-    "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline", "DiTPipeline",
-    "StableDiffusionPipeline", "StableDiffusionXLPipeline",
-)  # fmt: skip
-
-NETWORKS = (  # the last is DiT as older diffusers saved it
-    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel",
-)  # fmt: skip
-
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "LDMPipeline",
+    "ConsistencyModelPipeline",
+    "DiTPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+)
+NETWORKS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "Transformer2DModel",  # DiT, as older diffusers saved it
+)
+GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An opened folder."""
+    """The parts of an opened folder."""
 
     denoiser: Denoiser | Routed
     codec: ImageCodec
@@ -53,7 +57,7 @@ class Parts:
 
 
 def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> tuple[Vae, Info | None]:
-    """Open the autoencoder of a folder or hub id, whatever else lies beside its vae/; and the manifest, if it has one.
+    """Open the autoencoder in vae/ of a folder or hub id, and the manifest, if there is one.
 
     Raises:
         BadInput: no such folder, no AutoencoderKL in it, missing or damaged weights.
@@ -104,7 +108,7 @@ def read_pipeline(
 
 
 def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
-    """Where the network lies, or each student's."""
+    """Find the folder of the network, or of each student's."""
     if info and len(info.shares) > 1:
         return [folder / STUDENTS / str(k) for k in range(len(info.shares))]
     for part in ("unet", "transformer"):
@@ -114,7 +118,7 @@ def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Pa
 
 
 def _local(path_or_hub_id: str | Path) -> Path:
-    """A folder on disk: the given one, or the local copy of a hub id: JSON and safetensors, never code."""
+    """Return a folder on disk: the given one, or the local copy of a hub id (JSON and safetensors, never code)."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -145,12 +149,12 @@ def _local(path_or_hub_id: str | Path) -> Path:
 
 
 def _part(folder: Path, index: dict[str, Any], name: str) -> Path:
-    """Where a part of a pipeline lies: its own folder or, in the first pipelines of diffusers, the root."""
+    """Find the folder of a pipeline's part: its own or, in the first pipelines of diffusers, the root."""
     return folder if name in index and not (folder / name).is_dir() else folder / name
 
 
 def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One network of a folder, whole: diffusers itself would fill what is missing with random numbers."""
+    """Load one network whole; diffusers itself would fill what is missing with random numbers."""
     import diffusers
 
     kind = read_json(folder / "config.json").get("_class_name")
@@ -204,11 +208,8 @@ def _codec(folder: Path, info: Info | None, dtype: torch.dtype = torch.float32) 
     return PixelUnshuffle(info.patch if info else 1)
 
 
-GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
-
-
 def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
-    """What can be told of a pipeline that is not ours."""
+    """Make a manifest for a pipeline that has none, from its networks' configuration."""
     config: Any = network.config
     side = config.sample_size
     if not side:
@@ -241,8 +242,8 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
 
 
 def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, prompts: PromptEncoder | None) -> None:
-    """Refuse a network that the manifest does not describe; it would fail later, deep inside torch."""
-    _check_words(folder, network, info, prompts)
+    """Refuse with BadInput a network that the manifest does not describe; torch would fail on it later."""
+    _check_prompt_encoder(folder, network, info, prompts)
     config: Any = network.config
     channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
@@ -258,7 +259,7 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, 
         )
 
 
-def _check_words(folder: Path, network: nn.Module, info: Info, prompts: PromptEncoder | None) -> None:
+def _check_prompt_encoder(folder: Path, network: nn.Module, info: Info, prompts: PromptEncoder | None) -> None:
     config: Any = network.config
     if (info.task == "text-to-image") != (prompts is not None):
         raise BadInput(f"{folder}: task", info.task, "text-to-image for a UNet2DConditionModel, and for no other")

@@ -1,4 +1,4 @@
-"""Writes a weights folder that stock diffusers opens: fp16 safetensors, staged beside the old, the manifest last."""
+"""Writing weights folders that stock diffusers opens: fp16 safetensors, staged beside the old, the manifest last."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
-from distillers.models.schedule import (
-    NoiseSchedule,
-    Prediction,
-    RectifiedFlow,
-    VariancePreserving,
-)
+from distillers.models.schedule import NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
@@ -37,9 +32,11 @@ from distillers.weights.manifest import (
     read_json,
 )
 
+LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
+
 
 def write_autoencoder(folder: Path, codec: Vae, info: Info) -> None:
-    """Save an autoencoder and its manifest as a folder; stock `AutoencoderKL.from_pretrained` opens its vae/. fp16."""
+    """Save an autoencoder (fp16) and its manifest; stock `AutoencoderKL.from_pretrained` opens the folder's vae/."""
     with staged(folder) as new:
         _save_half(codec.vae, new / "vae")
         replace(info, sha256=digests(new)).write(new)
@@ -48,7 +45,7 @@ def write_autoencoder(folder: Path, codec: Vae, info: Info) -> None:
 def write_pipeline(
     folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info, prompts: PromptEncoder | None = None
 ) -> None:
-    """Save a network and its manifest as a folder that stock diffusers opens. fp16 safetensors.
+    """Save a network (fp16 safetensors) and its manifest as a folder that stock diffusers opens.
 
     A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
     """
@@ -81,7 +78,7 @@ def write_pipeline(
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, whose content takes the place of the old when the block ends without error.
+    """Make a folder beside `folder`, whose content replaces the old when the block ends without error.
 
     What is not published (training/) stays. The network goes first and the manifest, with the digests of all parts,
     comes last: killed at any moment, the folder is the old one, the new one, or refused; never a mixture that opens.
@@ -129,7 +126,7 @@ def _save_adapter(network: nn.Module, file: Path) -> None:
 def _model_index(
     network: nn.Module, scheduler: Any, codec: ImageCodec, info: Info, prompts: PromptEncoder | None
 ) -> dict[str, Any] | None:
-    """The stock pipeline that draws this folder's pictures; None where there is none and parts open one by one.
+    """Describe the stock pipeline that draws this folder's pictures; None where only its parts open one by one.
 
     For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
     LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance.
@@ -165,7 +162,7 @@ def _model_index(
 
 
 def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> Any:
-    """The stock scheduler that walks the same path as `Generator`."""
+    """Make the stock scheduler that samples as `Generator` does. Raises BadInput where there is none."""
     import diffusers
 
     if isinstance(schedule, RectifiedFlow) and prediction == "flow":
@@ -189,9 +186,6 @@ def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> A
     return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
 
 
-LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
-
-
 def _clock(schedule: VariancePreserving) -> int:
     return int(schedule.t_max) + 1
 
@@ -201,7 +195,7 @@ def _lcm_points(schedule: VariancePreserving) -> int:
 
 
 def lcm_times(schedule: VariancePreserving, steps: int) -> list[float]:
-    """The times stock LCMScheduler visits in so many steps, descending. Raises BadInput for none or over 50."""
+    """Return the times of stock LCMScheduler in so many steps, descending. Raises BadInput for none or over 50."""
     import diffusers
 
     if not 1 <= steps <= _lcm_points(schedule):
