@@ -1,6 +1,6 @@
-"""What students and teachers learn from: image folders, SAR/optical pairs, procedural shapes, preferences.
+"""Data sets for training and evaluation: image folders, SAR and optical pairs, procedural shapes, preferences.
 
-Every kind answers the same two questions, so training and evaluation know none of them by name.
+All kinds implement `ImageData`, so training and evaluation know none of them by name.
 """
 
 import inspect
@@ -22,25 +22,26 @@ __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
 
 
 class ImageData(Protocol):
-    """A data set. `labels` is () when unlabelled; `size` is the side of a drawn image in pixels."""
+    """The interface of a data set. `labels` is () when unlabelled; `size` is the side of an image in pixels."""
 
     name: str
     size: int
     labels: tuple[str, ...]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Count the items."""
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """For training: `n` random augmented items; a pure function of `rng`, which makes resuming exact."""
+        """Draw `n` random augmented items for training; a pure function of `rng`, which makes resuming exact."""
 
     def items(self, indices: Sequence[int]) -> Batch:
-        """For evaluation: these items, not augmented."""
+        """Take the items at these positions, not augmented, for evaluation."""
 
 
 class Part:
     """The items of some classes of a labelled data set; labels keep their names and numbers.
 
-    `draw` takes from the whole until enough fit, so that every kind can be divided alike.
+    `draw` draws from the whole until enough items fit, so that every kind can be divided alike.
 
     Raises:
         BadInput: classes that the data do not have, none, or none with an item.
@@ -55,7 +56,7 @@ class Part:
 
     @cached_property
     def _places(self) -> list[int]:
-        """Where the items stand in the whole."""
+        """The positions of the items in the whole."""
         found: list[int] = []
         for first in range(0, len(self.data), 512):
             places = range(first, min(first + 512, len(self.data)))
@@ -69,6 +70,7 @@ class Part:
         return len(self._places)
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
+        """Draw `n` random augmented items of these classes; a pure function of `rng`."""
         assert self._places  # else it would never end
         parts: list[Batch] = []
         while sum(len(part["label"]) for part in parts) < n:
@@ -78,6 +80,7 @@ class Part:
         return {key: torch.cat([part[key] for part in parts])[:n] for key in parts[0]}
 
     def items(self, indices: Sequence[int]) -> Batch:
+        """Take the items at these positions, not augmented."""
         return self.data.items([self._places[i] for i in check_indices(indices, len(self))])
 
 

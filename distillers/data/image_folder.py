@@ -1,6 +1,6 @@
-"""A folder of images, with or without classes, kept in memory as one uint8 array.
+"""Folders of images, with or without classes, kept in memory as one uint8 array.
 
-In memory because training draws at random: 15,000 images of 64 px are 184 MB, and a draw is then one array lookup.
+15,000 images of 64 px are 184 MB; a random draw for training is then one array lookup.
 """
 
 from __future__ import annotations

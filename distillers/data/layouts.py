@@ -1,7 +1,7 @@
-"""Where the pairs of a folder are, which scenes they belong to, and which scenes are for training or testing.
+"""Layouts of folders with SAR and optical pairs, and their division into training and test scenes.
 
-A scene is a stretch of ground. Neighbouring patches overlap, so patches are never divided, only whole scenes; a
-division that is there already is refused where it leaks. Nothing here looks at pixels.
+A scene is a stretch of ground. Neighbouring patches overlap, so only whole scenes are divided; a division on disk is
+refused where train and test share ground. Pixels are not read.
 """
 
 import hashlib
@@ -34,19 +34,18 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """One file pair and the scene (the stretch of ground) that it belongs to."""
+    """A pair of files, and the scene (the stretch of ground) that it belongs to."""
 
     sar: Path
     optical: Path
     scene: str
 
 
-Divided = dict[str, list[Pair]]
-"""The pairs by split."""
+Divided = dict[str, list[Pair]]  # by split
 
 
 def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[Pair]]:
-    """(layout, the pairs of `split`) of a folder. Layouts are found by looking ("auto") or named:
+    """Find the pairs of a folder's `split`, and its layout, which is recognised ("auto") or named:
 
     - `split`: `{train,test}/{sar,opt}/ID.webp`; the scene is ID without its `_pN`, the folders are the split.
     - `class`: `{CLASS}/{sar,opt}/NAME.png`; the scene is NAME without its `_pN` (without one: the class).
@@ -69,7 +68,7 @@ def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[
         BadInput: an unknown layout, no pairs, a file without its partner, rasters that do not lie on each other, one
             scene only, and folders {train,test} that share a scene, a file or ground.
     """
-    found = _look(root) if layout == "auto" else layout
+    found = _recognise(root) if layout == "auto" else layout
     if found not in LAYOUTS:
         raise BadInput("layout", layout, " | ".join(("auto", *LAYOUTS)))
     pairs = LAYOUTS[found](root, split)[split]
@@ -79,7 +78,7 @@ def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[
 
 
 def metadata(root: Path) -> dict[str, dict[str, Any]]:
-    """What `metadata.json` says, by id; empty without one."""
+    """Read `metadata.json`, by id; {} without one."""
     file = root / "metadata.json"
     if not file.is_file():
         return {}
@@ -92,7 +91,8 @@ def metadata(root: Path) -> dict[str, dict[str, Any]]:
 # --- the layouts
 
 
-def _look(root: Path) -> str:
+def _recognise(root: Path) -> str:
+    """Recognise a folder's layout by the names in it."""
     inside = subfolders(root)
     if any((root / f"{s}A").is_dir() and (root / f"{s}B").is_dir() for s in SPLITS):
         return "sar2opt"
@@ -112,15 +112,15 @@ def _look(root: Path) -> str:
 
 
 def _rasters(folder: Path) -> bool:
-    """Whether it holds files with the names of rasters, and no other pictures."""
+    """Tell whether a folder holds files with the names of rasters, and no other pictures."""
     suffixes = {file.suffix.lower() for file in image_files(folder)} if folder.is_dir() else set()
     return bool(suffixes) and suffixes <= RASTER_SUFFIXES
 
 
 def _find_split(root: Path, split: str) -> Divided:
     found = _on_disk(root, split, "{}/sar", "{}/opt", _PATCH)
-    told = {name: entry for name, entry in metadata(root).items() if any(map(_CORNERS.fullmatch, entry))}
-    _refuse_leaks(found, lambda pairs: _told_ground(pairs, told))
+    entries = {name: entry for name, entry in metadata(root).items() if any(map(_CORNERS.fullmatch, entry))}
+    _refuse_leaks(found, lambda pairs: _ground_in_metadata(pairs, entries))
     return found
 
 
@@ -191,14 +191,14 @@ LAYOUTS: dict[str, Callable[[Path, str], Divided]] = {
 
 
 def _on_disk(root: Path, split: str, sar: str, optical: str, patch: re.Pattern[str]) -> Divided:
-    """The pairs of folders named by split; `patch` is what follows the scene in a file's name."""
+    """Pair the files of folders named by split; `patch` is what follows the scene in a file's name."""
     folders = {s: (root / sar.format(s), root / optical.format(s)) for s in SPLITS}
     there = [s for s in SPLITS if s == split or any(folder.is_dir() for folder in folders[s])]
     return {s: [Pair(a, b, patch.sub("", a.stem)) for a, b in _match(*folders[s])] for s in there}
 
 
 def _match(sar_folder: Path, optical_folder: Path) -> list[tuple[Path, Path]]:
-    """The files of both folders paired by name (`_s1_` in one stands for `_s2_` in the other)."""
+    """Pair the files of two folders by name (`_s1_` in one stands for `_s2_` in the other)."""
     sar, optical = (
         {f.stem.replace("_s1_", "_s2_"): f for f in image_files(existing_folder(folder))}
         for folder in (sar_folder, optical_folder)
@@ -210,7 +210,7 @@ def _match(sar_folder: Path, optical_folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _divide(pairs: Sequence[Pair]) -> Divided:
-    """Whole scenes divided by the hash of their names."""
+    """Divide whole scenes by the hash of their names."""
     scenes = sorted({p.scene for p in pairs}, key=lambda scene: hashlib.sha256(scene.encode()).digest())
     if len(scenes) == 1:
         raise BadInput(
@@ -227,7 +227,7 @@ Ground = Mapping[Pair, tuple[NDArray[np.float64], Any]]
 
 
 def _refuse_leaks(found: Divided, ground: Callable[[Sequence[Pair]], Ground] = lambda pairs: {}) -> None:
-    """BadInput where train and test share a scene, a file or ground. Touching is no leak."""
+    """Raise BadInput where train and test share a scene, a file or ground. Touching is no leak."""
     if len(found) < len(SPLITS):
         return
     train, test = (found[split] for split in SPLITS)
@@ -252,7 +252,7 @@ def _leak(train: Path, test: Path, why: str) -> None:
 
 
 def _equal_files(train: Sequence[Path], test: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Files of both that hold the same bytes; few are read whole, for most differ in size or in the middle."""
+    """Find files of both that hold the same bytes; few are read whole, for most differ in size or in the middle."""
 
     def middle(file: Path) -> bytes:
         with file.open("rb") as opened:
@@ -273,11 +273,11 @@ def _equal_files(train: Sequence[Path], test: Sequence[Path]) -> Iterator[tuple[
     yield from ((known[k], file) for file, k in theirs)
 
 
-def _told_ground(pairs: Iterable[Pair], told: Mapping[str, Mapping[str, Any]]) -> Ground:
-    """By metadata.json: "corners_epsgN" is a list of four [x, y]."""
+def _ground_in_metadata(pairs: Iterable[Pair], entries: Mapping[str, Mapping[str, Any]]) -> Ground:
+    """Read the ground of pairs from metadata.json, where "corners_epsgN" is a list of four [x, y]."""
     found = {}
     for pair in pairs:
-        for key, value in told.get(pair.sar.stem, {}).items():
+        for key, value in entries.get(pair.sar.stem, {}).items():
             if named := _CORNERS.fullmatch(key):
                 try:
                     found[pair] = np.array(value, dtype=np.float64).reshape(4, 2), f"EPSG:{named[1]}"
@@ -288,9 +288,9 @@ def _told_ground(pairs: Iterable[Pair], told: Mapping[str, Mapping[str, Any]]) -
 
 
 def _places(pairs: Iterable[Pair]) -> dict[Pair, Place]:
-    """Where each pair lies, by its SAR; BadInput for one whose rasters do not lie on each other.
+    """Read the grid of each pair from its SAR. Raises BadInput for one whose rasters are not on one grid.
 
-    A picture (.webp, .png, .jpg) has no place of its own: it lies on its SAR, whose size it must have when read.
+    An optical picture (.webp, .png, .jpg) has no grid of its own; it must have its SAR's size when it is read.
     """
     found = {}
     for pair in pairs:
@@ -305,7 +305,7 @@ def _places(pairs: Iterable[Pair]) -> dict[Pair, Place]:
 
 
 def _grouped(pairs: Sequence[Pair], places: Sequence[Place]) -> list[Pair]:
-    """Rasters that touch or overlap, and those that touch these, become one scene."""
+    """Make one scene of rasters that touch or overlap, and of those that touch these."""
     first = list(range(len(pairs)))
 
     def leader(i: int) -> int:
@@ -322,7 +322,7 @@ def _grouped(pairs: Sequence[Pair], places: Sequence[Place]) -> list[Pair]:
 
 
 def _neighbours(ground: NDArray[np.float64], others: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
-    """(i, j, depth) of convex footprints (n, 4, 2) that touch or overlap."""
+    """Find (i, j, depth) of convex footprints (n, 4, 2) that touch or overlap."""
     low, high = others.min(1), others.max(1)
     slack = _EDGE * (high - low)
     for i, here in enumerate(ground):
@@ -334,7 +334,7 @@ def _neighbours(ground: NDArray[np.float64], others: NDArray[np.float64]) -> Ite
 
 
 def _depth(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """How deep two convex footprints overlap, as a share of the smaller; below 0: the gap (separating axes)."""
+    """Measure how deep two convex footprints overlap, as a share of the smaller; below 0: the gap (separating axes)."""
     depth = np.inf
     for x, y in np.concatenate([np.roll(shape, -1, axis=0) - shape for shape in (one, other)]):
         a, b = one @ (-y, x), other @ (-y, x)

@@ -1,7 +1,4 @@
-"""From image files to uint8 arrays to float tensors: what every data set on disk shares.
-
-Knows files and arrays only; nothing here knows what a data set is.
-"""
+"""Image files as uint8 arrays and float tensors: reading, cropping, turning, and checks of options and positions."""
 
 import struct
 import warnings
@@ -36,19 +33,19 @@ _UNREADABLE = (
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, by name; hidden files are left out."""
+    """List the image files directly in `folder`, by name, without hidden files."""
     return sorted(
         p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
     )
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in `folder`, by name; hidden ones are left out."""
+    """List the folders directly in `folder`, by name, without hidden ones."""
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def existing_folder(path: str | Path) -> Path:
-    """`path` as an absolute folder; BadInput when there is none."""
+    """Return `path` as an absolute folder. Raises BadInput when there is none."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise BadInput("path", str(path), "an existing folder")
@@ -56,7 +53,7 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode one 8-bit image whole, upright by its EXIF tag; BadInput names one that is unreadable or too small."""
+    """Decode an 8-bit image, upright by its EXIF tag. Raises BadInput for one that is unreadable or too small."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -72,7 +69,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> Pixels:
-    """The centred square of a picture as RGB, resized to (size, size, 3) with antialiasing."""
+    """Crop a picture to its centred square, as RGB, and resize it to (size, size, 3) with antialiasing."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     cropped = image.convert("RGB").crop((left, top, left + side, top + side))
@@ -82,7 +79,7 @@ def square(image: Image.Image, size: int) -> Pixels:
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """uint8 (B,H,W,C) to float32 (B,C,H,W) in [-1,1]."""
+    """Convert uint8 (B,H,W,C) to float32 (B,C,H,W) in [-1,1]."""
     channels_first = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     return channels_first.float().div_(127.5).sub_(1.0)
 
@@ -98,31 +95,31 @@ def dihedral(pixels: NDArray[Any], operation: NDArray[np.integer]) -> NDArray[An
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of `count` positions, evenly spaced so that every class keeps its share."""
+    """Choose at most `limit` of `count` positions, evenly spaced so that every class keeps its share."""
     kept = count if limit is None else min(check_whole("limit", limit, 1), count)
     return [i * count // kept for i in range(kept)]
 
 
 def check_size(size: int) -> int:
-    """`size` when it is a usable side length in pixels, else BadInput."""
+    """Return `size` if it is a usable side length in pixels, else raise BadInput."""
     return check_whole("size", size, SMALLEST)
 
 
 def check_whole(field: str, value: int, lowest: int) -> int:
-    """`value` when it is a whole number of `lowest` or more, else BadInput."""
+    """Return `value` if it is a whole number of `lowest` or more, else raise BadInput."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise BadInput(field, value, f"a whole number, {lowest} or more")
     return value
 
 
 def check_split(split: str | None) -> None:
-    """BadInput unless `split` is one of the two there are."""
+    """Raise BadInput unless `split` is one of SPLITS."""
     if split not in SPLITS:
         raise BadInput("split", split, " | ".join(SPLITS))
 
 
 def check_indices(indices: Sequence[int], count: int | None) -> NDArray[np.int64]:
-    """`indices` as an array; BadInput for one below 0 or not below `count` (None: endless)."""
+    """Return `indices` as an array. Raises BadInput for one below 0 or not below `count` (None: endless)."""
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
     for index in wanted[(wanted < 0) | (wanted >= (np.inf if count is None else count))]:
         raise BadInput("index", int(index), "0 or more" if count is None else f"0 to {count - 1}")

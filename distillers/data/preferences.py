@@ -1,13 +1,12 @@
-"""Preference pairs: of two pictures of the same thing, the one that was preferred.
+"""Preference pairs: two pictures under the same condition, of which one was preferred.
 
-The format, which `fewstep pairs` writes and anything else may: a folder with `pairs.jsonl` beside the pictures, one
-JSON object a line,
+`fewstep pairs` writes their format, and anything else may: a folder with `pairs.jsonl` beside the pictures, one JSON
+object a line,
 
     {"winner": "winners/000000.png", "loser": "losers/000000.png", "label": "Forest"}
 
 Paths are relative to the folder and stay inside it. `label` is on every line or on none; with labels there is a
-`labels.json`, the list of all class names in the model's order, for a label is a name here and a number there. Other
-keys, such as seeds and rewards, are kept by whoever writes them and ignored by us.
+`labels.json`, the list of all class names in the model's order. Other keys, such as seeds and rewards, are ignored.
 """
 
 import json

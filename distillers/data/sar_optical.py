@@ -1,7 +1,7 @@
 """Co-registered SAR and optical scenes, kept in memory, cut into crops for training and tiles for evaluation.
 
-A pair is cut, turned and mirrored as one, so neither can move without the other. Which files are pairs and which of
-them are for testing is `layouts`; what SAR values mean, and what a model is shown of them, `models.radiometry`.
+A pair is cut, turned and mirrored as one, so neither can move without the other. `layouts` finds the pairs and divides
+them; `models.radiometry` converts SAR values to a model's input.
 """
 
 import inspect
@@ -44,9 +44,7 @@ from distillers.models.radiometry import (
 )
 
 STRETCHED = "stretched-db"
-STRETCH_DB = (
-    20.0  # dB between 0 and 255 of SEN1-2's pictures: puts their speckle (20 levels) where other pictures have it
-)
+STRETCH_DB = 20.0  # between 0 and 255 of SEN1-2's pictures: puts their speckle (20 levels) where other pictures have it
 MEAN_BELOW_WHITE_DB = 7.3  # of the pictures whose white is their 99 % quantile, measured on sentinel-pairs
 CLIPPED_DB = 2.0  # how far, on average, clipped numbers lie beyond
 GAIN_DB = 1.5  # between calibrations, orbits and seasons
@@ -62,7 +60,7 @@ _GREY = 3  # grey levels that the channels of a grey image may differ by after l
 
 
 class SarOpticalPairs:
-    """Pairs of a folder in one of the layouts of `layouts.find_pairs`, found by looking (`layout="auto"`) or named.
+    """SAR and optical pairs of a folder in one of `layouts.find_pairs`' layouts, recognised ("auto") or named.
 
     `size` is the crop in pixels. `dihedral` turns and mirrors drawn crops in all eight ways. `limit` keeps an evenly
     spaced part of the pairs. Three equal SAR channels are read as one. `region_of` answers from `metadata.json`, else
@@ -130,16 +128,18 @@ class SarOpticalPairs:
 
     @cached_property
     def scenes(self) -> list[NDArray[Any]]:
-        """Every pair as (H,W,C+3), decoded at the first use: the SAR's bands, red, green, blue. uint8 where all are;
-        else float16: 8-bit SAR as it is, other SAR in decibels (at the model's white where it has no level of its own),
-        NaN where there are no data."""
+        """All pairs as (H,W,C+3), decoded at the first use: the SAR's bands, red, green, blue.
+
+        uint8 where all are; else float16: 8-bit SAR as it is, other SAR in decibels (at the model's white where it has
+        no level of its own), NaN where there are no data.
+        """
         read = self._read_rasters if self.layout in RASTERS else _read_pair
         found = [self._recoloured(read(pair, self.size)) for pair in self.pairs]
         kind = np.uint8 if all(scene.dtype == np.uint8 for scene in found) else np.float16
         return [scene.astype(kind, copy=False) for scene in found]
 
     def _recoloured(self, scene: NDArray[Any]) -> NDArray[Any]:
-        """The scene with its optical levels brought to another source's brightness."""
+        """Bring the optical levels of a scene to another source's brightness."""
         if self.colours is not None:
             levels = self.colours[0] * scene[..., -3:].astype(np.float32) + self.colours[1]
             scene[..., -3:] = np.clip(np.rint(levels), 0, 255)
@@ -147,7 +147,7 @@ class SarOpticalPairs:
 
     @cached_property
     def units(self) -> str:
-        """What the SAR's values are, as asked for or decided."""
+        """The units of the SAR's values, as asked for or decided by them."""
         asked = self._asked[1]
         if asked != "auto" or self.layout not in RASTERS:
             return "dn" if asked == "auto" else asked
@@ -161,7 +161,7 @@ class SarOpticalPairs:
         return decide_units({band: np.concatenate(parts) for band, parts in samples.items()})[0]
 
     def _bands_of(self, pair: Pair) -> dict[str, int]:
-        """{polarisation: band}; one of them for a model that takes one."""
+        """Name the bands of a pair's SAR raster that the model takes, {polarisation: number}."""
         return self.radiometry.choose_bands(sar_bands(pair.sar, self._asked[0]))
 
     def _read_sar(self, pair: Pair) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -172,7 +172,7 @@ class SarOpticalPairs:
 
     @cached_property
     def _eight_bits(self) -> bool:
-        """Whether the SAR's values stay as they are in `scenes`."""
+        """Whether the SAR's values stay as they are in `scenes`: those of 8 bits."""
         return self.layout not in RASTERS or self._read_sar(self.pairs[0])[0].dtype == np.uint8
 
     def _read_rasters(self, pair: Pair, size: int) -> NDArray[Any]:
@@ -192,7 +192,7 @@ class SarOpticalPairs:
         return scene if valid.all() else np.where(valid[..., None], scene, np.nan).astype(np.float16)
 
     def _levels(self, pair: Pair, sar: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """Decibels of values that have more than 8 bits; BadInput where they cannot be in the folder's units."""
+        """Convert values of more than 8 bits to decibels. Raises BadInput for values of other units."""
         out = np.full(sar.shape, np.nan, np.float16)
         if not valid.any():
             return out
@@ -210,7 +210,7 @@ class SarOpticalPairs:
         return out
 
     def _of_another_kind(self, samples: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether one raster alone would be taken for something else; power and amplitude are too alike to tell."""
+        """Tell whether one raster alone would be taken for other units; power and amplitude count as one."""
         try:
             own, _ = decide_units(samples)
         except BadInput:
@@ -220,7 +220,7 @@ class SarOpticalPairs:
 
     @cached_property
     def _tiles(self) -> list[tuple[int, int, int]]:
-        """(pair, top, left) of every non-overlapping tile with data, in the order of the pairs, then by row."""
+        """The (pair, top, left) of every non-overlapping tile with data, in the order of the pairs, then by row."""
         s = self.size
         return [
             (k, top, left)
@@ -232,8 +232,11 @@ class SarOpticalPairs:
 
     @cached_property
     def _ground(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """((n, 3) pair, top, left of every tile with data half a crop apart, sorted by class; where each class starts,
-        and the end; how likely each class is).
+        """The tiles that `balance` draws from, with the classes of their ground.
+
+        Returns:
+            (n, 3) pair, top, left of every tile with data half a crop apart, sorted by class; where each class starts,
+            and the end; the probability of each class.
 
         Classes are clusters of mean colours. One is as likely as the root of its size: by size, open sea would never
         be drawn; all alike, three tiles of one class would be seen thousands of times.
@@ -258,7 +261,7 @@ class SarOpticalPairs:
 
     @cached_property
     def _anchors(self) -> dict[str, NDArray[np.float64]]:
-        """By band (pairs,): the dB that put the white of a calibrated pair where digital numbers have it."""
+        """The dB, (pairs,) by band, that put the white of a calibrated pair where digital numbers have it."""
         if not self.calibrated:
             return {}
         return {
@@ -278,11 +281,11 @@ class SarOpticalPairs:
     # --- the batches
 
     def __len__(self) -> int:
-        """How many non-overlapping tiles there are."""
+        """Count the non-overlapping tiles with data."""
         return len(self._tiles)
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` random crops, both turned alike; a pure function of `rng`.
+        """Draw `n` random crops, both of a pair turned alike; a pure function of `rng`.
 
         A pair is as likely as its area, or a class of ground as the root of its area (`balance`).
         """
@@ -294,7 +297,7 @@ class SarOpticalPairs:
         return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng, chosen)
 
     def _crops(self, n: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """((n,S,S,C+3), (n,) the pair of each)."""
+        """Draw crops (n,S,S,C+3) and the number of each one's pair (n,)."""
         places = self._balanced(n, rng) if self.balance else self._anywhere(n, rng)
         crops = np.empty((n, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
         for i, (k, top, left) in enumerate(places):
@@ -302,14 +305,14 @@ class SarOpticalPairs:
         return crops, places[:, 0]
 
     def _anywhere(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """(n, 3) pair, top, left."""
+        """Draw (n, 3) pair, top, left, evenly over the area."""
         shapes = np.array([scene.shape[:2] for scene in self.scenes])
         area = shapes.prod(1).astype(np.float64)
         chosen, where = rng.choice(len(area), size=n, p=area / area.sum()), rng.random((n, 2))
         return np.column_stack([chosen, (where * (shapes[chosen] - self.size + 1)).astype(np.int64)])
 
     def _balanced(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """(n, 3) pair, top, left: a tile of a class, shifted by up to half a crop, within its pair."""
+        """Draw (n, 3) pair, top, left: a tile of a class, shifted by up to half a crop within its pair."""
         tiles, starts, likely = self._ground
         kinds, where = rng.choice(self.balance, size=n, p=likely), rng.random((n, 3))
         places = tiles[(starts[kinds] + where[:, 0] * np.diff(starts)[kinds]).astype(np.int64)]
@@ -319,7 +322,7 @@ class SarOpticalPairs:
         return places
 
     def items(self, indices: Sequence[int]) -> Batch:
-        """The tiles of these positions as they are."""
+        """Take the tiles at these positions as they are."""
         chosen = [self._tiles[i] for i in check_indices(indices, len(self))]
         tiles = [self.scenes[k][top : top + self.size, left : left + self.size] for k, top, left in chosen]
         empty = np.empty((0, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
@@ -327,13 +330,13 @@ class SarOpticalPairs:
 
     @cached_property
     def calibrated(self) -> bool:
-        """Whether SAR levels are absolute."""
+        """Whether SAR levels are absolute, not relative to each scene's white."""
         return self.units in ("db", "linear", "amplitude") and not self.radiometry.anchored(self.units)
 
     def _batch(
         self, crops: NDArray[Any], rng: np.random.Generator | None = None, pairs: NDArray[np.int64] | None = None
     ) -> Batch:
-        """(n,S,S,C+3) in the model's terms; with `rng` as training draws them, of these pairs."""
+        """Turn crops (n,S,S,C+3), of these pairs, into the model's input; with `rng` augmented for training."""
         image, sar = to_tensor(np.nan_to_num(crops[..., -3:]).astype(np.uint8)), crops[..., :-3]
         if self.radiometry.form == "amplitude" and self._eight_bits:
             return {"image": image, "sar": to_tensor(sar).nan_to_num_(0)}
@@ -348,7 +351,7 @@ class SarOpticalPairs:
         return {"image": image, "sar": torch.from_numpy(seen.swapaxes(0, 1).copy())}
 
     def _decibels(self, values: NDArray[Any], band: str, rng: np.random.Generator | None) -> NDArray[np.float32]:
-        """dB of (n,S,S); training takes the steps out of 8-bit numbers and lets clipped ones lie beyond."""
+        """Convert (n,S,S) to dB; training smooths the steps of 8-bit numbers and lets clipped ones lie beyond."""
         numbers = values.astype(np.float32)
         if not self._eight_bits:
             return numbers
@@ -364,12 +367,12 @@ class SarOpticalPairs:
         return white + decibels(np.maximum(numbers, 0.5) / 255, "dn") + beyond
 
     def scene_of(self, index: int) -> str:
-        """The scene that tile `index` was cut from."""
+        """Return the scene that tile `index` was cut from."""
         check_indices([index], len(self))
         return self.pairs[self._tiles[index][0]].scene
 
     def region_of(self, index: int) -> str | None:
-        """The region of tile `index` in `metadata.json`, or its class folder; None where neither says anything."""
+        """Return the region of tile `index` in `metadata.json`, or its class folder; None where there is neither."""
         region = self._regions.get(self.scene_of(index))
         return region or (self.pairs[self._tiles[index][0]].sar.parents[1].name if self.layout == "class" else None)
 
@@ -398,8 +401,12 @@ class MixedPairs:
         if not sources:
             raise BadInput("sources", sources, "one table or more, each with a path")
         own: dict[str, Any] = {
-            "split": split, "size": size, "dihedral": dihedral, "radiometry": radiometry, "balance": balance
-        }  # fmt: skip
+            "split": split,
+            "size": size,
+            "dihedral": dihedral,
+            "radiometry": radiometry,
+            "balance": balance,
+        }
         self.parts, shares, self.size = [], [], size
         for i, source in enumerate(sources):
             options = {**source}
@@ -418,32 +425,32 @@ class MixedPairs:
         return sum(map(len, self.parts))
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` random crops, each from a source by its share; a pure function of `rng`."""
+        """Draw `n` random crops, each from a source by its share; a pure function of `rng`."""
         counts = rng.multinomial(n, self.shares)
         drawn = [part.draw(int(count), rng) for part, count in zip(self.parts, counts, strict=True) if count or not n]
         return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
 
     def items(self, indices: Sequence[int]) -> Batch:
-        """The tiles of these positions as they are."""
+        """Take the tiles at these positions as they are."""
         places = [self._place(index) for index in check_indices(indices, len(self))]
         found = [self.parts[k].items([i]) for k, i in places] or [self.parts[0].items([])]
         return {key: torch.cat([batch[key] for batch in found]) for key in found[0]}
 
     def region_of(self, index: int) -> str | None:
-        """As the source says, after the source's name."""
+        """Return the source's name and its region of the item."""
         k, i = self._place(check_indices([index], len(self))[0])
         region = self.parts[k].region_of(i)
         return f"{self.parts[k].name}, {region}" if region else self.parts[k].name
 
     def _place(self, index: int) -> tuple[int, int]:
-        """(source, position in it)."""
+        """Find the source of an item, and its position there."""
         ends = np.cumsum([len(part) for part in self.parts])
         k = int(np.searchsorted(ends, index, side="right"))
         return k, int(index - (ends[k - 1] if k else 0))
 
 
 def described(radiometry: str | Mapping[str, Any]) -> Radiometry:
-    """A radiometry by its name or by a manifest's words."""
+    """Look up a radiometry by its name, or read a manifest's `sar`."""
     if isinstance(radiometry, str):
         if radiometry not in NAMED:
             raise BadInput("radiometry", radiometry, " | ".join(NAMED))
@@ -452,7 +459,7 @@ def described(radiometry: str | Mapping[str, Any]) -> Radiometry:
 
 
 def _colours(given: Mapping[str, Sequence[float]] | None) -> NDArray[np.float32] | None:
-    """(2, 3): the gain and the offset of red, green and blue."""
+    """Read the gain and the offset of red, green and blue, (2, 3)."""
     if given is None:
         return None
     allowed = "{ gain = [r, g, b], offset = [r, g, b] }: numbers, in levels of 0 to 255"
@@ -471,7 +478,7 @@ def varied(
     anchors: Mapping[str, NDArray[np.floating]],
     rng: np.random.Generator,
 ) -> tuple[dict[str, NDArray[np.floating]], NDArray[np.bool_]]:
-    """Make backscatter (n,S,S) in dB by band look like that of other scenes: (bands, (n,1,1) shown as absolute).
+    """Make backscatter (n,S,S) in dB by band look like that of other scenes, and tell what is shown as absolute.
 
     Contrasts are stretched about the crop's median, speckle of random strength is added, then all of `simulated`.
     A share of crops is shown as the kind that they are not, so that neither kind of levels stands for the ground that
@@ -493,7 +500,7 @@ def varied(
 def simulated(
     heard: Mapping[str, NDArray[np.floating]], rng: np.random.Generator, gain_db: float | NDArray[np.floating] = GAIN_DB
 ) -> dict[str, NDArray[np.floating]]:
-    """Backscatter as a calibrated raster might have it, from pairs of one polarisation or two, each (n,S,S) in dB.
+    """Simulate a calibrated raster's backscatter from pairs of one polarisation or two, each (n,S,S) in dB.
 
     Levels shift by a random gain, for the pairs' own are not calibrated. Where there is one polarisation, the other is
     made of it: further off by a random ratio, with noise of its own. It lets one model take VV, VH or both; it cannot
@@ -514,14 +521,14 @@ def simulated(
 
 
 def _speckle(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.floating]:
-    """Noise in dB, alike over two pixels, for Sentinel-1's 20 m are sampled every 10 m."""
+    """Draw noise in dB, correlated over two pixels, for Sentinel-1's 20 m are sampled every 10 m."""
     white = rng.normal(0, SPECKLE_DB, shape)
     pairs = (white + np.roll(white, 1, -1)) / np.sqrt(2)
     return (pairs + np.roll(pairs, 1, -2)) / np.sqrt(2)
 
 
 def _holes(crops: NDArray[Any]) -> NDArray[np.floating]:
-    """(n,): the share of pixels without SAR or without optical."""
+    """Measure the share (n,) of pixels without SAR or without optical."""
     if crops.dtype == np.uint8:
         return np.zeros(len(crops))
     return np.isnan(crops).any(-1).mean((1, 2))

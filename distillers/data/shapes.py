@@ -1,7 +1,7 @@
-"""Captioned shapes: an endless data set that is computed, so its captions and labels are true by construction.
+"""Captioned shapes: an endless computed data set, whose captions and labels are true by construction.
 
-One row of uniform numbers becomes one `Scenes` entry (what is in the picture); picture and caption are both
-made from that. Lengths are fractions of the picture's side, x to the right and y downwards.
+A row of uniform numbers becomes an entry of `Scenes`, from which picture and caption are both made. Lengths are
+fractions of the picture's side, x to the right and y downwards.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is in N pictures. Fields of the second object mean nothing where `second` is False.
+    """The content of N pictures. Fields of the second object mean nothing where `second` is False.
 
     shape, colour, size: (N,2) positions in SHAPES, COLOURS, SIZES. radius: (N,2). centre: (N,2,2) as (object, x/y).
     relation: (N,) of the first to the second. shade: (N,) position in SHADES; grey: (N,) the background in [0,1].
@@ -57,7 +57,7 @@ class Scenes:
     grey: Floats
 
     def caption(self, i: int) -> str:
-        """Picture `i` in words, e.g. "a large red circle above a small blue square on a dark background"."""
+        """Describe picture `i` in words, e.g. "a large red circle above a small blue square on a dark background"."""
         words = self._thing(i, 0)
         if self.second[i]:
             words += f" {RELATIONS[self.relation[i]]} {self._thing(i, 1)}"
@@ -69,7 +69,7 @@ class Scenes:
 
 
 class CaptionedShapes:
-    """Pictures of a coloured shape (labels: 4 shapes in 6 colours).
+    """Endless pictures of a coloured shape (labels: 4 shapes in 6 colours).
 
     `objects` is how many a picture shows at most. 2: in half of the pictures a smaller shape stands beside the one that
     the label names. 1: the named shape alone, with a radius of 0.24 to 0.42 of the side, so that its form can be seen.
@@ -105,17 +105,17 @@ class CaptionedShapes:
         return NOMINAL if self.limit is None else self.limit
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """`n` new pictures, or under a limit `n` of those there are; a pure function of `rng`."""
+        """Draw `n` new pictures, or under a limit `n` of those there are; a pure function of `rng`."""
         if self.limit is not None:
             return self.items(rng.integers(self.limit, size=n).tolist())
         return self._batch(self._scenes(rng.random((n, _UNIFORMS))))
 
     def items(self, indices: Sequence[int]) -> Batch:
-        """Pictures `indices`."""
+        """Make the pictures at these positions."""
         return self._batch(self.scenes(indices))
 
     def scenes(self, indices: Sequence[int]) -> Scenes:
-        """What is in pictures `indices`."""
+        """Return the content of the pictures at these positions."""
         wanted = check_indices(indices, self.limit)
         rows = [np.random.default_rng([self.seed, SPLITS.index(self.split), i]).random(_UNIFORMS) for i in wanted]
         return self._scenes(np.array(rows).reshape(len(wanted), _UNIFORMS))
@@ -126,11 +126,11 @@ class CaptionedShapes:
         return scenes(u, self.objects)
 
     def caption(self, index: int) -> str:
-        """Picture `index` in words."""
+        """Describe the picture at a position in words."""
         return self.scenes([index]).caption(0)
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """Pictures `indices` in words."""
+        """Describe the pictures at these positions in words."""
         what = self.scenes(indices)
         return [what.caption(i) for i in range(len(indices))]
 
@@ -140,7 +140,7 @@ class CaptionedShapes:
 
 
 def scenes(u: NDArray[np.float64], objects: int = 2) -> Scenes:
-    """Uniform numbers (N,14) to pictures of so many objects at most, which fit and stay apart by construction."""
+    """Turn uniform numbers (N,14) into pictures of so many objects at most, which fit and stay apart."""
     shape, colour = _choose(u[:, 0:2], len(SHAPES)), _choose(u[:, 2:4], len(COLOURS))
     first = 1 + _choose(u[:, 4], 2)
     size = np.stack([first, first - 1], axis=1)
@@ -162,12 +162,12 @@ def _choose(u: NDArray[np.float64], count: int) -> Ints:
 
 
 def _between(low: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Uniform in [low, 1 - low]."""
+    """Scale uniform numbers to [low, 1 - low]."""
     return low + (1 - 2 * low) * u
 
 
 def _beside(radius: NDArray[np.float64], relation: Ints, u: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centres (N,2,2) of two objects in `relation`: laid out along one axis, then mirrored and swapped into place."""
+    """Place the centres (N,2,2) of two objects in `relation`: along one axis, then mirrored and swapped."""
     r1, r2 = radius.T
     free = 1 - 2 * _MARGIN - 2 * (r1 + r2) - _GAP  # what is left of the side when both stand on the axis
     start, extra = np.sort(u[:, :2], axis=1).T * free
@@ -183,7 +183,7 @@ def _beside(radius: NDArray[np.float64], relation: Ints, u: NDArray[np.float64])
 
 
 def paint(what: Scenes, size: int) -> Floats:
-    """The pictures, float32 (N,size,size,3) in [0,1]. Edges are antialiased by the signed distance in pixels."""
+    """Paint pictures, float32 (N,size,size,3) in [0,1], antialiased by the signed distance in pixels."""
     n, palette = len(what.shape), np.array(list(COLOURS.values()), dtype=np.float32)
     image = np.broadcast_to(what.grey[:, None, None, None], (n, size, size, 3)).copy()
     radius = what.radius.astype(np.float32)
@@ -200,7 +200,7 @@ def paint(what: Scenes, size: int) -> Floats:
 
 
 def distance(shape: str, x: Floats, y: Floats) -> Floats:
-    """Signed distance to the outline of a shape within [-1,1], negative inside; exact at the edges."""
+    """Compute the signed distance to the outline of a shape within [-1,1]: negative inside, exact at the edges."""
     x = np.abs(x)
     if shape == "circle":
         return np.hypot(x, y) - 1

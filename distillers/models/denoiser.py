@@ -40,6 +40,7 @@ class Denoiser(nn.Module):
         self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """Estimate the clean data x0 from x_t at time t."""
         output = self.output(x_t, t, cond)
         return self.schedule.x0_from(self.prediction, output, x_t, t)
 

@@ -36,7 +36,7 @@ ADVICE = "say what they are: --units db | linear | amplitude | dn"
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """The local means of backscatter that a network takes beside the pixels: see `conditions.encode_sar`."""
+    """The windows and frequencies of the local means that a network takes: see `conditions.encode_sar`."""
 
     cells: tuple[int, ...] = (5, 17)  # sides of the windows, odd, in positions of the network
     frequencies: int = 6  # of sine and cosine, each twice the one before
@@ -83,15 +83,16 @@ class Radiometry:
             raise BadInput("sar", dict(sar or {}), "a clip_db range and a white_db level for each of its bands")
         if found.calibrated and found.form != "db":
             raise BadInput("sar.calibrated", True, 'form "db": amplitudes always hang on their own white')
-        if (told := found.levels) and not (told.frequencies > 0 and all(n > 0 and n % 2 for n in told.cells)):
-            raise BadInput("sar.levels", asdict(told), "odd numbers of cells, 1 frequency or more")
+        if (own := found.levels) and not (own.frequencies > 0 and all(n > 0 and n % 2 for n in own.cells)):
+            raise BadInput("sar.levels", asdict(own), "odd numbers of cells, 1 frequency or more")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        told: dict[str, Any] = {key: value for key, value in asdict(self).items() if value}
+        """Describe the radiometry as a manifest's `sar`, without what is at its default of nothing."""
+        entries: dict[str, Any] = {key: value for key, value in asdict(self).items() if value}
         if self.levels:
-            told["levels"]["cells"] = list(self.levels.cells)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
+            entries["levels"]["cells"] = list(self.levels.cells)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in entries.items()}
 
     @property
     def band_count(self) -> int:

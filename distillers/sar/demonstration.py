@@ -1,7 +1,7 @@
-"""A made-up Sentinel-1 scene, so that a newcomer can translate one at once: fields, a river, roads, a town, a forest.
+"""A made-up Sentinel-1 scene of fields, a river, roads, a town and a forest, to try the translation with.
 
-Backscatter has the levels that C band has over such land, and multi-looked speckle; the place is invented. It shows how
-the tool works, not how well a model does.
+Backscatter has C band's levels over such land and multi-looked speckle; the place is invented, so results say nothing
+of a model's quality.
 """
 
 from __future__ import annotations
@@ -49,9 +49,17 @@ def demonstration(path: str | Path, side: int = 512, seed: int = 0) -> None:
     backscatter[:, columns + 0.15 * rows > 0.97 * side + 0.08 * rows] = np.nan  # the edge of the swath
     transform = rasterio.transform.from_origin(*UPPER_LEFT, PIXEL_M, PIXEL_M)
     profile = {
-        "driver": "GTiff", "width": side, "height": side, "count": 2, "dtype": "float32", "nodata": np.nan,
-        "crs": f"EPSG:{EPSG}", "transform": transform, "compress": "deflate", "tiled": True,
-    }  # fmt: skip
+        "driver": "GTiff",
+        "width": side,
+        "height": side,
+        "count": 2,
+        "dtype": "float32",
+        "nodata": np.nan,
+        "crs": f"EPSG:{EPSG}",
+        "transform": transform,
+        "compress": "deflate",
+        "tiled": True,
+    }
     try:
         with rasterio.open(path, "w", **profile) as raster:
             raster.write(backscatter)
@@ -62,7 +70,7 @@ def demonstration(path: str | Path, side: int = 512, seed: int = 0) -> None:
 
 
 def land(side: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(side, side) of positions in COVERS."""
+    """Make up a map of land cover (side, side), in positions of COVERS."""
     names = list(COVERS)
     rows, columns = np.mgrid[:side, :side].astype(float)
     # Fields: rectangles of a turned grid, jittered, each with its crop.

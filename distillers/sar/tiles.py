@@ -18,7 +18,7 @@ TILE = 256  # px a side, unless a scene is smaller
 
 # --- the ground's noise ----------------------------------------------------------------------------------------------
 class NoiseField:
-    """Unit Gaussian noise over an endless plane; each value is a function of (seed, step, place) alone.
+    """Unit Gaussian noise over an endless plane, each value a function of (seed, step, place) alone.
 
     The plane is made of blocks, each from its own Philox stream (Salmon et al. 2011): key = (seed, step), counter =
     (row, column). A crop of it is what a tile starts from, so neighbours start from the same noise where they overlap.
@@ -31,7 +31,7 @@ class NoiseField:
         self._blocks: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
 
     def crop(self, seed: int, step: int, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
-        """(channels, height, width) float32 at a place in the network's positions, 0 or more."""
+        """Cut (channels, height, width), float32, out of the plane; places are the network's positions, 0 or more."""
         b = self.BLOCK
         out = np.empty((self.channels, height, width), dtype=np.float32)
         for row in range(top // b, ceil((top + height) / b)):
@@ -45,7 +45,7 @@ class NoiseField:
         return out
 
     def _block(self, *place: int) -> NDArray[np.float32]:
-        """Kept for the neighbours; two threads may make the same one, which is the same."""
+        """Make a block, or take the one made for a neighbour; two threads may make the same one."""
         block = self._blocks.get(place)
         if block is None:
             seed, step, row, column = place
@@ -61,7 +61,7 @@ class NoiseField:
 # --- the tiles -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Axis:
-    """One side of a scene cut into tiles: they start at multiples of `stride`, the last may reach beyond the scene."""
+    """One side of a scene, cut into tiles that start at multiples of `stride`; the last may reach beyond the scene."""
 
     length: int
     tile: int
@@ -69,19 +69,21 @@ class Axis:
 
     @property
     def stride(self) -> int:
+        """The pixels from one tile's start to the next one's."""
         return self.tile - self.overlap
 
     @property
     def count(self) -> int:
+        """The number of tiles."""
         return 1 + max(0, ceil((self.length - self.tile) / self.stride))
 
     @property
     def covered(self) -> int:
-        """Pixels from the first tile's start to the last one's end."""
+        """The pixels from the first tile's start to the last one's end."""
         return (self.count - 1) * self.stride + self.tile
 
     def weight(self, index: int) -> NDArray[np.float32]:
-        """(tile,): how much a tile counts; the weights of all tiles add up to 1.
+        """Compute the blending weights (tile,) of a tile; those of all tiles add up to 1.
 
         Where a neighbour overlaps: nothing in the outer quarter, where convolutions saw the zeros beyond the tile; then
         a raised cosine over half of the overlap.
@@ -118,7 +120,7 @@ def axis(length: int, options: SceneOptions, multiple: int) -> Axis:
 # --- the work --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Tile:
-    """One tile of one sample."""
+    """A tile of one sample of a scene."""
 
     sample: int
     row: int

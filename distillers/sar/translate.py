@@ -1,10 +1,8 @@
-"""A whole georeferenced scene through a translator, in constant memory: rows are read, cut, drawn, blended, written.
+"""Translation of a whole georeferenced scene in constant memory, tile by tile.
 
-A scene is cut into tiles that overlap by a quarter or more. Tiles agree where they overlap because the noise belongs to
-the ground, not to the tile (`NoiseField`); what differs still is blended by raised cosines that add up to one. So the
-result depends on the seed and the place alone, not on how many tiles are drawn at a time.
-
-Files are `raster.py`'s, units and bands `radiometry.py`'s.
+A scene is cut into tiles that overlap by a quarter or more. Tiles agree where they overlap because their noise belongs
+to the ground (`NoiseField`); what still differs is blended by raised cosines that add up to one. So the result depends
+on the seed and the place alone, not on how many tiles are sampled at a time.
 """
 
 from __future__ import annotations
@@ -125,13 +123,13 @@ def translate(
 
 
 def uncertainty_path(out: str | Path) -> Path:
-    """Where the statistics over samples of a scene go."""
+    """Return the path of the statistics over samples of a scene."""
     return Path(out).with_suffix(".uncertainty.tif")
 
 
 @dataclass
 class _Work:
-    """One scene at work. Each stage has its own threads, each file one: reading | drawing tiles | writing."""
+    """The translation of one scene, with threads for each stage: one reads, several sample tiles, one writes."""
 
     generator: Generator
     source: Source
@@ -143,7 +141,7 @@ class _Work:
     forward: Forward
 
     def run(self, rasters: Sequence[Any], progress: Progress | None) -> None:
-        """Draw the scene and write it into the open rasters."""
+        """Sample the scene and write it into the open rasters."""
         on_cpu = next(self.generator.parameters()).device.type == "cpu"
         lanes, together = lanes_and_batch(self.generator, self.options.batch)
         noise = NoiseField(self.generator.codec.channels(3))
@@ -166,7 +164,7 @@ class _Work:
                 raise
 
     def _tiles(self, reader: Executor) -> Iterator[Tile]:
-        """The tiles in order: row by row, in a row sample by sample; the next row is read while this one is drawn."""
+        """Yield the tiles row by row, in a row sample by sample; the next row is read while this one is sampled."""
         (height, width), down, across = self.source.shape, self.down, self.across
         right = across.covered - width
 
@@ -187,7 +185,7 @@ class _Work:
                     yield Tile(sample, row, column, tile, valid)
 
     def _pixels(self, tiles: list[Tile], noise: NoiseField) -> Tensor:
-        """(B, 3, tile, tile) of tiles, their noise the ground's; zeros for a tile without data, which costs nothing."""
+        """Sample tiles (B, 3, tile, tile) with the ground's noise; a tile without data is zeros and costs nothing."""
         work = [i for i, tile in enumerate(tiles) if tile.sar is not None]
         out = torch.zeros(len(tiles), 3, self.down.tile, self.across.tile)
         if not work:
@@ -216,7 +214,7 @@ class _Work:
         rasters: Sequence[Any],
         progress: Progress | None,
     ) -> None:
-        """Add the tiles up, each under its weight, in one order; hand on the rows that no later tile reaches."""
+        """Add up the weighted tiles, in one order, and write the rows that no later tile reaches."""
         (height, width), down, across, facts = self.source.shape, self.down, self.across, self.facts
         samples = self.options.samples
         canvas = np.zeros((3, down.tile, across.covered), dtype=np.float32)
@@ -261,7 +259,7 @@ class _Work:
 
 
 def _filled(sar: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-    """The tile with each hole filled from its nearest valid pixel; None if there is none."""
+    """Fill each hole of a tile from its nearest valid pixel; None if there is none."""
     if valid.all():
         return sar
     if not valid.any():
@@ -281,7 +279,7 @@ def _grouped(tiles: Iterable[Tile], size: int) -> Iterator[list[Tile]]:
 def _ahead(
     pool: Executor, function: Callable[[list[Tile]], NDArray[np.float32]], groups: Iterable[list[Tile]], depth: int
 ) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
-    """(tile, its picture) in order, while `depth` further groups are at work or wait."""
+    """Yield each tile with its picture, in order, while `depth` further groups are at work or wait."""
     waiting: deque[tuple[list[Tile], Future[NDArray[np.float32]]]] = deque()
     for group in groups:
         waiting.append((group, pool.submit(function, group)))
@@ -297,25 +295,27 @@ def _call(function: Callable[[], Tensor]) -> Tensor:
 
 
 def lanes_and_batch(generator: Generator, wanted: int | None) -> tuple[int, int]:
-    """(threads that draw, tiles in one call): single tiles on every core of a CPU, one batch on a GPU."""
+    """Choose the threads that sample and the tiles in one call: single tiles on every core, one batch on a GPU."""
     on_cpu = next(generator.parameters()).device.type == "cpu"
     return (wanted or max(1, int(cpu_quota() or usable_cores())), 1) if on_cpu else (1, wanted or 16)
 
 
 def one_thread() -> None:
-    """Single tiles on every core, one thread each: faster than all cores on one tile, and torch's sums then have one
-    order, however many tiles are drawn at a time."""
+    """Give torch one thread in this one: single tiles on every core are faster than all cores on one tile.
+
+    torch's sums then also have one order, however many tiles are sampled at a time.
+    """
     torch.set_num_threads(1)
 
 
 # --- from pixels to levels --------------------------------------------------------------------------------------------
 def _levels(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(3, h, W) in [-1, 1] to levels of 0 to 255."""
+    """Round (3, h, W) in [-1, 1] to levels of 0 to 255."""
     return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _colours(levels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """0 means no data, so the darkest level of a valid pixel is 1."""
+    """Mark pixels without data by 0, and raise valid ones to 1 or more."""
     return np.where(valid, np.maximum(levels, 1), 0).astype(np.uint8)
 
 
@@ -326,7 +326,7 @@ def _write(product: Any, bands: NDArray[Any], top: int) -> None:
 
 
 def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], float]:
-    """((bands, h, W) mean, deviation and quantiles in steps of SCALE, sum over pixels of the mean deviation)."""
+    """Compute mean, deviation and quantiles (bands, h, W) in steps of SCALE, and the sum of mean deviations."""
     height, width = valid.shape
     out = np.empty((3 * len(STATISTICS), height, width), dtype=np.uint16)
     total = 0.0
@@ -341,5 +341,5 @@ def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> t
 
 
 def model_hash(generator: Generator) -> str:
-    """One sha256 for all parts of the folder, as its manifest has them."""
+    """Hash the manifest's sha256 of all parts into one."""
     return hashlib.sha256(json.dumps(generator.info.sha256, sort_keys=True).encode()).hexdigest()
