@@ -66,11 +66,20 @@ def measured(variant: dict[str, Any], minutes: float, runs: Path) -> dict[str, A
     parameters = sum(p.numel() for p in made.denoiser.parameters())
     batch = recipe.settings().batch
     return {
-        "label": variant["label"], "group": variant["group"], "overrides": variant.get("overrides", []),
-        "recipe": variant["recipe"], "parameters": parameters, "pictures": count * batch,
-        "pictures_per_second": count * batch / (60 * minutes), "minutes": minutes, "steps": steps, "n": n,
-        "curve": history(out), "device": device_name("cpu"), "date": datetime.now(UTC).date().isoformat(),
-    }  # fmt: skip
+        "label": variant["label"],
+        "group": variant["group"],
+        "overrides": variant.get("overrides", []),
+        "recipe": variant["recipe"],
+        "parameters": parameters,
+        "pictures": count * batch,
+        "pictures_per_second": count * batch / (60 * minutes),
+        "minutes": minutes,
+        "steps": steps,
+        "n": n,
+        "curve": history(out),
+        "device": device_name("cpu"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def page(rows: list[dict[str, Any]]) -> str:

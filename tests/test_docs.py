@@ -1,4 +1,4 @@
-"""README.md and docs/: every command, recipe, request and program in them runs, and what they point to is there."""
+"""Everything that README.md and docs/ tell the reader to do runs; what they and the cards point to exists."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from distillers.sar.demonstration import demonstration
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*GUIDES, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*/**/*.md"))]
+PAGES = [*GUIDES, ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*/**/*.md")), *sorted(ROOT.glob("weights/*/README.md"))]
 SCRIPTS = sorted((ROOT / "docs").glob("*.py"))
 ADDRESS = "http://127.0.0.1:8000"
 FEWSTEP = [sys.executable, "-m", "distillers.cli"]
