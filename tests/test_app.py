@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import os
 import signal
@@ -13,9 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import numpy as np
@@ -24,6 +22,22 @@ import torch
 from numpy.typing import NDArray
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from service import (
+    GENERATE,
+    LABELS,
+    SIDE,
+    TRANSLATE,
+    engine_held,
+    engine_of,
+    error_of,
+    file_of,
+    grey,
+    pictures,
+    pixels_of,
+    publish,
+    until_ready,
+    wait_until_waiting,
+)
 from starlette.testclient import TestClient
 
 from app.engine.engine import Engine, Order
@@ -33,34 +47,8 @@ from app.requests.orders import class_of_seed
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.codec import PixelUnshuffle
-from distillers.teacher import Teacher
-from distillers.weights.manifest import Info
 
-LABELS = ["Red circle", "Forest", "Sea Lake"]
-SIDE = 16
 QUEUE = 24
-GENERATE, TRANSLATE = "/v1/images/generations", "/v1/images/translations"
-NETWORK = {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-}
-
-
-def publish(root: Path, name: str, task: str, *, teacher: str | None = None, **more: Any) -> None:
-    """A real weights folder: a student when it has a teacher."""
-    torch.manual_seed(0)
-    kind: dict[str, Any] = {"method": "consistency", "role": "student", "sampler": "consistency"}
-    if teacher is None:
-        kind = {"method": "diffusion", "role": "teacher", "sampler": "ddim"}
-    sar = {"channels": 1, "range": [-1, 1]} if task == "sar-to-optical" else None
-    info = Info(name=name, task=task, data="shapes", size=(SIDE, SIDE), teacher=teacher, sar=sar, **kind, **more)
-    codec = PixelUnshuffle(info.patch)
-    denoiser = Teacher.random(info, NETWORK, {"name": "vp"}, "eps", codec).denoiser
-    Generator(denoiser, codec, info).save_pretrained(root / name)
 
 
 @pytest.fixture(scope="module")
@@ -104,81 +92,9 @@ def client(weights: Path) -> Iterator[TestClient]:
         yield client
 
 
-def until_ready(get: Any) -> None:
-    """Polls /readyz; a refused connection counts as not ready."""
-    for _ in range(1800):  # a machine that trains beside this takes a minute to import torch
-        try:
-            if get().status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError("never ready")
-
-
-def engine_of(client: TestClient) -> Engine:
-    return cast(Any, client.app).state.engine
-
-
-@contextmanager
-def engine_held(client: TestClient) -> Iterator[None]:
-    """The engine's thread stands still, so that what is asked meanwhile waits together."""
-    release, held = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        held.set()
-        release.wait(90)
-
-    assert client.portal is not None
-    holding = client.portal.start_task_soon(engine_of(client).call, hold)
-    assert held.wait(60)
-    try:
-        yield
-    finally:
-        release.set()
-        holding.result(60)
-
-
-def wait_until_waiting(client: TestClient, orders: int) -> None:
-    engine = engine_of(client)
-    for _ in range(6000):
-        if sum(engine.waiting().values()) == orders:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{engine.waiting()} wait, not {orders}")
-
-
-def grey(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
-
-
-def file_of(values: NDArray, kind: str = "PNG") -> bytes:
-    target = io.BytesIO()
-    Image.fromarray(values).save(target, kind)
-    return target.getvalue()
-
-
-def pixels_of(data: bytes) -> NDArray[np.int64]:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(np.int64)
-
-
-def pictures(answer: Any) -> list[NDArray[np.int64]]:
-    assert answer.status_code == 200, answer.text
-    return [pixels_of(base64.b64decode(item["b64_json"])) for item in answer.json()["data"]]
-
-
 def levels(images: torch.Tensor) -> NDArray[np.int64]:
     """What a picture in [-1, 1] is in 0..255, (B, H, W, 3)."""
     return ((images + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.int64)
-
-
-def error_of(answer: Any, status: int) -> dict[str, Any]:
-    """The error object, checked for its form."""
-    assert answer.status_code == status, answer.text
-    body = answer.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    return body["error"]
 
 
 # --- generations

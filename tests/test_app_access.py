@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, WebSocket
 from openai import AuthenticationError, OpenAI, PermissionDeniedError, RateLimitError
+from service import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until_ready
 from starlette.testclient import TestClient, WebSocketDenialResponse
-from test_app import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until_ready
 from test_app_drain import running
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_app import LABELS, NETWORK, SIDE
+from service import LABELS, NETWORK, SIDE
 from test_app_engine import levels, running, until
 
 from app.engine import tuning

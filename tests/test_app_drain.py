@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+from service import GENERATE, engine_held, engine_of, publish, until_ready
 from starlette.testclient import TestClient
-from test_app import GENERATE, engine_held, engine_of, publish, until_ready
 
 from app.main import create_app
 from app.settings import Settings

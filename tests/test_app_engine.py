@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_app import LABELS, SIDE, publish
+from service import LABELS, SIDE, publish
 
 from app.engine import backends, store, tuning, worker
 from app.engine.dial import choose

@@ -14,8 +14,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from test_app import LABELS, file_of, grey, publish
-from test_app_routes import MANY, rgb, serving
+from service import LABELS, file_of, grey, publish, serving
+from test_app_routes import MANY, rgb
 
 from app.main import create_app
 from app.settings import Settings

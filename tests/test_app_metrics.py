@@ -11,17 +11,8 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from service import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until_ready
 from starlette.testclient import TestClient
-from test_app import (
-    GENERATE,
-    TRANSLATE,
-    engine_held,
-    engine_of,
-    file_of,
-    grey,
-    publish,
-    until_ready,
-)
 
 from app.main import create_app
 from app.settings import Settings

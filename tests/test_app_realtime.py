@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from service import GENERATE, LABELS, SIDE, file_of, grey, pictures, pixels_of, publish, serving, until_ready
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
-from test_app import GENERATE, LABELS, SIDE, file_of, grey, pictures, pixels_of, publish, until_ready
-from test_app_routes import EDIT, MANY, rgb, serving
+from test_app_routes import EDIT, MANY, rgb
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 

@@ -4,16 +4,10 @@ import base64
 import io
 import json
 import math
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +17,7 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
-from starlette.testclient import TestClient
-from test_app import (
+from service import (
     GENERATE,
     LABELS,
     SIDE,
@@ -37,9 +30,11 @@ from test_app import (
     pictures,
     pixels_of,
     publish,
+    serving,
     until_ready,
     wait_until_waiting,
 )
+from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.requests.streams import partial_steps
@@ -397,31 +392,6 @@ def test_what_goes_wrong_later_is_an_event(client: TestClient, monkeypatch: pyte
 def address(weights: Path) -> Iterator[str]:
     with serving(weights) as port:
         yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
-def serving(weights: Path, **more: str) -> Iterator[int]:
-    """A real server in a process of its own; its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights), "FEWSTEP_DEVICE": "cpu", "FEWSTEP_TUNE_SECONDS": "0"}
-    command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:create_app", "--port", str(port)]
-    server = subprocess.Popen(
-        command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    lines: list[str] = []
-    assert server.stdout is not None
-    reader = threading.Thread(target=lambda: lines.extend(server.stdout or ()))  # a full pipe would stop the server
-    reader.start()
-    try:
-        until_ready(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz"))
-        yield port
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-        reader.join()
-    assert "Traceback" not in "".join(lines), "".join(lines)
 
 
 @pytest.fixture

@@ -21,19 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from service import GENERATE, NETWORK, TRANSLATE, engine_held, error_of, file_of, grey, pictures, pixels_of, until_ready
 from starlette.testclient import TestClient
-from test_app import (
-    GENERATE,
-    NETWORK,
-    TRANSLATE,
-    engine_held,
-    error_of,
-    file_of,
-    grey,
-    pictures,
-    pixels_of,
-    until_ready,
-)
 from typer.testing import CliRunner
 
 from app.engine.scenes import Cancelled, scene_name

@@ -14,7 +14,7 @@ import pytest
 import torch
 from draw_with_diffusers import COUNT
 from PIL import Image
-from test_app import LABELS, publish
+from service import LABELS, publish
 from test_app_engine import running
 from test_methods import iterate
 from test_weights import draw_with_diffusers

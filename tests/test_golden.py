@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_app import LABELS, publish
+from service import LABELS, publish
 
 from distillers.errors import BadInput
 from distillers.evaluation.self_check import FILE, check, write_golden

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from service import until_ready
 from starlette.testclient import TestClient
-from test_app import until_ready
 from typer.testing import CliRunner
 from untrained_pipelines import BETAS, tokenizer
 
