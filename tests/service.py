@@ -114,16 +114,16 @@ def engine_held(client: TestClient) -> Iterator[None]:
 
     def hold() -> None:
         held.set()
-        release.wait(90)
+        release.wait(300)
 
     assert client.portal is not None
     holding = client.portal.start_task_soon(engine_of(client).call, hold)
-    assert held.wait(60)
+    held.wait()
     try:
         yield
     finally:
         release.set()
-        holding.result(60)
+        holding.result()
 
 
 def wait_until_waiting(client: TestClient, orders: int) -> None:
@@ -146,10 +146,10 @@ def serving(weights: Path, **more: str) -> Iterator[int]:
     reader = threading.Thread(target=lambda: lines.extend(server.stdout or ()))  # a full pipe would stop the server
     reader.start()
     try:
-        until_ready(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz"))
+        until_ready(lambda: http_get(f"http://127.0.0.1:{port}/readyz"), server)
         yield port
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        server.wait()
         reader.join()
     assert "Traceback" not in "".join(lines), "".join(lines)

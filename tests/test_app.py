@@ -9,13 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -32,9 +30,11 @@ from service import (
     error_of,
     file_of,
     grey,
+    http_get,
     pictures,
     pixels_of,
     publish,
+    until,
     until_ready,
     wait_until_waiting,
 )
@@ -494,8 +494,7 @@ def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="FEWSTEP_WEIGHTS"):
         create_app(Settings(weights=tmp_path / "absent"))
     with TestClient(create_app(Settings(weights=tmp_path))) as client:
-        while client.get("/readyz").json()["status"] == "opening":
-            time.sleep(0.05)
+        until(lambda: client.get("/readyz").json()["status"] != "opening")
         assert client.get("/readyz").status_code == 503 and client.get("/readyz").json()["status"] == "empty"
         assert client.get("/livez").status_code == 200
         error_of(client.post(GENERATE, json={"model": "plain"}), 404)
@@ -513,8 +512,8 @@ def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
     command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:create_app", "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        until_ready(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz"))
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        until_ready(lambda: http_get(f"http://127.0.0.1:{port}/readyz"), server)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=None)
         answer = client.images.generate(model="classes", prompt="Forest", n=2, size="auto", extra_body={"seed": 7})
         assert answer.data is not None and len(answer.data) == 2
         assert pixels_of(base64.b64decode(answer.data[0].b64_json or "")).shape == (SIDE, SIDE, 3)
@@ -525,7 +524,7 @@ def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
         client.close()
     finally:
         server.send_signal(signal.SIGTERM)
-        output = server.communicate(timeout=60)[0]
+        output = server.communicate()[0]
     assert "Application shutdown complete" in output and "Traceback" not in output
 
 
@@ -541,5 +540,5 @@ def test_sigterm_while_the_models_are_being_opened_ends_the_process_soon(weights
         if "running on" in line:
             break
     server.send_signal(signal.SIGTERM)
-    output = server.communicate(timeout=60)[0]
+    output = server.communicate()[0]
     assert "Application shutdown complete" in output and "Traceback" not in output

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, WebSocket
 from openai import AuthenticationError, OpenAI, PermissionDeniedError, RateLimitError
-from service import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until_ready
+from service import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until, until_ready
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from test_app_drain import running
 from typer.testing import CliRunner
@@ -106,11 +106,7 @@ def keyless(weights: Path) -> Iterator[TestClient]:
 
 
 def until_waiting(client: TestClient) -> None:
-    for _ in range(6000):
-        if any(engine_of(client).waiting().values()):
-            return
-        time.sleep(0.01)
-    raise AssertionError("nobody came")
+    until(lambda: any(engine_of(client).waiting().values()))
 
 
 # --- who is let in
@@ -249,7 +245,7 @@ def test_openais_client_understands_its_refusals(weights: Path, file: Path) -> N
     """Over a real server: the kinds of error that its users catch, and the id they are asked for."""
 
     def ask(key: str) -> Any:
-        with OpenAI(base_url=server.url("/v1"), api_key=key, max_retries=0, timeout=60) as client:
+        with OpenAI(base_url=server.url("/v1"), api_key=key, max_retries=0, timeout=None) as client:
             return client.images.with_raw_response.generate(model="plain", prompt="", n=1)
 
     with running(weights, FEWSTEP_KEYS=str(file)) as server:

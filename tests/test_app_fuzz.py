@@ -66,7 +66,7 @@ def test_every_answer_is_a_documented_one(case: Any, address: str) -> None:
     for part in (case.body, case.query):
         if isinstance(part, dict):
             bring_nearer(part)
-    answer = case.call(base_url=address, timeout=60)
+    answer = case.call(base_url=address, timeout=300)
     assert answer.status_code != 500, answer.text
     case.validate_response(
         answer, checks=(status_code_conformance, content_type_conformance, response_schema_conformance)

@@ -8,10 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from service import GENERATE, LABELS, SIDE, file_of, grey, pictures, pixels_of, publish, serving, until_ready
+from service import (
+    GENERATE,
+    LABELS,
+    SIDE,
+    file_of,
+    grey,
+    http_get,
+    http_post,
+    pictures,
+    pixels_of,
+    publish,
+    serving,
+    until,
+    until_ready,
+)
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 from test_app_routes import EDIT, MANY, rgb
@@ -61,8 +74,16 @@ def answer(websocket: ClientConnection) -> tuple[dict[str, Any], bytes]:
     return json.loads(message[4 : 4 + length]), message[4 + length :]
 
 
+def at_work(port: int) -> bool:
+    """Whether pictures are being drawn, none waiting."""
+    lines = http_get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    figures = {line.split(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+    waiting = sum(value for name, value in figures.items() if name.startswith("fewstep_queue_images"))
+    return figures["fewstep_inflight_images"] > waiting
+
+
 def drawn_by(port: int, model: str) -> float:
-    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    lines = http_get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("fewstep_images_total") and model in line)
 
 
@@ -71,7 +92,7 @@ def test_a_frame_is_the_picture_of_the_other_routes(socket_: ClientConnection, p
     ask(socket_, seq=1, model=MANY, prompt="forest", seed=5, steps=3, output_format="raw")
     header, pixels = answer(socket_)
     body = {"model": MANY, "label": 1, "seed": 5, "steps": 3}
-    same = pictures(httpx.post(f"http://127.0.0.1:{port}{GENERATE}", json=body, timeout=60))[0]
+    same = pictures(http_post(f"http://127.0.0.1:{port}{GENERATE}", json=body))[0]
     assert (np.frombuffer(pixels, np.uint8).reshape(header["height"], header["width"], 3) == same).all()
     assert (header["seq"], header["seed"], header["model"], header["steps"]) == (1, 5, MANY, 3)
     assert header["label"] == "Forest" and header["dropped"] == 0 and header["timings"]["forward_ms"] > 0
@@ -88,13 +109,13 @@ def test_a_picture_belongs_to_the_message_before_it(socket_: ClientConnection, p
     ask(socket_, seq=1, model="sar", image=True, seed=2, output_format="png")
     socket_.send(file_of(grey(20, 24)))
     header, picture = answer(socket_)
-    native = httpx.post(
+    native = http_post(
         f"http://127.0.0.1:{port}/v1/images/translations", files={"image": file_of(grey(20, 24))}, data={"seed": "2"}
     )
     assert (pixels_of(picture) == pictures(native)[0]).all() and (header["width"], header["height"]) == (24, 20)
     ask(socket_, seq=2, model=MANY, image=True, seed=2, label=0, steps=4, strength=0.5, output_format="png")
     socket_.send(rgb())
-    edited = httpx.post(
+    edited = http_post(
         f"http://127.0.0.1:{port}{EDIT}",
         files={"image": rgb()},
         data={"model": MANY, "seed": "2", "label": "0", "steps": "4", "strength": "0.5"},
@@ -105,8 +126,8 @@ def test_a_picture_belongs_to_the_message_before_it(socket_: ClientConnection, p
 @pytest.mark.process
 def test_the_latest_wins_and_what_it_replaced_is_never_drawn(socket_: ClientConnection, port: int) -> None:
     before = drawn_by(port, MANY) + drawn_by(port, "plain")
-    ask(socket_, seq=0, model=MANY, label=0, steps=500)  # at work for a while
-    time.sleep(0.1)
+    ask(socket_, seq=0, model=MANY, label=0, steps=1000)
+    until(lambda: at_work(port))
     for seq in range(1, 51):
         ask(socket_, seq=seq, model="plain", seed=seq)
     headers = [answer(socket_)[0] for _ in range(2)]
@@ -179,7 +200,7 @@ def test_a_storm_of_abrupt_ends_leaves_no_work_and_a_server_that_answers(port: i
     before = drawn_by(port, "plain")
     with connect(f"ws://127.0.0.1:{port}{PATH}") as busy:
         ask(busy, seq=0, model=MANY, label=0, steps=1000)  # at work until the storm is over
-        time.sleep(0.1)
+        until(lambda: at_work(port))
         for _ in range(30):
             websocket = connect(f"ws://127.0.0.1:{port}{PATH}")
             for seq in range(3):

@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from service import GENERATE, NETWORK, TRANSLATE, engine_held, error_of, file_of, grey, pictures, pixels_of, until_ready
+from service import (
+    GENERATE,
+    NETWORK,
+    TRANSLATE,
+    engine_held,
+    error_of,
+    file_of,
+    grey,
+    pictures,
+    pixels_of,
+    until,
+    until_ready,
+)
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -98,14 +110,6 @@ def nothing_is_left(client: TestClient, scratch: Path) -> Iterator[None]:
         client.portal.call(jobs.forget, job)
     until(lambda: all(path.name == "demonstration.tif" for path in scratch.glob("*/*")))
     assert client.get("/livez").status_code == 200
-
-
-def until(true: Callable[[], Any]) -> Any:
-    for _ in range(3000):
-        if found := true():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("never came true")
 
 
 def backscatter(height: int, width: int, seed: int = 0) -> NDArray[np.float32]:

@@ -49,7 +49,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("drawn")
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(out), *map(str, FOLDERS.values())]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
     assert done.returncode == 0, done.stderr
     return out, done.stderr
 

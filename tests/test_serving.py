@@ -131,8 +131,8 @@ def test_closed_loop_keeps_its_connections_and_counts_only_its_seconds() -> None
     found, counts = run(go())
     assert counts["connections"] == 4
     assert found["served"] == counts["requests"] > found["asked"]  # warm-up and tail are served, not counted
-    assert 100 < found["images_per_second"] < 400  # 4 callers, 10 ms and more each
-    assert 10 <= found["latency_ms"]["p50"] < 40
+    assert 0 < found["images_per_second"] < 400 and found["latency_ms"]["p50"] >= 10  # 4 callers, 10 ms and more each
+    assert found["images_per_second"] * found["latency_ms"]["p50"] / 1000 == pytest.approx(4, rel=0.6)
     assert (found["failed"], found["wrong"], found["max_difference"]) == ({}, 0, 0)
 
 
@@ -172,13 +172,13 @@ def test_a_refusal_is_no_image_and_a_server_that_hangs_up_is_asked_again() -> No
 
 def test_latency_counts_from_the_intended_time_when_the_server_stalls() -> None:
     """One stall of 0.4 s under 100 requests a second: all that were meant for it have waited, not the one alone."""
-    turn = asyncio.Lock
+    turn, end = asyncio.Lock, 0.0
 
     async def go() -> list[Asked]:
         lock, begun = turn(), time.perf_counter()
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal begun
+            nonlocal end
             try:
                 while True:
                     await reader.readuntil(b"\r\n\r\n")
@@ -186,6 +186,7 @@ def test_latency_counts_from_the_intended_time_when_the_server_stalls() -> None:
                         since = time.perf_counter() - begun
                         if 0.2 < since < 0.6:
                             await asyncio.sleep(0.6 - since)
+                            end = time.perf_counter()
                     writer.write(answer(picture()))
             except (asyncio.IncompleteReadError, ConnectionError):
                 writer.close()
@@ -195,12 +196,12 @@ def test_latency_counts_from_the_intended_time_when_the_server_stalls() -> None:
             return await opened(port, [REQUEST], np.arange(0, 1, 0.01))
 
     asked = run(go())
-    waits = np.array([one.done - one.intended for one in asked])
+    intended, sent, done = np.array([(one.intended, one.sent, one.done) for one in asked]).T
     assert all(one.status == 200 for one in asked)
-    assert (waits > 0.1).sum() >= 25  # a closed loop would have seen one
-    assert 0.35 < waits.max() < 1
-    assert np.median(waits) < 0.1
-    assert np.median([one.sent - one.intended for one in asked]) < 0.01  # the client itself was in time
+    np.testing.assert_allclose(intended - intended[0], np.arange(0, 1, 0.01), atol=1e-6)  # whatever the server does
+    assert (done - intended > 0.1).sum() >= 25  # a closed loop would have seen one
+    assert (done - intended).max() > 0.35
+    assert ((sent < end) & (done >= end)).sum() >= 25  # the client itself did not wait for the server
 
 
 def test_who_gets_no_answer_has_waited_until_the_end() -> None:
@@ -317,8 +318,7 @@ def test_a_tree_is_measured_whole() -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         try:
-            deadline = time.monotonic() + 20
-            while rss_mb(parent.pid) < 60 and time.monotonic() < deadline:
+            while rss_mb(parent.pid) < 60:
                 time.sleep(0.1)
             assert len(tree(parent.pid)) == 2 and rss_mb(parent.pid) > 60
             assert 0.2 < cpu_seconds(parent.pid) < 5

@@ -342,8 +342,8 @@ class Command:
         log = str(self.out.with_suffix(".log"))
         process = self.context.Process(target=fewstep, args=(arguments, log, kill_at, kill_by, kill_after))
         process.start()
-        process.join(300)
-        assert process.exitcode is not None, self.output
+        process.join()
+        assert process.exitcode is not None
         return process.exitcode
 
     @property

@@ -89,7 +89,7 @@ def with_adapter(generator: Generator) -> Generator:
 def draw_with_diffusers(out: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(out), *map(str, folders)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
 
 
 FOLDERS: dict[str, Callable[[], Generator]] = {
