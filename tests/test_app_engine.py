@@ -117,7 +117,7 @@ def test_a_backend_is_chosen_by_measurement_and_remembered_beside_the_weights(
         tuning.tune(again, lambda work: work(), seconds=30, tolerance=0, largest=8)
 
 
-@pytest.mark.parametrize("name", ["channels-last", "openvino", "compile"])
+@pytest.mark.parametrize("name", ["channels-last", "openvino", pytest.param("compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("folder", ["student", "sar", "teacher"])
 def test_every_backend_draws_what_the_library_draws(weights: Path, name: str, folder: str) -> None:
     if name == "compile" and (folder != "student" or not shutil.which("g++")):
