@@ -14,9 +14,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from networks import contents, describe, transformer, untrained
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_weights import contents, describe, transformer, untrained
 from torch import Tensor, nn
 
 from distillers.errors import BadInput

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from draw_with_diffusers import COUNT
+from networks import draw_with_diffusers
 from PIL import Image
 from service import LABELS, publish
 from test_app_engine import running
-from test_methods import iterate
-from test_weights import draw_with_diffusers
 from torch import Tensor, nn
+from trainings import NETWORK, iterate
 from typer.testing import CliRunner
 
 from distillers import cli
@@ -53,14 +53,6 @@ SIDE = 16
 TINY: dict[str, Any] = {
     "channels": [8, 16], "latent_channels": 4, "discriminator_channels": 8, "adversarial_start": 0.5,
 }  # fmt: skip
-UNET = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 
 
 def method(**options: Any) -> Method:
@@ -468,7 +460,9 @@ def test_nobody_is_judged_by_what_the_training_looked_through(folder: Path, spac
     one.info = replace(one.info, trained_with=["small"])
     with pytest.raises(BadInput, match=r"features: got 'small'.*was not trained in"):
         evaluate_reconstruction(one, held_out, n=140, features=space)
-    drawn = Teacher.random(replace(one.info, task="image", codec="pixel-unshuffle", patch=1), UNET, {}, "v", _pixels())
+    drawn = Teacher.random(
+        replace(one.info, task="image", codec="pixel-unshuffle", patch=1), NETWORK, {}, "v", _pixels()
+    )
     with pytest.raises(BadInput, match=r"features: got 'small'.*was not trained in"):
         evaluate(Generator(drawn.denoiser, drawn.codec, drawn.info), held_out, n=140, features=space)
 
@@ -524,7 +518,7 @@ def in_latents(folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
 
     plan = table(
         pictures, name="tiny-latent", method="diffusion",
-        model={"autoencoder": str(folder), "network": UNET}, diffusion={"sampling_steps": 2},
+        model={"autoencoder": str(folder), "network": NETWORK}, diffusion={"sampling_steps": 2},
     )  # fmt: skip
     plan.pop("autoencoder")
     made = tmp_path_factory.mktemp("diffusion") / "tiny-latent"
@@ -576,7 +570,9 @@ def test_a_model_in_its_latents_is_not_judged_by_its_loss_either(folder: Path, p
     one = Autoencoder.from_pretrained(folder)
     one.info = replace(one.info, trained_with=["efficientnet"])
     one.save_pretrained(tmp_path / "seen")
-    plan = table(pictures, name="t", method="diffusion", model={"autoencoder": str(tmp_path / "seen"), "network": UNET})
+    plan = table(
+        pictures, name="t", method="diffusion", model={"autoencoder": str(tmp_path / "seen"), "network": NETWORK}
+    )
     plan.pop("autoencoder")
     recipe = Recipe.from_table(plan)
     assert load_teacher(recipe, load_data(recipe)).info.trained_with == ["efficientnet"]

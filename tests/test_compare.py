@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tomli_w
 from PIL import Image
+from trainings import NETWORK
 
 from distillers.data import open_data
 from distillers.errors import BadInput
@@ -26,14 +27,6 @@ from distillers.jobs.recipe import Recipe
 from distillers.jobs.study import Study, compare
 from distillers.training.trainer import train
 
-NETWORK: dict[str, Any] = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 SHAPES: dict[str, Any] = {"kind": "shapes", "size": 8}
 TRAIN: dict[str, Any] = {"samples": 2, "warmup": 0, "tracker": "none"}
 

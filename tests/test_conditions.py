@@ -130,7 +130,7 @@ def test_the_local_level_survives_group_normalisation() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     """A tiny translator of radiometry "sentinel1", trained for a moment by the shipped teacher's recipe, saved."""
-    from test_data import save_pair
+    from folders import save_pair
 
     root = tmp_path_factory.mktemp("pairs")
     for split, name in (("train", "a"), ("train", "b"), ("test", "c")):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import NETWORK
 
 from distillers import methods
 from distillers.benchmarks.training import Pass, measure, recorded, table
@@ -30,14 +31,6 @@ from distillers.training.settings import TrainSettings
 from distillers.training.trainer import begin
 from distillers.weights.manifest import Info
 
-NETWORK: dict[str, Any] = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 TEACHER: dict[str, Any] = {
     "name": "tiny-teacher",
     "method": "diffusion",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import noise, real, rng, save, save_pair, write_pairs
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import label
@@ -18,36 +19,6 @@ from distillers.data.preferences import PreferencePairs, Preferred, write_prefer
 from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.shapes import ALONE, COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def real(name: str) -> Path:
-    """A folder of the real data, which is not part of the project."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"the real data set {name} does not stand at ../shared/data/{name}")
-    return SHARED / name
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-def save(path: Path, pixels: NDArray[np.uint8]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, lossless=True)
-    return path
-
-
-def noise(seed: int, height: int = 16, width: int = 16, channels: int = 3) -> NDArray[np.uint8]:
-    return rng(seed).integers(0, 256, (height, width, channels) if channels > 1 else (height, width), dtype=np.uint8)
-
-
-def save_pair(sar: Path, optical: Path, seed: int, side: int = 48) -> None:
-    """A pair whose optical image is its SAR in false colour, so every pixel shows whether both were treated alike."""
-    grey = noise(seed, side, side, 1)
-    save(sar, grey)
-    save(optical, np.stack([grey, 255 - grey, grey // 2], axis=2))
 
 
 def aligned(batch: dict[str, torch.Tensor]) -> bool:
@@ -78,15 +49,6 @@ def sen12_layout(root: Path) -> Path:
         for patch in (1, 2):
             sar, optical = (f"s{i}_{scene}/{season}_s{i}_{scene}_p{patch}.png" for i in (1, 2))
             save_pair(root / season / sar, root / season / optical, 10 * k + patch)
-    return root
-
-
-def write_pairs(root: Path, labels: tuple[str, ...] = LABELS, count: int = 5, side: int = 16) -> Path:
-    """Preference pairs whose loser is the negative of the winner, so every pixel shows whether both were turned."""
-    winners = [noise(i, side, side) for i in range(count)]
-    names = [labels[3 * i % len(labels)] if labels else None for i in range(count)]
-    pairs = (Preferred(winner=w, loser=255 - w, label=name) for w, name in zip(winners, names, strict=True))
-    assert write_preferences(root, pairs, labels) == count
     return root
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel
+from networks import SCHEDULES, VP, unet
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
@@ -18,11 +19,8 @@ from distillers.models.schedule import (
     Prediction,
     RectifiedFlow,
     Trigonometric,
-    VariancePreserving,
 )
 
-SCHEDULES = [EDM(), VariancePreserving.from_betas(), RectifiedFlow(), Trigonometric()]
-VP = SCHEDULES[1]
 LABELS = 3  # the null label of guidance is the next one
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
@@ -38,21 +36,6 @@ class Recorder(nn.Module):
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         self.calls.append((x, time, cond))
         return self.answer
-
-
-def unet(**options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    small: dict[str, Any] = dict(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return UNet2DModel(**{**small, **options}).eval()
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 from exact_report import SETTINGS, train_on
 from mutate import mutated
-from test_denoiser import VP, unet
-from test_methods import batch_for, iterate, teacher_for
+from networks import VP, unet
 from torch import Tensor, nn
+from trainings import batch_for, iterate, teacher_for
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput

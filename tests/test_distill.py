@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainings import NETWORK
 
 from distillers.data import open_data
 from distillers.jobs.distill import distill
 from distillers.jobs.recipe import Recipe
 
-NETWORK = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 TRAIN = {"iterations": 2, "batch": 4, "samples": 1, "tracker": "none"}
 DATA = {"kind": "shapes", "size": 8}
 LABELS = open_data("shapes", size=8).labels

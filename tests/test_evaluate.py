@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from networks import tiny
 from PIL import Image
 from torch import Tensor
 
@@ -24,10 +24,6 @@ from distillers.evaluation.metrics import extract, frechet_distance, kernel_dist
 from distillers.evaluation.pictures import grid, grid_png, side_by_side, to_pixels
 from distillers.evaluation.report import Report
 from distillers.generator import Generator
-from distillers.models.codec import PixelUnshuffle
-from distillers.models.denoiser import Denoiser
-from distillers.models.schedule import VariancePreserving
-from distillers.weights.manifest import Info
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "sentinel-pairs"
 
@@ -152,22 +148,6 @@ def test_latencies_take_turns_and_are_percentiles() -> None:
 
 
 # --- whole evaluations, with real networks of a few hundred thousand numbers at most
-
-
-def tiny(task: str, role: str, labels: tuple[str, ...] = (), seed: int = 0, guidance_scale: float = 1.0) -> Generator:
-    torch.manual_seed(seed)
-    network = UNet2DModel(
-        sample_size=16, in_channels=4 if task == "sar-to-optical" else 3, out_channels=3, layers_per_block=1,
-        block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2, num_class_embeds=len(labels) + 1 if labels else None,
-    )  # fmt: skip
-    info = Info(
-        name=f"tiny-{role}", task=task, method="consistency", role=role, data="shapes", size=(16, 16),
-        sampler="ddim" if role == "teacher" else "consistency", labels=list(labels), teacher="tiny-teacher",
-        step_times={} if role == "teacher" else {1: [999.0], 2: [999.0, 499.0]}, guidance_scale=guidance_scale,
-        sar={"channels": 1} if task == "sar-to-optical" else None,
-    )  # fmt: skip
-    return Generator(Denoiser(network, VariancePreserving.from_betas(), "v"), PixelUnshuffle(1), info).eval()
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from networks import tiny
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
-from test_evaluate import tiny
 from torch import Tensor
 
 from distillers.data import open_data

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_trainer import TINY, Duel, Regression, settings, values
 from torch import nn
+from trainings import TINY, Duel, Regression, settings, values
 
 from distillers.data import Batch, ImageData, open_data
 from distillers.jobs.inputs import load_teacher

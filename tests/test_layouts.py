@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import noise, real, rng, save, save_pair
 from numpy.typing import NDArray
-from test_data import noise, real, rng, save, save_pair
 
 from distillers.data.layouts import LAYOUTS, find_pairs
 from distillers.data.sar_optical import SarOpticalPairs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from mutate import mutated
-from test_denoiser import unet
+from networks import unet
 from torch import Tensor, nn
 
 from distillers.errors import BadInput

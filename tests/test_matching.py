@@ -16,8 +16,8 @@ import pytest
 import torch
 from exact_report import MATCHING, train_on
 from mutate import mutated
-from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor
+from trainings import batch_for, iterate, teacher_for
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput

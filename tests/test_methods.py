@@ -5,7 +5,6 @@ What is asked of generators is not asked of a method that makes none: the autoen
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import sys
@@ -16,27 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from trainings import Paired, batch_for, digest, digests, iterate, learners, teacher_for
 
 from distillers import methods
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.recipe import Recipe
-from distillers.models.codec import PixelUnshuffle
 from distillers.models.schedule import from_config
-from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks
-from distillers.weights.manifest import AUTOENCODER, Info
+from distillers.training.distiller import Distiller, Networks
+from distillers.weights.manifest import AUTOENCODER
 
-NETWORK = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 FOLLOWERS = ("target", "path")  # what a method may move by itself
 every_method = pytest.mark.parametrize("name", methods.names())
 every_generator = pytest.mark.parametrize(
@@ -44,38 +33,9 @@ every_generator = pytest.mark.parametrize(
 )
 
 
-class Paired:
-    """Shapes with a grey copy for SAR: the batch of a translator."""
-
-    def __init__(self, data: ImageData) -> None:
-        self.data = data
-
-    def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        image = self.data.draw(n, rng)["image"]
-        return {"image": image, "sar": image.mean(1, keepdim=True)}
-
-
 @pytest.fixture(scope="module")
 def data() -> ImageData:
     return open_data("shapes", size=8)
-
-
-def teacher_for(task: str, data: ImageData) -> Teacher:
-    torch.manual_seed(0)
-    info = Info(
-        name="tiny",
-        task=task,
-        method="diffusion",
-        role="teacher",
-        data="shapes",
-        sampler="ddim",
-        size=(8, 8),
-        labels=list(data.labels) if task == "class-to-image" else [],
-        sar={"channels": 1} if task == "sar-to-optical" else None,
-    )
-    made = Teacher.random(info, NETWORK, {"name": "vp"}, "v", PixelUnshuffle(1))
-    made.denoiser.eval().requires_grad_(False)
-    return made
 
 
 def task_of(name: str) -> str:
@@ -88,47 +48,6 @@ def given_to(generator: Generator, seeds: list[int], data: ImageData) -> dict[st
     if generator.info.task == "class-to-image":
         return {"labels": [5 * i for i in range(len(seeds))]}
     return {"sar": Paired(data).draw(len(seeds), np.random.default_rng(3))["sar"]}
-
-
-def batch_for(teacher: Teacher, data: ImageData) -> Batch:
-    source = Paired(data) if teacher.info.task == "sar-to-optical" else data
-    return teacher.encode_batch(source.draw(4, np.random.default_rng(0)), "cpu")
-
-
-def digest(net: nn.Module) -> str:
-    parts = (v.detach().contiguous().numpy().tobytes() for v in net.state_dict().values())
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def learners(nets: Networks) -> dict[str, nn.Module]:
-    return {k: net for k, net in nets.items() if any(p.requires_grad for p in net.parameters())}
-
-
-def digests(nets: Any) -> dict[str, str]:
-    return {k: digest(net) for k, net in nets.items()}
-
-
-def iterate(method: Distiller, nets: Networks, batch: Batch, progress: float) -> list[str]:
-    """One iteration as the loop plays it; checks each turn. The players, in order."""
-    players, turns = [], method.step(nets, batch, progress)
-    optimizers = {k: torch.optim.SGD(net.parameters(), lr=1e-2) for k, net in learners(nets).items()}
-    before = digests(learners(nets))
-    for player, loss in turns:
-        assert player in optimizers, f"{player} does not learn"
-        assert digests(learners(nets)) == before, "a method moves learners by yielding, never by itself"
-        assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() and loss.requires_grad
-        optimizers[player].zero_grad()
-        loss.backward()
-        moving = {k: p for k, p in nets[player].named_parameters() if p.requires_grad}
-        missing = [k for k, p in moving.items() if p.grad is None or not p.grad.isfinite().all()]
-        assert not missing, f"no gradient for {missing} of {player}"
-        optimizers[player].step()
-        after = digests(learners(nets))
-        assert [k for k in after if after[k] != before[k]] == [player]
-        before = after
-        players.append(player)
-    assert digests(learners(nets)) == before
-    return players
 
 
 @every_generator

@@ -23,9 +23,9 @@ import torch
 from diffusers import LCMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import transformer
 from service import GENERATE, engine_held, error_of, pictures, until_ready, wait_until_waiting
 from starlette.testclient import TestClient
-from test_weights import transformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from trainings import NETWORK
 
 from distillers import methods
 from distillers.data import open_data
@@ -18,15 +19,6 @@ from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import manifest
 from distillers.jobs.recipe import Recipe, shipped
 from distillers.weights.manifest import Info
-
-NETWORK = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_methods import batch_for, iterate, teacher_for
 from torch import Tensor
+from trainings import batch_for, iterate, teacher_for
 from typer.testing import CliRunner
 
 from distillers.cli.arguments import app

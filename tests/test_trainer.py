@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from trainings import TINY, Breaks, Duel, Regression, norm, same, settings, values
 
 from distillers.data import Batch, ImageData, open_data
 from distillers.errors import BadInput
@@ -37,31 +38,8 @@ from distillers.training.distiller import (
     Distiller,
     Networks,
     Turn,
-    follow,
-    labels_and_images,
-    slow_copy,
-    trainable_copy,
 )
-from distillers.training.losses import per_sample_mse
-from distillers.training.settings import TrainSettings
 from distillers.training.trainer import Run, TrainingStopped, begin, train
-
-NETWORK: dict[str, Any] = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "method": "diffusion",
-    "data": {"kind": "shapes", "size": 8},
-    "model": {"task": "class-to-image", "network": NETWORK},
-    "diffusion": {"sampling_steps": 2},
-    "train": {"iterations": 8, "batch": 4, "warmup": 2, "samples": 2, "checkpoint_every": 1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,88 +62,8 @@ def processes() -> ForkServerContext:
     return context
 
 
-def settings(**changes: Any) -> TrainSettings:
-    """Few iterations, no warm-up, and a clip that never clips."""
-    return TrainSettings(**{"iterations": 3, "batch": 4, "warmup": 0, "samples": 1, "clip": 1e9, "seed": 1, **changes})
-
-
-def values(net: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in net.parameters()]
-
-
-def gradients(net: nn.Module) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
-
-
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return norm([x - y for x, y in zip(a, b, strict=True)])
-
-
-def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Regression(Distiller):
-    """A loss without noise, and a target network that follows half-way; writes down what happened."""
-
-    seen: list[dict[str, Any]] = field(default_factory=list)
-
-    def networks(self, teacher: Teacher) -> Networks:
-        student = trainable_copy(teacher.denoiser)
-        return Networks({"student": student, "target": slow_copy(student)})
-
-    def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
-        x0, cond = labels_and_images(batch)
-        return per_sample_mse(net(x0, torch.full((len(x0),), 500.0), cond), x0).mean()
-
-    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
-        student, before = nets["student"], values(nets["student"])
-        yield "student", self.loss(student, batch, progress)
-        follow(nets["target"], student, 0.5)
-        self.seen.append(
-            {
-                "before": before,
-                "gradient": gradients(student),
-                "after": values(student),
-                "target": values(nets["target"]),
-            }
-        )
-
-    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        return Generator(nets["student"], teacher.codec, teacher.info)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Duel(Regression):
-    """Two players, each of whose losses has gradients in both networks."""
-
-    def networks(self, teacher: Teacher) -> Networks:
-        return Networks({name: trainable_copy(teacher.denoiser) for name in ("student", "critic")})
-
-    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
-        t = torch.full((len(batch["x0"]),), 300.0)
-        x0, cond = labels_and_images(batch)
-        for player, other in (("critic", "student"), ("critic", "student"), ("student", "critic")):
-            loss = per_sample_mse(nets["critic"](nets["student"](x0, t, cond), t, cond), x0).mean()
-            own = torch.autograd.grad(loss, list(nets[player].parameters()), retain_graph=True)
-            before, bystander = values(nets[player]), values(nets[other])
-            yield player, loss
-            self.seen.append(
-                {
-                    "player": player,
-                    "own": own,
-                    "before": before,
-                    "gradient": gradients(nets[player]),
-                    "after": values(nets[player]),
-                    "bystander moved": not same(bystander, values(nets[other])),
-                    "bystander gradient": norm(gradients(nets[other])),
-                }
-            )
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -443,17 +341,6 @@ def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(processes: For
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True)
-class Breaks(Regression):
-    """Half-way the loss, or only its gradient, is no number any more."""
-
-    how: str
-
-    def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
-        weight = next(net.parameters())
-        zero = (weight * 0).sum()
-        extra = {"loss": zero / 0, "gradient": zero.sqrt()}[self.how] if progress >= 0.5 else zero
-        return super().loss(net, batch, progress) + extra
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])

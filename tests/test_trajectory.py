@@ -22,10 +22,9 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from draw_with_diffusers import COUNT, draw_with_pipeline
 from gaussians import ExactStudent, diffused, each_schedule, same, single, start, state
 from mutate import mutated
-from test_denoiser import unet
-from test_methods import batch_for, iterate, teacher_for
-from test_weights import describe, transformer
+from networks import describe, transformer, unet
 from torch import Tensor, nn
+from trainings import batch_for, iterate, teacher_for
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import TINY, Breaks
+from trainings import TINY, Breaks
 
 from distillers.errors import BadInput
 from distillers.generator import Generator

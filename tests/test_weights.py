@@ -1,9 +1,7 @@
 """The weights folder: what is written opens in stock diffusers, what is damaged or mixed is refused by name."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, LCMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from draw_with_diffusers import COUNT, ramp
+from networks import LABELS, contents, describe, draw_with_diffusers, transformer, untrained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,59 +21,14 @@ from torch import nn
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
-from distillers.models.codec import PixelUnshuffle, Vae
+from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
-from distillers.teacher import Teacher
 from distillers.weights.manifest import Info, find
 from distillers.weights.write import _remove, lcm_times, staged, write_pipeline
 
-SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
-LABELS = ["Forest", "River", "Sea Lake"]
-NETWORK = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def describe(task: str = "image", sampler: str = "ddim", **more: Any) -> Info:
-    role = {"ddim": "teacher", "consistency": "student"}[sampler]
-    if task == "class-to-image":
-        more["labels"] = LABELS
-    if task == "sar-to-optical":
-        more["sar"] = {"channels": 1, "range": [-1, 1]}
-    if sampler == "consistency":
-        more.setdefault("step_times", {k: lcm_times(VariancePreserving.from_betas(), k) for k in (1, 2, 4, 8)})
-    base = dict(name="tiny", task=task, method="test", role=role, data="shapes", sampler=sampler, size=(16, 16))
-    return Info(**{**base, **more})
-
-
-def untrained(info: Info, prediction: Prediction = "v", schedule: dict[str, Any] | None = None) -> Generator:
-    torch.manual_seed(0)
-    codec = PixelUnshuffle(info.patch)
-    denoiser = Teacher.random(info, NETWORK, schedule or {"name": "vp"}, prediction, codec).denoiser
-    return Generator(denoiser, codec, info).eval()
-
-
-def transformer(info: Info) -> Generator:
-    """A tiny DiT with a learned variance, in the latent space of a tiny VAE."""
-    torch.manual_seed(0)
-    net: Any = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        num_embeds_ada_norm=len(LABELS), norm_num_groups=4,
-    )  # fmt: skip
-    vae: Any = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    denoiser = Denoiser(net, VariancePreserving.from_betas(), "eps")
-    return Generator(denoiser, Vae(vae), replace(info, codec="vae", patch=2)).eval()
 
 
 def with_adapter(generator: Generator) -> Generator:
@@ -84,12 +38,6 @@ def with_adapter(generator: Generator) -> Generator:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.03)
     return generator
-
-
-def draw_with_diffusers(out: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(out), *map(str, folders)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
 
 
 FOLDERS: dict[str, Callable[[], Generator]] = {
@@ -415,10 +363,6 @@ def test_pickles_are_never_opened(folder: Path, refused: Callable[[str], None]) 
 
 
 # --- replaced as a whole
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_writing_over_an_older_folder_leaves_nothing_of_it(saved: Path, tmp_path: Path) -> None:

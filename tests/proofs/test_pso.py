@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import write_pairs
 from mutate import mutated
 from preference_report import (
     NOISE,
@@ -29,9 +30,8 @@ from preference_report import (
     tuned,
     untuned,
 )
-from test_data import write_pairs
-from test_methods import iterate, teacher_for
 from torch import Tensor
+from trainings import iterate, teacher_for
 
 from distillers.data import open_data
 from distillers.errors import BadInput
