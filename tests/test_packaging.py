@@ -23,8 +23,6 @@ import distillers
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-README = (ROOT / "README.md").read_text()
-ADDRESS = "http://127.0.0.1:8000"
 FEWSTEP = [sys.executable, "-c", "import sys; from distillers.cli import main; sys.exit(main())"]
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), "MAKEFLAGS": ""}
 
