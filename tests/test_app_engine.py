@@ -21,6 +21,7 @@ from app.engine import backends, store, tuning, worker
 from app.engine.dial import choose
 from app.engine.engine import Drawn, Engine, Order
 from app.engine.model import Model
+from app.engine.profile import Profile
 from app.errors import ApiError
 from app.settings import Settings
 from distillers.errors import BadInput
@@ -556,7 +557,7 @@ def test_the_dial(weights: Path) -> None:
     with running(weights) as engine:
         models = [engine.named("student"), engine.named("teacher")]
         for model, each in zip(models, (0.010, 0.020), strict=True):
-            model.profile = tuning.Profile(buckets={1: each}, steps=1)
+            model.profile = Profile(buckets={1: each}, steps=1)
         told = {b: choose(engine, models, b) for b in (15, 25, 100, 250, 5000)}
         assert {b: (c.model.name, c.steps) for b, c in told.items()} == {
             15: ("student", 1),

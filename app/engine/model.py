@@ -1,7 +1,6 @@
 """One served weights folder on one device: its generator, how it is run, and what the outside may know of it."""
 
 import json
-import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,13 @@ from numpy.typing import NDArray
 from app.engine.cost import Cost
 from app.media.images import Pixels
 from distillers.errors import BadInput
+from distillers.runtime import device_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from app.engine.backends import Backend, Inputs, Prepare, Way
-    from app.engine.tuning import Profile
+    from app.engine.profile import Profile
     from distillers.generator import Generator
     from distillers.weights.manifest import Info
 
@@ -281,9 +281,7 @@ class Model:
     @property
     def revision(self) -> str:
         """Of the weights: the same for the same bytes."""
-        from app.engine.tuning import hash_of
-
-        return hash_of("".join(sorted(self.info.sha256.values())))
+        return self.info.digest[:16]
 
     def describe(self) -> dict[str, Any]:
         """The model in OpenAI's form, with what a caller needs to use it."""
@@ -337,16 +335,3 @@ def _stacked(parts: "Sequence[NDArray[np.float32] | None]") -> "Tensor | None":
 
     given = [part for part in parts if part is not None]
     return torch.from_numpy(np.stack(given)) if given else None
-
-
-def device_name(device: str) -> str:
-    """The hardware behind a device."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "cpu"

@@ -5,79 +5,31 @@ the engine's. What was found is kept beside the weights (`profile.json`), by dev
 start prepares the winner only and measures nothing.
 """
 
-import importlib.metadata
-import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from app.engine.backends import Backend, Prepare, Way, candidates, signature
 from app.engine.cost import worth_having
-from app.engine.model import Model, device_name
+from app.engine.model import Model
+from app.engine.profile import Profile, profile_key, read_profiles, write_profile
 from app.errors import ApiError
 from app.media.images import Pixels
-from distillers.runtime import usable_cores
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], T]], T]  # runs a function on the engine's thread, in its turn
 log = logging.getLogger("fewstep.tuning")
-FILE = "profile.json"
 SLOW_FROM = 60.0  # seconds of measuring allowed, from which torch.compile is tried
 COMPARED = (1, 4)  # the batch sizes that backends are compared at
 LEVEL = 1  # of 255: what another order of summation may move a pixel by
 PROBES = 4  # pictures that a backend is held against the reference with
 SAMPLE_S = 0.1  # seconds of timed passes for each measurement, and 3 passes at least
 Ways = list[dict[Any, Way]]  # for each network of a model
-
-
-@dataclass
-class Profile:
-    """What was measured for one model on one device; all pictures at the model's own size and fewest steps."""
-
-    backend: str = "eager"
-    threads: int = 0
-    levels: int = 0  # of 255: the most that a probe's pixel differs from the reference (eager, float32, one picture)
-    steps: int = 1
-    buckets: dict[int, float] = field(default_factory=dict)  # batch size: seconds
-    dropped: dict[int, str] = field(default_factory=dict)  # batch sizes that are not used, and why
-    against_one: dict[int, int] = field(default_factory=dict)  # batch size: levels that its pictures differ from alone
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    date: str = ""
-
-    @property
-    def id(self) -> str:
-        """Of the backend."""
-        return f"{self.backend}/{self.threads}"
-
-
-def key(model: Model, tolerance: int, largest: int) -> str:
-    """All that a profile depends on."""
-    versions = [f"{name} {version}" for name in ("torch", "diffusers", "openvino") if (version := _version(name))]
-    weights = "".join(sorted(model.info.sha256.values()))
-    own = f"{usable_cores()} cores, tolerance {tolerance}, batches to {largest}"
-    return " | ".join([device_name(model.device), platform.machine(), *versions, own, f"weights {hash_of(weights)}"])
-
-
-def hash_of(text: str) -> str:
-    """Short, and the same in every process."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest: int) -> Profile:
@@ -89,18 +41,17 @@ def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest
         tolerance: levels of 255 that a backend of lower precision may move a pixel by.
         largest: pictures in one pass.
     """
-    stored = _read(model.folder / FILE)
-    name = key(model, tolerance, largest)
-    if name in stored:
+    key = profile_key(model.info, model.device, tolerance, largest)
+    if stored := read_profiles(model.folder).get(key):
         try:
-            return _install(model, Profile(**_whole(stored[name])), run, tolerance)
+            return _install(model, Profile.from_json(stored), run, tolerance)
         except ApiError:  # the server ends
             raise
         except Exception as error:
             log.info("the profile kept for %s is measured anew: %s", model.name, error)
     profile = _measure(model, run, seconds, tolerance, largest)
     try:
-        (model.folder / FILE).write_text(json.dumps({**stored, name: asdict(profile)}, indent=1) + "\n")
+        write_profile(model.folder, key, profile)
     except OSError:
         log.info("the profile of %s cannot be kept beside its weights", model.name)
     return profile
@@ -251,17 +202,3 @@ def _against_one(model: Model, size: int, ways: Ways, threads: int, alone: dict[
 def difference(one: Pixels, other: Pixels) -> int:
     """The most levels of 255 between two pictures."""
     return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text())
-        return stored if isinstance(stored, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _whole(stored: dict[str, Any]) -> dict[str, Any]:
-    """JSON's keys are text."""
-    numbered = ("buckets", "dropped", "against_one")
-    return {k: {int(n): v for n, v in value.items()} if k in numbered else value for k, value in stored.items()}

@@ -7,8 +7,6 @@ on the seed and the place alone, not on how many tiles are sampled at a time.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +82,7 @@ def translate(
         down, across = axis(height, options, generator.size_multiple), axis(width, options, generator.size_multiple)
         facts = SceneFacts(
             model=info.name,
-            model_sha256=model_hash(generator),
+            model_sha256=generator.info.digest,
             steps=steps,
             seed=options.seed,
             samples=options.samples,
@@ -338,8 +336,3 @@ def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> t
         out[part] = np.where(valid[part], np.rint(found / SCALE), HOLE).astype(np.uint16)
         total += float(deviation.mean(0)[valid[part]].sum())
     return out, total
-
-
-def model_hash(generator: Generator) -> str:
-    """Hash the manifest's sha256 of all parts into one."""
-    return hashlib.sha256(json.dumps(generator.info.sha256, sort_keys=True).encode()).hexdigest()

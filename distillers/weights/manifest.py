@@ -111,6 +111,11 @@ class Info:
             raise BadInput(f"{where}, guidance_scale", self.guidance_scale, "1: no student knows the null class")
 
     @property
+    def digest(self) -> str:
+        """One SHA-256 of all files that the manifest lists, in hexadecimal: the same for the same weights."""
+        return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
+
+    @property
     def classes(self) -> list[int]:
         """The labels that the model draws, ascending: all, or a lone student's share."""
         return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))

@@ -1,0 +1,63 @@
+"""The stored profile of a served model: which backend runs it on this device, and what each batch size costs."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from distillers.runtime import device_name, package_versions, usable_cores
+from distillers.weights.manifest import Info
+
+FILE = "profile.json"
+NUMBERED = {"buckets", "dropped", "against_one"}  # fields whose keys are batch sizes
+
+
+@dataclass
+class Profile:
+    """What was measured for one model on one device, at the model's own size and fewest steps."""
+
+    backend: str = "eager"
+    threads: int = 0
+    levels: int = 0  # of 255: the most that a probe's pixel differs from the reference (eager, float32, one picture)
+    steps: int = 1
+    buckets: dict[int, float] = field(default_factory=dict)  # batch size: seconds
+    dropped: dict[int, str] = field(default_factory=dict)  # batch sizes that are not used, and why
+    against_one: dict[int, int] = field(default_factory=dict)  # batch size: levels that its pictures differ from alone
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    date: str = ""
+
+    @property
+    def id(self) -> str:
+        """The backend's name and its number of threads."""
+        return f"{self.backend}/{self.threads}"
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        """Read a stored profile, whose batch sizes are text in JSON. TypeError or ValueError for a broken one."""
+        fields: dict[str, Any] = {**stored}
+        for name in NUMBERED & fields.keys():
+            fields[name] = {int(size): value for size, value in fields[name].items()}
+        return cls(**fields)
+
+
+def profile_key(info: Info, device: str, tolerance: int, largest: int) -> str:
+    """Name all that a profile depends on: device, versions, limits and weights."""
+    versions = [f"{name} {version}" for name, version in package_versions("torch", "diffusers", "openvino").items()]
+    limits = f"{usable_cores()} cores, tolerance {tolerance}, batches to {largest}"
+    return " | ".join([device_name(device), platform.machine(), *versions, limits, f"weights {info.digest}"])
+
+
+def read_profiles(folder: Path) -> dict[str, Any]:
+    """Read the profiles kept beside a folder's weights, as JSON by key; {} where there are none."""
+    try:
+        stored = json.loads((folder / FILE).read_text())
+        return stored if isinstance(stored, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_profile(folder: Path, key: str, profile: Profile) -> None:
+    """Keep a profile beside a folder's weights. Raises OSError where nothing can be written."""
+    stored = {**read_profiles(folder), key: asdict(profile)}
+    (folder / FILE).write_text(json.dumps(stored, indent=1) + "\n")
