@@ -1,1 +1,1 @@
-"""The service: bytes in, one batched forward pass, bytes out. It knows weights folders, never how they were trained."""
+"""The HTTP service draws pictures from weights folders, in batched forward passes. It knows nothing of training."""

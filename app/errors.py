@@ -1,11 +1,15 @@
-"""The one error object, OpenAI's, for everything that is not an answer:
+"""Answer every error with OpenAI's error object:
 
     {"error": {"message": "n: got 99; allowed: 1..16", "type": "invalid_request_error", "param": "n", "code": "..."}}
 
-Wrong input is 400 (OpenAI's clients expect it where FastAPI says 422), an unknown model or path 404, a body or image
-over the limit 413, an unreadable kind of body 415, a body that takes too long to arrive 408. Without a valid key 401,
-without its scope 403, over the key's own limits 429; a full queue, a model still opening or a closing server 503. 429
-and 503 say in Retry-After when another try makes sense. A GeoTIFF where rasterio is not installed 501, a full disk 507.
+    400  wrong input, where FastAPI says 422          413  a body or picture over the limit
+    401  no valid key                                 415  an unreadable kind of body
+    403  a key without the scope                      429  over the key's own limits
+    404  an unknown model or path                     501  a GeoTIFF, and rasterio is not installed
+    408  a body that takes too long to arrive         507  a full disk
+    503  a full queue, a model still opening, or a closing server
+
+429 and 503 say in Retry-After when another try makes sense.
 """
 
 import http
@@ -26,7 +30,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's error."""
+    """Holds the fields of OpenAI's error."""
 
     message: str
     type: str
@@ -35,13 +39,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What every route answers when it does not answer."""
+    """Wraps the error, as every route answers when it fails."""
 
     error: ErrorBody
 
 
 class ApiError(Exception):
-    """An error that is told to the caller as it is."""
+    """Carries a status and an error object to the caller."""
 
     def __init__(
         self,
@@ -58,30 +62,30 @@ class ApiError(Exception):
         self.body = ErrorBody(message=message, type=kind, param=param, code=code)
 
     def response(self) -> JSONResponse:
-        """The error as the response that tells it."""
+        """Return the error as a response."""
         return JSONResponse({"error": self.body.model_dump()}, self.status, self.headers)
 
 
 def overloaded(message: str, seconds: int, code: str = "server_overloaded") -> ApiError:
-    """503: ours, not the caller's; worth trying again after `seconds`."""
+    """Return a 503, worth another try after `seconds`."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(seconds)})
 
 
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
-    """404, with what there is."""
+    """Return the 404 for an unknown model, with the known ones."""
     message = f"model: got {short(name)}; allowed: {', '.join(known) or 'none is served'}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
 def from_bad_input(error: BadInput) -> ApiError:
-    """400, field and allowed values named."""
+    """Return the 400 for wrong input, with the field, what was given and what is allowed."""
     field = error.field[:80]
     message = f"{field}: got {short(error.given)}; allowed: {error.allowed}"
     return ApiError(400, message, param=field, code="invalid_value")
 
 
 def internal_error() -> ApiError:
-    """500; what it was stands in the log only."""
+    """Return the 500 for an unexpected error, whose cause stands in the log only."""
     return ApiError(500, "an error on our side; it has been logged", code="internal_error")
 
 
@@ -98,13 +102,13 @@ def from_exception(error: Exception) -> ApiError:
 
 
 def short(given: object) -> str:
-    """What was given, as far as it helps to see it."""
+    """Return what was given as text of at most 80 characters."""
     text = repr(given)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's errors, in the house's form: field, given, allowed."""
+    """Return the 400 for the first of pydantic's errors, in the same form: field, given, allowed."""
     first = errors[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, BadInput):
@@ -120,7 +124,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
 
 
 def answer(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a request that failed; an error that nobody expected is not touched: `Visits` logs it."""
+    """Return the answer to a request that failed. An unexpected error is raised again: `RequestLog` logs it."""
     if isinstance(error, BadInput | RequestValidationError | ValidationError):
         return from_exception(error).response()
     if isinstance(error, HTTPException):
@@ -137,11 +141,11 @@ def answer(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the application the one object."""
+    """Answer every error of the application with OpenAI's error object."""
     stock = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The description without the 422 that FastAPI writes into it and `answer` never gives."""
+        """Return the description without the 422 that FastAPI adds and `answer` never returns."""
         for route in (route for verbs in stock()["paths"].values() for route in verbs.values()):
             route["responses"].pop("422", None)
         return stock()

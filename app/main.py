@@ -1,4 +1,4 @@
-"""The service: `uvicorn --factory app.main:create_app`. Nothing happens at import, and torch is not imported by it."""
+"""Build the application, for `uvicorn --factory app.main:create_app`. Importing this module imports no torch."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,14 +11,15 @@ from starlette.staticfiles import StaticFiles
 
 from app import errors
 from app.engine.engine import Engine
-from app.engine.jobs import Jobs
+from app.engine.scene_jobs import SceneJobs
 from app.engine.scenes import Scenes
 from app.middleware.access import Access, Keys
 from app.middleware.drain import Drain
 from app.middleware.limits import BodyLimit
-from app.middleware.request_log import Visits
+from app.middleware.request_log import RequestLog
 from app.requests.fast_path import FastPath
-from app.routes import benchmarks, demonstration, edits, health, images, jobs, metrics, models, realtime, translations
+from app.routes import benchmarks, edits, example_scene, health, images, jobs, models, realtime, translations
+from app.routes import metrics as metrics_route
 from app.settings import Settings
 from app.telemetry import logs
 from app.telemetry.metrics import Metrics
@@ -32,10 +33,10 @@ PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cac
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application; settings come from FEWSTEP_* variables unless given.
+    """Build the application. Settings come from FEWSTEP_* variables unless given.
 
     Raises:
-        BadInput: without a weights folder, or for a file of keys that cannot be used.
+        BadInput: there is no weights folder, or the file of keys cannot be used.
     """
     prepare_process()  # before the engine's thread imports torch
     settings = settings or Settings()
@@ -43,20 +44,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
     logs.configure(settings.log_level, settings.log_format)
     keys = Keys(settings.keys) if settings.keys else None
-    told, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()
+    metrics, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = Engine(settings, told)
+        engine = Engine(settings, metrics)
         with (
             drain.on_signals(),
             Scenes(engine, settings) as app.state.scenes,
-            Jobs(app.state.scenes, settings) as app.state.jobs,
+            SceneJobs(app.state.scenes, settings) as app.state.jobs,
         ):
             app.state.engine = engine
             app.state.benchmarking = asyncio.Lock()
             app.state.realtime = set()  # open connections
-            told.watch(engine, drain)
+            metrics.watch(engine, drain)
             engine.start()
             yield
             app.state.jobs.cancel_all()
@@ -69,19 +70,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="One-step and few-step image generators, and their teachers.",
         description="Every error is OpenAI's error object. The same seed gives the same picture, whatever the load.",
         lifespan=lifespan,
-        docs_url=None,  # the stock page loads its scripts from elsewhere; ours is in static/
+        docs_url=None,  # the stock page loads scripts from elsewhere; ours is in static/
         redoc_url=None,
     )
-    app.state.metrics, app.state.drain = told, drain
-    rooms = (images, edits, translations, realtime, jobs, demonstration, models, benchmarks, health, metrics)
-    app.add_middleware(FastPath, [route for room in rooms for route in room.router.routes])
+    app.state.metrics, app.state.drain = metrics, drain
+    modules = (images, edits, translations, realtime, jobs, example_scene, models, benchmarks, health, metrics_route)
+    app.add_middleware(FastPath, [route for module in modules for route in module.router.routes])
     others = {jobs.PATH: settings.max_scene_bytes}
-    app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, told, others)
-    app.add_middleware(Access, keys, told)
-    app.add_middleware(Visits, told, drain, tracing)  # the last one added is the first one entered
+    app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, metrics, others)
+    app.add_middleware(Access, keys, metrics)
+    app.add_middleware(RequestLog, metrics, drain, tracing)  # the last one added is the first one entered
     errors.install(app)
-    for room in rooms:
-        app.include_router(room.router)
+    for module in modules:
+        app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -1,4 +1,4 @@
-"""Request and answer bodies. A field that is not here is refused by name; OpenAI's own without effect are accepted."""
+"""Declare the bodies of requests and answers. Unknown fields are refused by name; OpenAI's unused ones are accepted."""
 
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
@@ -31,12 +31,12 @@ Unused = Annotated[Any, Field(description="Accepted because OpenAI's clients sen
 
 
 class Body(BaseModel):
-    """A request body that names the fields it does not know, and those it does."""
+    """Refuses unknown fields of a request and names the known ones."""
 
     @model_validator(mode="before")
     @classmethod
     def known_fields(cls, body: object) -> object:
-        """Before all else, so that a misspelt name is told as what it is."""
+        """Refuse unknown fields before any other check, so that the error names a misspelt field."""
         if isinstance(body, dict):
             known = cls.model_fields
             for name in body:
@@ -45,18 +45,21 @@ class Body(BaseModel):
         return body
 
 
-class Drawing(Body):
-    """What every request that draws has in common."""
+class SeededFields(Body):
+    """Declares the fields of every request that draws: model, seed and steps."""
 
     model: str | None = Field(None, description="A name of /v1/models. May be left out where the choice is clear.")
     seed: int | None = Field(
-        None, ge=0, lt=SEEDS, description="Picture i is drawn from seed + i alone. Random, and told, when left out."
+        None,
+        ge=0,
+        lt=SEEDS,
+        description="Picture i is drawn from seed + i alone. Random when left out; the answer names it.",
     )
     steps: int | None = Field(None, ge=1, description="One of the model's steps; its default when left out.")
 
 
-class Turn(Drawing):
-    """What every request for a picture that is waited for has in common."""
+class PictureFields(SeededFields):
+    """Declares the fields of every request whose answer holds a picture."""
 
     output_format: Format = Field("png", description="raw: the pixels, 3 bytes each, row by row.")
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp; 90 by default.")
@@ -75,21 +78,21 @@ class Turn(Drawing):
 
     @model_validator(mode="after")
     def steps_or_budget(self) -> Self:
-        """Two ways to say the same would contradict each other."""
+        """Refuse steps beside a latency budget, which chooses them."""
         if self.steps is not None and self.latency_budget_ms is not None:
             raise BadInput("steps", self.steps, "nothing beside latency_budget_ms, which chooses the steps")
         return self
 
 
-class Sampling(Turn):
-    """What generations, edits and translations have in common."""
+class BatchFields(PictureFields):
+    """Declares the fields of generations, edits and translations."""
 
     n: int | None = Field(None, ge=1, description="Pictures: 1 (the default) to the server's limit.")
     response_format: ResponseFormat | None = Field(None, description="For raw bytes: Accept: image/png and n = 1.")
 
 
-class Described(Body):
-    """What is in the picture."""
+class ContentFields(Body):
+    """Declares the fields that say what is in the picture."""
 
     prompt: str | None = Field(
         None,
@@ -99,8 +102,8 @@ class Described(Body):
     label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
 
 
-class OpenAIRequest(Sampling, Described):
-    """What OpenAI's two forms have in common."""
+class OpenAIRequest(BatchFields, ContentFields):
+    """Declares the fields of OpenAI's two requests."""
 
     size: str | None = Field(None, description='"WIDTHxHEIGHT" as the model draws it, or "auto".')
     stream: bool | None = Field(None, description="Server-sent events, as OpenAI sends them.")
@@ -115,7 +118,7 @@ class OpenAIRequest(Sampling, Described):
 
 
 class ImageRequest(OpenAIRequest):
-    """OpenAI's images.generate, and a few fields more (`extra_body` in its Python client)."""
+    """Extends OpenAI's images.generate by a few fields (`extra_body` in its Python client)."""
 
     model_config = ConfigDict(
         strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "prompt": "Forest", "seed": 7}}
@@ -125,7 +128,7 @@ class ImageRequest(OpenAIRequest):
 
 
 class EditRequest(OpenAIRequest):
-    """OpenAI's images.edit: the form's fields beside the file `image`."""
+    """Declares the fields of OpenAI's images.edit, beside the file `image` of the form."""
 
     strength: float = Field(
         STRENGTH, gt=0, le=1, description="Share of the steps that are taken; 1 keeps least of the picture."
@@ -134,8 +137,8 @@ class EditRequest(OpenAIRequest):
     input_fidelity: Unused = None
 
 
-class RealtimeRequest(Turn, Described):
-    """One text message at /v1/realtime."""
+class RealtimeRequest(PictureFields, ContentFields):
+    """Declares the fields of a text message at /v1/realtime."""
 
     model_config = ConfigDict(strict=True)
 
@@ -153,7 +156,7 @@ def _of_options(name: str) -> Any:
 
 
 class SceneFields(Body):
-    """How the numbers of a scene are read. Each of them makes a TIFF a scene; `bands` goes with a plain PNG, too."""
+    """Declares how the numbers of a scene are read. Each field makes a TIFF a scene; `bands` goes with a PNG, too."""
 
     units: Units | None = _of_options("units")
     bands: str | None = _of_options("bands")
@@ -161,8 +164,8 @@ class SceneFields(Body):
     samples: int | None = _of_options("samples")
 
 
-class TranslationRequest(Sampling, SceneFields):
-    """Parameters of a translation: form fields beside the file `image`, or the query of a raw body.
+class TranslationRequest(BatchFields, SceneFields):
+    """Declares a translation's parameters: form fields beside the file `image`, or the query of a raw body.
 
     A TIFF is a scene if it is georeferenced or BigTIFF, if it is not one band of 8 bit, 16 bit or float32 (or three of
     8 bit), or if units, bands, nodata, samples or output_format=geotiff are said. All else is a plain picture.
@@ -176,12 +179,12 @@ class TranslationRequest(Sampling, SceneFields):
     )
 
 
-class JobRequest(Drawing, SceneFields):
-    """Parameters of a whole scene's translation: the query of a raw body, or form fields beside the file `image`."""
+class JobRequest(SeededFields, SceneFields):
+    """Declares the parameters of a job: the query of a raw body, or form fields beside the file `image`."""
 
 
 class BenchmarkRequest(Body):
-    """A small measurement, made now, on the device that serves."""
+    """Asks for a small measurement, made now, on the device that serves."""
 
     model_config = ConfigDict(strict=True, json_schema_extra={"example": {"model": "eurosat-consistency", "n": 16}})
 
@@ -192,7 +195,7 @@ class BenchmarkRequest(Body):
 
 
 class Timings(BaseModel):
-    """Milliseconds: waiting, on the device, encoding; and the largest batch a picture of this request was drawn in.
+    """Gives the milliseconds of each stage, and the largest batch that a picture of the request was drawn in.
 
     Of a scene: summed over its tiles; encoding is all else, reading and blending included.
     """
@@ -205,7 +208,7 @@ class Timings(BaseModel):
 
 
 class Chosen(BaseModel):
-    """What latency_budget_ms came to, and why."""
+    """Says what was chosen for latency_budget_ms, and why."""
 
     model: str
     steps: int
@@ -215,7 +218,7 @@ class Chosen(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """Holds one picture."""
 
     b64_json: str
     seed: int = Field(description="Draws this picture alone.")
@@ -223,7 +226,7 @@ class ImageData(BaseModel):
 
 
 class SceneData(BaseModel):
-    """A scene's facts, two small PNG pictures of one size to lay over each other, and the statistics over samples."""
+    """Holds a scene's facts, two small PNG pictures of one size to overlay, and the statistics over samples."""
 
     facts: SceneFacts
     sar_png: str = Field(description="base64; 2 to 98 % of the decibels, grey")
@@ -232,7 +235,7 @@ class SceneData(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """OpenAI's ImagesResponse, and what is needed to draw the same again."""
+    """Extends OpenAI's ImagesResponse by what is needed to draw the same again."""
 
     created: int
     data: list[ImageData]
@@ -248,7 +251,7 @@ class ImagesAnswer(BaseModel):
 
 
 class JobAnswer(BaseModel):
-    """A whole scene at work, or done."""
+    """Describes a job: a whole scene that waits, runs or has ended."""
 
     id: str
     object: Literal["job"] = "job"

@@ -1,4 +1,4 @@
-"""Everything the service can be told, as FEWSTEP_* environment variables."""
+"""Read the settings of the service from FEWSTEP_* environment variables."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """FEWSTEP_WEIGHTS=weights FEWSTEP_DEVICE=cpu ... ; every field has a default that serves a small machine."""
+    """Holds the settings, as in FEWSTEP_WEIGHTS=weights FEWSTEP_DEVICE=cpu. The defaults suit a small machine."""
 
     model_config = SettingsConfigDict(env_prefix="FEWSTEP_", env_ignore_empty=True, extra="ignore")
 

@@ -27,7 +27,7 @@ from isal import isal_zlib
 from PIL import Image
 
 from app.media import png
-from app.media.images import Pixels, encode
+from app.media.image_files import Pixels, encode
 from distillers.evaluation.report import markdown_table, setting
 
 SIDES = (64, 128, 256, 512, 1024)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from app.engine.batcher import Batcher, Closed, Expired, Full, Ticket
+from app.engine.batcher import Batcher, Closed, Expired, Full, QueueEntry
 
 LIMIT = 6
 LARGEST = {"a": 1, "b": 2, "c": 4}
@@ -23,7 +23,7 @@ class Even:
     def __init__(self, seconds: float = 1.0) -> None:
         self.each = seconds
 
-    def take(self, key: str, waiting: int) -> int:
+    def batch_size(self, key: str, waiting: int) -> int:
         return min(waiting, LARGEST[key])
 
     def seconds(self, key: str, count: int) -> float:
@@ -82,8 +82,8 @@ class Simulation(RuleBasedStateMachine):
     def turn(self, works: bool) -> None:
         turn = self.batcher.take()
         assert turn is not None
-        key, tickets = turn
-        orders = [ticket.order for ticket in tickets]
+        key, entries = turn
+        orders = [entry.order for entry in entries]
         assert orders == sorted(orders) and 1 <= len(orders) <= LARGEST[key]
         assert {self.key[order] for order in orders} == {key} and set(orders) <= self.waiting
         assert not any(self._late(order) for order in orders)
@@ -91,11 +91,11 @@ class Simulation(RuleBasedStateMachine):
         assert all(self._late(order) for order in older)  # within a key, the sequence of arrival
         self.met |= set(orders)
         self.waiting -= set(orders)
-        for ticket in tickets:
+        for entry in entries:
             if works:
-                ticket.answer.set_result(ticket.order)
+                entry.answer.set_result(entry.order)
             else:
-                ticket.answer.set_exception(ArithmeticError(ticket.order))
+                entry.answer.set_exception(ArithmeticError(entry.order))
 
     def _late(self, order: int) -> bool:
         deadline = self.deadline[order]
@@ -127,9 +127,9 @@ TestEveryOrderGetsExactlyOneAnswer = Simulation.TestCase
 TestEveryOrderGetsExactlyOneAnswer.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
-def orders(turn: tuple[str, list[Ticket[int, int]]] | None) -> list[int]:
+def orders(turn: tuple[str, list[QueueEntry[int, int]]] | None) -> list[int]:
     assert turn is not None
-    return [ticket.order for ticket in turn[1]]
+    return [entry.order for entry in turn[1]]
 
 
 def test_those_who_ask_little_are_served_in_the_sequence_of_arrival() -> None:
@@ -158,9 +158,9 @@ def test_nobody_starves_and_shares_are_even(seed: int) -> None:
     for turn in range(120):
         if turn < 60:
             batcher.put([("c", 0) for _ in range(draw.randint(4, 9))])
-        key, tickets = batcher.take() or ("", [])
+        key, entries = batcher.take() or ("", [])
         if turn >= 10:
-            served[key] += len(tickets)
+            served[key] += len(entries)
         if turn == 70:
             break
     assert abs(served["a"] - served["c"]) <= 8
@@ -198,9 +198,9 @@ def test_under_threads_nothing_is_lost_and_nothing_cancelled_is_run() -> None:
 
     def work() -> None:
         while (turn := batcher.take()) is not None:
-            for ticket in turn[1]:
-                ran.append(ticket.order)
-                ticket.answer.set_result(ticket.order)
+            for entry in turn[1]:
+                ran.append(entry.order)
+                entry.answer.set_result(entry.order)
 
     cancelled: set[tuple[int, int]] = set()
     futures: dict[tuple[int, int], Future[tuple[int, int]]] = {}

@@ -97,7 +97,7 @@ def test_pictures_drawn_while_a_backend_is_measured_are_right(weights: Path) -> 
             found = draw(engine, "student", orders(2))
             assert all(levels(a.pixels, b) <= 3 for a, b in zip(found, expected, strict=True))
             rounds += 1
-        assert engine.named("student").how()["name"].endswith("+graph")
+        assert engine.named("student").backend_info()["name"].endswith("+graph")
 
 
 def test_a_batch_that_does_not_fit_is_split_and_the_server_lives_on(weights: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 from service import LABELS, SIDE, publish, until
 
 from app.engine import backends, store, tuning, worker
-from app.engine.dial import choose
-from app.engine.engine import Drawn, Engine, Order
+from app.engine.budget import choose
+from app.engine.engine import Engine, Order, Picture
 from app.engine.model import Model
 from app.engine.profile import Profile
 from app.errors import ApiError
@@ -72,7 +72,7 @@ async def held(engine: Engine) -> AsyncIterator[threading.Event]:
         await holding
 
 
-def draw(engine: Engine, name: str, *orders: Order, steps: int = 1, **more: Any) -> list[Drawn]:
+def draw(engine: Engine, name: str, *orders: Order, steps: int = 1, **more: Any) -> list[Picture]:
     return asyncio.run(engine.draw(engine.named(name), steps, orders, SIDE, SIDE, **more))
 
 
@@ -109,11 +109,11 @@ def test_a_backend_is_chosen_by_measurement_and_remembered_beside_the_weights(
     def never(*_: Any) -> Any:
         raise AssertionError("it was measured again")
 
-    monkeypatch.setattr(tuning, "timed", never)
+    monkeypatch.setattr(tuning, "median_seconds", never)
     again = Model.open("student", weights / "student", "cpu", 250)
     kept = tuning.tune(again, lambda work: work(), seconds=30, tolerance=2, largest=8)
     assert (kept.id, kept.buckets, kept.against_one) == (profile.id, profile.buckets, profile.against_one)
-    assert again.how()["name"] == profile.backend and again.how()["measured"]
+    assert again.backend_info()["name"] == profile.backend and again.backend_info()["measured"]
     with pytest.raises(AssertionError):  # another tolerance is another question
         tuning.tune(again, lambda work: work(), seconds=30, tolerance=0, largest=8)
 
@@ -127,11 +127,11 @@ def test_every_backend_draws_what_the_library_draws(weights: Path, name: str, fo
     backend = next(b for b in backends.candidates("cpu", True) if b.name == name)
     steps = max(model.steps or [3])
     reference = tuning.probe(model, steps)
-    ways = tuning.prepare(model, backend.opened(model.networks), [1, 2], lambda work: work())
-    assert all(len(some) == 2 for some in ways)
-    assert levels(tuning.probe(model, steps, ways, backend.threads), reference) <= 1
+    prepared = tuning.prepare(model, backend.open_all(model.networks), [1, 2], lambda work: work())
+    assert all(len(some) == 2 for some in prepared)
+    assert levels(tuning.probe(model, steps, prepared, backend.threads), reference) <= 1
     orders = model.probes(2)
-    with model.using(ways, None):
+    with model.using(prepared, None):
         assert levels(model.draw(steps, orders), [model.draw(steps, [order])[0] for order in orders]) <= 1
     assert (tuning.probe(model, steps) == reference).all()  # the reference was left as it is
 
@@ -199,13 +199,13 @@ def test_shapes_that_come_again_and_again_are_prepared(weights: Path) -> None:
         if model.profile and model.profile.backend == "eager":
             pytest.skip("nothing to prepare")
         sar = np.zeros((1, 32, 48), np.float32)
-        known = len(model.executed[0].ways)
+        known = len(model.dispatches[0].prepared)
 
         def ask() -> Any:
             return asyncio.run(engine.draw(model, 1, [Order(5, sar=sar)], 32, 48))[0].pixels
 
         first = ask()
-        until(lambda: [ask()] and len(model.executed[0].ways) > known)
+        until(lambda: [ask()] and len(model.dispatches[0].prepared) > known)
         assert levels(ask(), first) <= 1
 
 
@@ -524,7 +524,9 @@ def test_partial_pictures_lead_to_the_last_and_belong_to_their_order(weights: Pa
     with running(weights) as engine:
         seen: dict[int, list[Any]] = {0: [], 1: []}
         shown = ((0, 1, 2), (0, 2))
-        orders = [Order(s, 0, partial=lambda i, p, s=s: seen[s].append((i, p)), shown=shown[s]) for s in (0, 1)]
+        orders = [
+            Order(s, 0, on_partial=lambda i, p, s=s: seen[s].append((i, p)), partial_steps=shown[s]) for s in (0, 1)
+        ]
         drawn = draw(engine, "teacher", *orders, steps=4)
         for s in (0, 1):
             assert tuple(i for i, _ in seen[s]) == shown[s]

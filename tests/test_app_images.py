@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.errors import ApiError
-from app.media.images import decode_rgb, decode_sar, encode, pad
+from app.media.image_files import decode_rgb, decode_sar, encode, pad
 from distillers.errors import BadInput
 
 LIMIT = 1 << 16

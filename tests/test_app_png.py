@@ -199,7 +199,7 @@ def test_arrays_that_are_no_picture_are_refused(pixels: NDArray) -> None:
 def test_it_works_where_isal_is_not_installed() -> None:
     code = (
         "import sys; sys.modules['isal'] = None\n"
-        "import zlib, numpy as np; from app import png\n"
+        "import zlib, numpy as np; from app.media import png\n"
         "assert png.deflate is zlib\n"
         "sys.stdout.buffer.write(png.write_png(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)))"
     )

@@ -39,7 +39,7 @@ from typer.testing import CliRunner
 
 from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
-from app.media.rasters import is_scene
+from app.media.geotiff import is_scene
 from app.settings import Settings
 from distillers.cli.arguments import app
 from distillers.generator import Generator

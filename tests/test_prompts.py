@@ -142,7 +142,7 @@ def test_what_is_wrong_is_named(stock: tuple[Any, Path], tmp_path: Path) -> None
 def test_backends_run_words_network_and_decoder(stock: tuple[Any, Path], tmp_path: Path) -> None:
     adopt(stock[1], tmp_path / "few", [1], "consistency", None)
     model = Model.open("few", tmp_path / "few", "cpu", 250)
-    assert len(model.executed) == 3
+    assert len(model.dispatches) == 3
     pytest.importorskip("openvino")
     profile = tuning.tune(model, lambda work: work(), seconds=50, tolerance=2, largest=4)
     ran = {entry["backend"].partition("/")[0] for entry in profile.tried if "ms" in entry}
@@ -151,7 +151,7 @@ def test_backends_run_words_network_and_decoder(stock: tuple[Any, Path], tmp_pat
     together = model.draw(1, probes)
     alone = np.concatenate([model.draw(1, [probe], strict=True) for probe in probes])
     assert np.abs(together.astype(int) - alone.astype(int)).max() <= 2
-    assert all(not executed.missed for executed in model.executed) or 2 not in profile.buckets
+    assert all(not dispatch.unprepared for dispatch in model.dispatches) or 2 not in profile.buckets
 
 
 def test_a_prompt_is_drawn_over_http(stock: tuple[Any, Path], tmp_path: Path) -> None:

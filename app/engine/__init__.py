@@ -1,1 +1,1 @@
-"""From accepted orders to pixels: the batcher that decides what runs next, and the one thread that runs it."""
+"""The engine draws accepted orders: queues that form batches, one thread for each device, and the models it serves."""

@@ -1,8 +1,8 @@
-"""Ways to run a network, and `Executed`, the network that runs each shape in the way that was prepared for it.
+"""Run networks by different backends, and each call by the function that was prepared for its shapes (`Dispatch`).
 
-A backend gets the network and example inputs and answers with a function that runs it on inputs of exactly these
-shapes. Which one serves is decided by measurement: see `tuning.py`. Only the network is replaced; schedules, guidance
-and samplers stay the library's own, so every backend draws what the library draws.
+A backend takes a network and example inputs and returns a function that runs it on inputs of exactly these shapes.
+Measurement decides which one serves: see `tuning.py`. Only the network is replaced; schedules, guidance and samplers
+stay the library's own, so every backend draws what the library draws.
 
     eager            the network as it was loaded: the reference, and what `determinism: "strict"` runs
     channels-last    NHWC memory format
@@ -28,26 +28,24 @@ from torch import Tensor, nn
 
 from distillers.runtime import usable_cores
 
-# x (B, C, H, W), time (B,), label (B,), and of text: hidden states (B, L, D), pooled (B, P), ids (B, 6); None where a
-# network is not told it. A decoder's are its latents alone, a text encoder's its tokens.
+# x (B, C, H, W), time (B,), label (B,), and of text: hidden states (B, L, D), pooled (B, P), ids (B, 6); None for those
+# that a network does not take. A decoder takes its latents alone, a text encoder its tokens.
 Inputs = tuple[Tensor | None, ...]
-Way = Callable[..., Tensor]
-MISSED = 64  # shapes that are counted
-
-
-Prepare = Callable[[Inputs], Way]
+Forward = Callable[..., Tensor]
+Prepare = Callable[[Inputs], Forward]
+MAX_COUNTED = 64  # unprepared shapes that are counted
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run networks.
+    """A backend runs networks in one particular way.
 
     Args:
-        exact: float32 throughout; else the pictures are held against a tolerance.
-        threads: of torch, on a CPU.
-        open: from a network to what prepares a way for inputs of the given shapes. It leaves the network as it is.
-        fallback: the exact backend of the same kind, for shapes that were not held against the tolerance.
-        unless: backends that are finer or faster; where one of them draws well enough, this one is not tried.
+        exact: whether it computes in float32 throughout; else its pictures must stay within a tolerance.
+        threads: torch's threads on a CPU.
+        open: takes a network, which it leaves as it is, and returns the function that prepares it for given inputs.
+        fallback: id of the exact backend for shapes whose pictures were not compared.
+        unless: names of backends that are better; where one of them draws well enough, this one is not tried.
     """
 
     name: str
@@ -59,16 +57,16 @@ class Backend:
 
     @property
     def id(self) -> str:
-        """Name and threads, as a profile remembers it."""
+        """Return the name and the number of threads, by which a profile refers to a backend."""
         return f"{self.name}/{self.threads}"
 
-    def opened(self, networks: Sequence[nn.Module]) -> list[Prepare]:
-        """For each of several networks."""
+    def open_all(self, networks: Sequence[nn.Module]) -> list[Prepare]:
+        """Open several networks and return a preparing function for each."""
         return [self.open(network) for network in networks]
 
 
-class Executed(nn.Module):
-    """A network whose calls go the way prepared for their shape; without one, through the network itself.
+class Dispatch(nn.Module):
+    """Wraps a network and runs each call by the function prepared for its shapes, or by the network itself.
 
     It is called on the engine's thread only.
     """
@@ -76,10 +74,10 @@ class Executed(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.config = network, network.config
-        self.ways: dict[Any, Way] = {}
+        self.prepared: dict[Any, Forward] = {}
         self.strict = False
-        self.missed: dict[Any, tuple[int, Inputs]] = {}  # shapes without a way: how often they came, and one example
-        self._seen: list[Inputs] | None = None
+        self.unprepared: dict[Any, tuple[int, Inputs]] = {}  # by shapes: number of calls, and an example
+        self._recorded: list[Inputs] | None = None
 
     def forward(
         self,
@@ -92,31 +90,30 @@ class Executed(nn.Module):
         added = added_cond_kwargs or {}
         pooled, ids = added.get("text_embeds"), added.get("time_ids")
         inputs = (sample, timestep, class_labels, encoder_hidden_states, pooled, ids)
-        if self._seen is not None:
-            self._seen.append(inputs)
-        way = None if self.strict else self.ways.get(shape := signature(inputs))
-        if way is None and not self.strict and (shape in self.missed or len(self.missed) < MISSED):
-            self.missed[shape] = (self.missed.get(shape, (0, inputs))[0] + 1, inputs)
-        return SimpleNamespace(sample=(way or plain(self.network))(*inputs))
+        if self._recorded is not None:
+            self._recorded.append(inputs)
+        forward = None if self.strict else self.prepared.get(shapes := shapes_of(inputs))
+        if forward is None and not self.strict and (shapes in self.unprepared or len(self.unprepared) < MAX_COUNTED):
+            self.unprepared[shapes] = (self.unprepared.get(shapes, (0, inputs))[0] + 1, inputs)
+        return SimpleNamespace(sample=(forward or plain(self.network))(*inputs))
 
     @contextmanager
     def recording(self) -> Iterator[list[Inputs]]:
-        """Collects the inputs of all calls."""
-        seen: list[Inputs] = []
-        self._seen = seen
+        """Collect the inputs of all calls that are made meanwhile."""
+        self._recorded = recorded = list[Inputs]()
         try:
-            yield seen
+            yield recorded
         finally:
-            self._seen = None
+            self._recorded = None
 
 
-def signature(inputs: Inputs) -> Any:
-    """What a way was prepared for."""
+def shapes_of(inputs: Inputs) -> Any:
+    """Return the shapes and types of inputs, by which prepared functions are found."""
     return tuple(None if part is None else (*part.shape, part.dtype) for part in inputs)
 
 
-def plain(network: nn.Module) -> Way:
-    """The network as it is, told only what there is to tell, in its own precision."""
+def plain(network: nn.Module) -> Forward:
+    """Return the function that calls the network itself, in its own precision and with the inputs that it takes."""
     dtype = next(network.parameters()).dtype
 
     def run(
@@ -127,27 +124,27 @@ def plain(network: nn.Module) -> Way:
         pooled: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor:
-        told: dict[str, Any] = {} if label is None else {"class_labels": label}
+        named: dict[str, Any] = {} if label is None else {"class_labels": label}
         if text is not None:
-            told["encoder_hidden_states"] = text.to(dtype)
+            named["encoder_hidden_states"] = text.to(dtype)
         if pooled is not None:
-            told["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": ids}
+            named["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         given = (x.to(dtype) if x.is_floating_point() else x, *(() if time is None else (time,)))
-        output: Tensor = network(*given, **told).sample
+        output: Tensor = network(*given, **named).sample
         return output
 
     return run
 
 
 def candidates(device: str, slow: bool) -> list[Backend]:
-    """The backends that exist for a device, the reference first; slow ones only on request."""
+    """List the backends that exist for a device, the reference first; those slow to prepare only on request."""
     if device.startswith("cuda"):
-        return _on_cuda(slow)
+        return _cuda_candidates(slow)
     threads = usable_cores()
     counts = sorted({threads, 1}, reverse=True)
     found = [Backend("eager", True, count, eager) for count in counts]
     found += [Backend("channels-last", True, count, channels_last) for count in counts]
-    if _has("openvino"):
+    if _installed("openvino"):
         found.append(Backend("openvino", True, threads, openvino("f32")))
         if torch.cpu._is_avx512_bf16_supported():
             found.append(Backend("openvino-bf16", False, threads, openvino("bf16"), fallback=found[-1].id))
@@ -156,24 +153,24 @@ def candidates(device: str, slow: bool) -> list[Backend]:
     return found
 
 
-def _on_cuda(slow: bool) -> list[Backend]:
-    """Recorded first, most promising first; each as it is only where it cannot be recorded."""
-    ways = [
+def _cuda_candidates(slow: bool) -> list[Backend]:
+    """List the reference, then all as CUDA graphs, most promising first, then those that may not be recordable."""
+    plain_ones = [
         Backend("fp16", False, 1, half(torch.float16)),
         Backend("bf16", False, 1, half(torch.bfloat16), unless=("fp16+graph", "fp16")),
-        *([Backend("xformers", True, 1, xformers)] if _has("xformers") else []),
+        *([Backend("xformers", True, 1, xformers)] if _installed("xformers") else []),
         Backend("channels-last", True, 1, channels_last),
         *([Backend("compile", True, 1, compiled)] if slow else []),
     ]
     reference = Backend("eager", True, 1, eager)
     recorded = [
-        replace(way, name=f"{way.name}+graph", open=graph(way.open), fallback=None if way.exact else "eager+graph/1")
-        for way in [*ways, reference]
+        replace(one, name=f"{one.name}+graph", open=graph(one.open), fallback=None if one.exact else "eager+graph/1")
+        for one in [*plain_ones, reference]
     ]
-    return [reference, *recorded, *(replace(way, unless=(*way.unless, f"{way.name}+graph")) for way in ways)]
+    return [reference, *recorded, *(replace(one, unless=(*one.unless, f"{one.name}+graph")) for one in plain_ones)]
 
 
-def _has(module: str) -> bool:
+def _installed(module: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
@@ -183,29 +180,29 @@ def _has(module: str) -> bool:
 
 
 def eager(network: nn.Module) -> Prepare:
-    """The network itself."""
+    """Run the network itself."""
     return lambda inputs: plain(network)
 
 
 def channels_last(network: nn.Module) -> Prepare:
-    """NHWC weights in a copy: the reference keeps its own."""
+    """Run a copy of the network in NHWC memory format."""
     own = plain(_nhwc(network))
     return lambda inputs: own
 
 
 def half(dtype: torch.dtype) -> Callable[[nn.Module], Prepare]:
-    """NHWC, weights and activations in a type of 16 bits; the time stays as exact as it is given."""
+    """Run a copy in NHWC with weights and activations in a type of 16 bits; the time stays float32."""
 
-    def opened(network: nn.Module) -> Prepare:
+    def open_(network: nn.Module) -> Prepare:
         own = plain(nn.Module.to(_nhwc(network), dtype))
 
         return lambda inputs: lambda *given: own(*given).float()
 
-    return opened
+    return open_
 
 
 def xformers(network: nn.Module) -> Prepare:
-    """NHWC, attention by xformers."""
+    """Run a copy in NHWC with the attention of xformers."""
     own: Any = _nhwc(network)
     for part in own.modules():
         if hasattr(part, "enable_xformers_memory_efficient_attention"):
@@ -215,11 +212,11 @@ def xformers(network: nn.Module) -> Prepare:
 
 
 def compiled(network: nn.Module) -> Prepare:
-    """Fused kernels for exactly one shape. Needs a C++ compiler on a CPU, Triton on CUDA."""
+    """Compile a copy for exactly one shape by torch.compile, which needs a C++ compiler on a CPU, Triton on CUDA."""
     own = plain(_nhwc(network))
 
-    def prepare(inputs: Inputs) -> Way:
-        run: Way = torch.compile(own, dynamic=False)
+    def prepare(inputs: Inputs) -> Forward:
+        run: Forward = torch.compile(own, dynamic=False)
         with torch.inference_mode():
             run(*inputs)
         return run
@@ -233,12 +230,12 @@ def _nhwc(network: nn.Module) -> nn.Module:
 
 
 def graph(open_: Callable[[nn.Module], Prepare]) -> Callable[[nn.Module], Prepare]:
-    """Recorded once with inputs that stay where they are, then replayed: one launch instead of hundreds."""
+    """Record another backend's function once per shape as a CUDA graph and replay it: one launch, not hundreds."""
 
-    def opened(network: nn.Module) -> Prepare:
+    def open_recorded(network: nn.Module) -> Prepare:
         prepare = open_(network)
 
-        def recorded(inputs: Inputs) -> Way:
+        def recorded(inputs: Inputs) -> Forward:
             run = prepare(inputs)
             held = tuple(None if part is None else part.clone() for part in inputs)
             stream = torch.cuda.Stream(next(part.device for part in inputs if part is not None))
@@ -251,18 +248,18 @@ def graph(open_: Callable[[nn.Module], Prepare]) -> Callable[[nn.Module], Prepar
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     output = run(*held)
             torch.cuda.current_stream().wait_stream(stream)
-            return _Recorded(run, held, graph, output)
+            return _Replay(run, held, graph, output)
 
         return recorded
 
-    return opened
+    return open_recorded
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """A replay. It reads the weights where they lay when it was recorded: `run` keeps them there."""
+class _Replay:
+    """Replays a CUDA graph. It reads the weights where they lay when it was recorded: `run` keeps them there."""
 
-    run: Way
+    run: Forward
     held: Inputs
     graph: Any
     output: Tensor
@@ -282,18 +279,18 @@ _converted: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDiction
 
 
 def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
-    """Traced and converted once, then compiled for exactly one shape, on all cores this process may use."""
+    """Convert a network to OpenVINO once and compile it for each shape, on all cores this process may use."""
 
-    def opened(network: nn.Module) -> Prepare:
-        def prepare(inputs: Inputs) -> Way:
+    def open_(network: nn.Module) -> Prepare:
+        def prepare(inputs: Inputs) -> Forward:
             import openvino as ov
 
             given = [part for part in inputs if part is not None]
             with _converting, torch.no_grad():
                 warnings.filterwarnings("ignore", "Converting a tensor to a Python")  # constant for one shape
                 if network not in _converted:
-                    told = [part is not None for part in inputs]
-                    _converted[network] = ov.convert_model(_Positional(network, told), example_input=tuple(given))
+                    taken = [part is not None for part in inputs]
+                    _converted[network] = ov.convert_model(_Positional(network, taken), example_input=tuple(given))
                 model = _converted[network].clone()
             shapes = zip(model.inputs, given, strict=True)
             model.reshape({port: ov.PartialShape(list(part.shape)) for port, part in shapes})
@@ -305,28 +302,37 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
             }
             request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
-            def way(*parts: Tensor | None) -> Tensor:
+            def forward(*parts: Tensor | None) -> Tensor:
                 arrays = [part.contiguous().numpy() for part in parts if part is not None]
                 # a copy: the request's own memory is written again by the next pass
                 return torch.from_numpy(request.infer(arrays, share_inputs=True)[0].copy())
 
-            return way
+            return forward
 
         return prepare
 
-    return opened
+    return open_
 
 
 class _Positional(nn.Module):
-    """What the tracer can follow: tensors in, a tensor out. `told` says which of a way's inputs they are."""
+    """Wraps a network in the form that OpenVINO's tracer follows: a fixed number of tensors in, one tensor out.
 
-    def __init__(self, network: nn.Module, told: Sequence[bool]) -> None:
+    Args:
+        taken: for each of `Inputs`, whether the network takes it.
+    """
+
+    def __init__(self, network: nn.Module, taken: Sequence[bool]) -> None:
         super().__init__()
-        self.network, self.told = network, list(told)
+        self.network, self.taken = network, list(taken)
 
     def forward(
-        self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None,
-        e: Tensor | None = None, f: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        d: Tensor | None = None,
+        e: Tensor | None = None,
+        f: Tensor | None = None,
+    ) -> Tensor:
         given = iter((a, b, c, d, e, f))
-        return plain(self.network)(*(next(given) if told else None for told in self.told))
+        return plain(self.network)(*(next(given) if taken else None for taken in self.taken))

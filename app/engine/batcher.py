@@ -1,13 +1,12 @@
-"""What runs next: bounded queues by key, pulled by whoever is free to work. It knows neither torch nor HTTP.
+"""Decide what runs next: a bounded queue for each key, from which a free worker takes batches. No torch, no HTTP.
 
-There is no timer. A free engine takes what is there: a lone order runs at once, and under load orders gather while the
-engine works, so batches form by themselves. Cancelled orders are skipped, expired ones are told so, and every order
-gets exactly one answer: a result, an error, or its own cancellation.
+There is no timer. A free worker takes what is there: a lone order runs at once, and under load orders gather while the
+worker is busy, so batches form by themselves. Cancelled orders are skipped, and every order gets exactly one answer: a
+result, an error (Expired for one past its deadline), or its own cancellation.
 
-Whose turn it is, start-time fair queueing decides (Goyal, Vin and Cheng 1996): every order is tagged with the virtual
-time at which its key would reach it if all waiting keys shared the engine evenly, and the smallest tag goes first. Keys
-that ask little are served in the sequence of arrival, oldest head first; a key that floods the queue waits behind its
-own flood, not before everybody else's orders.
+The next key is chosen by start-time fair queueing (Goyal, Vin and Cheng 1996): every order is tagged with the virtual
+time at which its key would reach it if all waiting keys shared the worker evenly, and the smallest tag goes first. Keys
+with few orders are served in the sequence of arrival; a key that floods the queue waits behind its own flood.
 """
 
 import threading
@@ -41,18 +40,18 @@ class Expired(Exception):
 
 
 class Costs(Protocol[KeyIn]):
-    """What is known of the work: see `app.engine.cost`."""
+    """Predicts what the work costs: see `app.engine.batch_cost`."""
 
-    def take(self, key: KeyIn, waiting: int) -> int:
-        """How many of so many waiting orders should run together now, at least 1."""
+    def batch_size(self, key: KeyIn, waiting: int) -> int:
+        """Return how many of the waiting orders should run together now, at least 1."""
 
     def seconds(self, key: KeyIn, count: int) -> float:
-        """Predicted seconds of so many orders of this key."""
+        """Predict the seconds of so many orders of this key."""
 
 
 @dataclass(eq=False, slots=True)
-class Ticket(Generic[Order, Result]):
-    """One order and the future of its one answer."""
+class QueueEntry(Generic[Order, Result]):
+    """Holds a waiting order and the future of its answer."""
 
     order: Order
     number: int  # in the sequence of arrival
@@ -63,12 +62,13 @@ class Ticket(Generic[Order, Result]):
 
 
 class Batcher(Generic[Key, Order, Result]):
-    """Bounded keyed queues.
+    """Keeps a queue for each key, with one limit on all of them together.
 
     Args:
         limit: orders that may wait.
-        costs: how many orders of a key run together, and how long they take.
+        costs: predicts how many orders of a key should run together, and how long they take.
         limit_s: predicted seconds of work that may wait. An empty queue takes whatever fits `limit`.
+        clock: gives the time in seconds, for deadlines.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Batcher(Generic[Key, Order, Result]):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.limit, self.limit_s, self.costs, self.clock = limit, limit_s, costs, clock
-        self._queues: dict[Key, deque[Ticket[Order, Result]]] = {}
+        self._queues: dict[Key, deque[QueueEntry[Order, Result]]] = {}
         self._last_tag: dict[Key, float] = {}  # virtual time at which a waiting key's last order would be done
         self._virtual = 0.0
         self._waiting = self._number = 0
@@ -88,21 +88,26 @@ class Batcher(Generic[Key, Order, Result]):
         self._bell.acquire()  # whoever takes sleeps by asking for it again
 
     def __len__(self) -> int:
-        """Orders waiting, those cancelled but not yet met included."""
+        """Count the orders that wait, including cancelled ones that were not removed yet."""
         return self._waiting
 
     def waiting(self) -> dict[Key, int]:
-        """Orders that wait and are still wanted, by key."""
+        """Count the orders that wait and were not cancelled, by key."""
         with self._lock:
-            return {key: count for key, queue in self._queues.items() if (count := sum(_living(queue)))}
+            return {key: count for key, queue in self._queues.items() if (count := sum(_wanted_ones(queue)))}
 
     def backlog_s(self) -> float:
-        """Predicted seconds of all that waits."""
+        """Predict the seconds of all that waits."""
         with self._lock:
             return self._backlog_s()
 
     def put(self, orders: Sequence[tuple[Key, Order]], deadline: float | None = None) -> list[Future[Result]]:
-        """Takes all orders or none (Full), each under its key; their futures, in the same sequence."""
+        """Queue all orders, each under its key, and return their futures in the same sequence.
+
+        Raises:
+            Full: they do not fit; none of them was queued.
+            Closed: after `close`.
+        """
         with self._lock:
             if self.closed:
                 raise Closed
@@ -112,31 +117,31 @@ class Batcher(Generic[Key, Order, Result]):
                 if self._waiting + len(orders) > self.limit or (self._waiting and backlog > self.limit_s):
                     raise Full(backlog)
             now = self.clock()
-            tickets = []
+            entries = []
             for key, order in orders:
                 start = max(self._virtual, self._last_tag.get(key, 0.0))
                 self._last_tag[key] = start + self.costs.seconds(key, 1)
-                ticket = Ticket[Order, Result](order, self._number, now, start, deadline)
-                self._queues.setdefault(key, deque()).append(ticket)
-                tickets.append(ticket)
+                entry = QueueEntry[Order, Result](order, self._number, now, start, deadline)
+                self._queues.setdefault(key, deque()).append(entry)
+                entries.append(entry)
                 self._number += 1
-            self._waiting += len(tickets)
+            self._waiting += len(entries)
             asleep, self._asleep = self._asleep, False
         if asleep:  # after the lock is free: who wakes up needs it at once
             self._bell.release()
-        return [ticket.answer for ticket in tickets]
+        return [entry.answer for entry in entries]
 
-    def take(self) -> tuple[Key, list[Ticket[Order, Result]]] | None:
-        """Waits for the next batch, at least one order, each marked as running: it can no more be cancelled.
+    def take(self) -> tuple[Key, list[QueueEntry[Order, Result]]] | None:
+        """Wait for the next batch of at least one order, each marked as running: it can no longer be cancelled.
 
-        For one thread; it answers every ticket. None once the batcher is closed.
+        Only one thread may call it, and must answer every entry. None once the batcher is closed.
         """
         while True:
             with self._lock:
                 if self.closed:
                     return None
                 while self._queues:
-                    self._drop_idle_heads()
+                    self._drop_cancelled_heads()
                     if not self._queues:
                         break
                     key = min(self._queues, key=lambda key: (self._queues[key][0].tag, self._queues[key][0].number))
@@ -146,44 +151,44 @@ class Batcher(Generic[Key, Order, Result]):
             self._bell.acquire()
 
     def close(self) -> None:
-        """No more orders; those that wait are answered with Closed. What was taken is still its taker's to answer."""
+        """Take no more orders, and answer those that wait with Closed. Batches already taken stay their taker's."""
         with self._lock:
             self.closed = True
-            left = [ticket for queue in self._queues.values() for ticket in queue]
+            left = [entry for queue in self._queues.values() for entry in queue]
             self._queues.clear()
             self._last_tag.clear()
             self._waiting = 0
             asleep, self._asleep = self._asleep, False
         if asleep:
             self._bell.release()
-        for ticket in left:
-            if ticket.answer.set_running_or_notify_cancel():
-                ticket.answer.set_exception(Closed())
+        for entry in left:
+            if entry.answer.set_running_or_notify_cancel():
+                entry.answer.set_exception(Closed())
 
-    def _pop(self, key: Key) -> list[Ticket[Order, Result]]:
-        """As many of a key's oldest living orders as should run together."""
+    def _pop(self, key: Key) -> list[QueueEntry[Order, Result]]:
+        """Take as many of a key's oldest wanted orders as should run together."""
         queue = self._queues[key]
-        count, batch = self.costs.take(key, sum(_living(queue))), list[Ticket[Order, Result]]()
+        count, batch = self.costs.batch_size(key, sum(_wanted_ones(queue))), list[QueueEntry[Order, Result]]()
         self._virtual = max(self._virtual, queue[0].tag)
         while queue and len(batch) < count:
-            ticket = queue.popleft()
+            entry = queue.popleft()
             self._waiting -= 1
-            if self._wanted(ticket):
-                batch.append(ticket)
+            if self._wanted(entry):
+                batch.append(entry)
         self._forget_if_empty(key)
         return batch
 
-    def _wanted(self, ticket: Ticket[Order, Result]) -> bool:
-        """Marks it as running, unless it was cancelled or is too late, which it is then told."""
-        if not ticket.answer.set_running_or_notify_cancel():
+    def _wanted(self, entry: QueueEntry[Order, Result]) -> bool:
+        """Mark an order as running, unless it was cancelled or has expired, which is then its answer."""
+        if not entry.answer.set_running_or_notify_cancel():
             return False
-        if ticket.deadline is not None and self.clock() > ticket.deadline:
-            ticket.answer.set_exception(Expired())
+        if entry.deadline is not None and self.clock() > entry.deadline:
+            entry.answer.set_exception(Expired())
             return False
         return True
 
-    def _drop_idle_heads(self) -> None:
-        """Those who left must not hold a place in front for what came after them."""
+    def _drop_cancelled_heads(self) -> None:
+        """Remove cancelled orders from the heads of the queues, whose tags decide what runs next."""
         for key in list(self._queues):
             queue = self._queues[key]
             while queue and queue[0].answer.cancelled():
@@ -192,7 +197,7 @@ class Batcher(Generic[Key, Order, Result]):
             self._forget_if_empty(key)
 
     def _forget_cancelled(self) -> None:
-        """Those who left must not keep others out."""
+        """Remove all cancelled orders, so that they keep no others out."""
         for key in list(self._queues):
             queue = self._queues[key]
             # for a cancelled future set_running_or_notify_cancel is False, and it stays cancelled
@@ -202,7 +207,7 @@ class Batcher(Generic[Key, Order, Result]):
             self._forget_if_empty(key)
 
     def _forget_if_empty(self, key: Key) -> None:
-        """A key that has had more than its share is remembered until the others have had theirs."""
+        """Remove an empty queue. Its last tag stays while the key is ahead of its share."""
         if not self._queues[key]:
             del self._queues[key]
         if not self._queues:  # nobody is owed anything
@@ -215,5 +220,5 @@ class Batcher(Generic[Key, Order, Result]):
         return sum(self.costs.seconds(key, len(queue)) for key, queue in self._queues.items())
 
 
-def _living(queue: Iterable[Ticket[Order, Result]]) -> Iterator[bool]:
-    return (not ticket.answer.cancelled() for ticket in queue)
+def _wanted_ones(queue: Iterable[QueueEntry[Order, Result]]) -> Iterator[bool]:
+    return (not entry.answer.cancelled() for entry in queue)

@@ -1,8 +1,7 @@
-"""The face of the engine: who draws what. Callers live on the event loop and hand over orders; what comes back is
-pixels, or what was made of them, and how long it took.
+"""The engine takes orders from the event loop and returns pictures, encoded by the caller's function, and their times.
 
-Behind it one worker for each device, and the store that keeps their models. Noise is the generator's own business: one
-stream per seed, so a picture does not depend on its batch mates, its place among them, or the worker.
+It has a worker for each device and the store of their models. Each seed has its own stream of noise, so a picture does
+not depend on the others in its batch, its place among them, or the worker.
 """
 
 import asyncio
@@ -19,19 +18,19 @@ from starlette.requests import HTTPConnection
 from app.engine.batcher import Closed, Expired, Full
 from app.engine.model import Model, Order
 from app.engine.store import Store
-from app.engine.worker import Call, Drawn, Piece, Shape, Worker, by_model, shutting_down
+from app.engine.worker import BatchKey, Call, Picture, Task, Worker, by_model, shutting_down
 from app.errors import ApiError, overloaded, unknown_model
-from app.media.images import Pixels
+from app.media.image_files import Pixels
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
-__all__ = ["Drawn", "Engine", "Order", "engine_of"]
+__all__ = ["Engine", "Order", "Picture", "engine_of"]
 T = TypeVar("T")
 
 
 class Engine:
-    """Models by name, behind a worker for each device. `start()` returns at once; `ready` says when all are open."""
+    """Serves models by name on every device. `start` returns at once; `ready` says when all are open."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self.settings, self.metrics = settings, metrics or Metrics()
@@ -41,13 +40,13 @@ class Engine:
         self.store = Store(settings, self.workers, self.metrics)
 
     def start(self) -> None:
-        """Opens the models in the background."""
+        """Start the threads, which open the models in the background."""
         for worker in self.workers:
             worker.thread.start()
         self.store.thread.start()
 
     def stop(self) -> None:
-        """Ends the batches at work, or lets go of the models being opened; who still waits is told so."""
+        """Stop after the batches at work, or give up models being opened; waiting callers get 503."""
         self.store.close()
         for worker in self.workers:
             worker.batcher.close()
@@ -56,50 +55,50 @@ class Engine:
         self.store.thread.join(timeout=30 if self.opened else 1)
         self.codec.shutdown(wait=False, cancel_futures=True)
 
-    # -- what it is at -----------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> str:
-        """Of scenes and benchmarks: the first."""
+        """Return the first device, which runs scenes and benchmarks."""
         return self.workers[0].device
 
     @property
     def models(self) -> dict[str, Model]:
-        """The open ones."""
+        """Return the open models by name."""
         return self.workers[0].models
 
     @property
     def opened(self) -> bool:
-        """Whether every folder that was there at the start has been tried."""
+        """Return whether every folder that was there at the start has been tried."""
         return self.store.opened
 
     @property
     def failed(self) -> list[str]:
-        """Folders that could not be opened; the log says why, with paths and all."""
+        """Return the names of folders that could not be opened; the log says why."""
         return self.store.failed
 
     @property
     def alive(self) -> bool:
-        """False when the thread of a device has died: its orders will not be answered any more."""
+        """Return whether the threads of all devices still answer orders."""
         return all(worker.alive for worker in self.workers)
 
     @property
     def stuck(self) -> bool:
-        """A forward pass runs for longer than any should: the device hangs."""
+        """Return whether a forward pass runs for so long that its device must hang."""
         return any(worker.stuck for worker in self.workers)
 
     @property
     def ready(self) -> bool:
-        """Every folder was tried, at least one is open and warm."""
+        """Return whether every folder was tried and at least one is open and warmed up."""
         return self.alive and self.opened and bool(self.models)
 
     @property
     def inflight(self) -> int:
-        """Images waiting or being drawn."""
+        """Count the images that wait or are being drawn."""
         return sum(len(worker.batcher) + worker.inflight for worker in self.workers)
 
     def waiting(self) -> dict[str, int]:
-        """Images queued, by model; 0 for those that nobody asks."""
+        """Count queued images by model; a model without any counts 0."""
         counts = dict.fromkeys(self.models, 0)
         for worker in self.workers:
             for name, count in by_model(worker.batcher.waiting()).items():
@@ -107,13 +106,13 @@ class Engine:
         return counts
 
     def backlog_s(self) -> float:
-        """Predicted seconds until an order that comes now begins."""
+        """Predict the seconds until an order that comes now begins."""
         return min(worker.backlog_s() for worker in self.workers)
 
-    # -- which model -------------------------------------------------------------------------------------------------
+    # -- models ------------------------------------------------------------------------------------------------------
 
     def named(self, name: str) -> Model:
-        """The open model of that name."""
+        """Return the open model of that name. ApiError 404 for an unknown one, 503 for one that is not open."""
         if name in self.models:
             return self.models[name]
         slot = self.store.slots.get(name)
@@ -124,7 +123,7 @@ class Engine:
         raise unknown_model(name, list(self.models))
 
     def choose(self, name: str | None, fitting: Callable[[Model], bool]) -> Model:
-        """The model of a request: by name; or of those that fit the only one, the configured one, the only student."""
+        """Return the named model; without a name, of those that fit, the only one, the default or the only student."""
         if name is not None:
             return self.named(name)
         if not self.opened:
@@ -138,20 +137,20 @@ class Engine:
         raise BadInput("model", None, ", ".join(model.name for model in candidates) or "none is served for this task")
 
     async def open_for(self, name: str | None, fitting: Callable[[Model], bool]) -> Model:
-        """The same, and a model that was put away for want of memory is opened again first."""
+        """Choose a model, and open it first if it was unloaded for want of memory."""
         slot = self.store.slots.get(name) if name is not None else None
-        if self.opened and slot is not None and slot.state == "unloaded" and not slot.kept_out:
+        if self.opened and slot is not None and slot.state == "unloaded" and not slot.stays_unloaded:
             await asyncio.wrap_future(self.store.load(slot.name))
         return self.choose(name, fitting)
 
     async def load(self, name: str) -> Model:
-        """Opens a folder that was unloaded, failed or changed; BadInput for one that cannot be opened."""
+        """Open a folder that was unloaded, failed or changed. BadInput for one that cannot be opened."""
         self._known(name)
         await asyncio.wrap_future(self.store.load(name))
         return self.named(name)
 
     async def unload(self, name: str) -> None:
-        """Puts a model away until `load`."""
+        """Free a model's memory until `load`."""
         self._known(name)
         await asyncio.wrap_future(self.store.unload(name))
 
@@ -175,46 +174,43 @@ class Engine:
         strict: bool = False,
         deadline: float | None = None,
         finish: Callable[[Pixels], Any] | None = None,
-    ) -> list[Drawn]:
-        """The pictures, in the sequence of the orders. If the caller is cancelled, what still waits is never drawn.
+    ) -> list[Picture]:
+        """Draw the pictures, in the sequence of the orders. Those that wait when the caller is cancelled are not drawn.
 
         Args:
-            first: steps left out at the beginning, for orders that begin from a picture.
+            first: steps left out at the beginning, for orders that start from a picture.
             strict: the reference backend, one picture at a time.
             deadline: time.perf_counter() by which a turn must have begun.
-            finish: called with each picture in a thread of the finishers.
+            finish: called with each picture, usually in a thread of the finishers.
 
         Raises:
             ApiError: 503 for a full queue or a server that ends, 504 when the deadline passed, or surely will.
         """
         worker, own = self._least_loaded(model)
         model.used = time.monotonic()
-        started = orders[0].start is not None
-        student_of = own.info.student_of
-        pieces = [
-            (
-                Shape(own, steps, height, width, student_of(order.label), first, strict, started),
-                Piece(order, finish),
-            )
-            for order in orders
-        ]
-        if deadline is not None and time.perf_counter() + worker.backlog_s() > deadline:
-            raise late()
-        drawn: list[Drawn] = await self._ask(worker, pieces, deadline)
-        return drawn if finish is None else [self._finished(one, finish) for one in drawn]
+        from_picture, student_of = orders[0].start is not None, own.info.student_of
 
-    def _finished(self, drawn: Drawn, finish: Callable[[Pixels], Any]) -> Drawn:
-        """Tiny pictures come back as pixels: see `worker.TINY`."""
-        if drawn.file is not None:
-            return drawn
+        def key(order: Order) -> BatchKey:
+            return BatchKey(own, steps, height, width, student_of(order.label), first, strict, from_picture)
+
+        tasks = [(key(order), Task(order, finish)) for order in orders]
+        if deadline is not None and time.perf_counter() + worker.backlog_s() > deadline:
+            raise deadline_exceeded()
+        pictures: list[Picture] = await self._submit(worker, tasks, deadline)
+        return pictures if finish is None else [self._finish(picture, finish) for picture in pictures]
+
+    def _finish(self, picture: Picture, finish: Callable[[Pixels], Any]) -> Picture:
+        """Encode a tiny picture, which comes back as pixels: see `worker.TINY`."""
+        if picture.file is not None:
+            return picture
         started = time.perf_counter()
-        file = finish(drawn.pixels)
+        file = finish(picture.pixels)
         spent = time.perf_counter() - started
         self.metrics.stage("encode", spent)
-        return replace(drawn, file=file, encode_s=spent)
+        return replace(picture, file=file, encode_s=spent)
 
     async def decode(self, function: Callable[..., T], *given: Any) -> T:
-        """Reads what a caller has sent, in a thread of the finishers."""
+        """Run a decoding function in a thread of the finishers."""
 
         def timed() -> T:
             started = time.perf_counter()
@@ -226,23 +222,23 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self.codec, timed)
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs a function on the first device's thread, in its turn."""
-        return (await self._ask(self.workers[0], [(Call(function), None)], None))[0]
+        """Run a function on the first device's thread, in its turn."""
+        return (await self._submit(self.workers[0], [(Call(function), None)], None))[0]
 
     def run(self, function: Callable[[], T]) -> T:
-        """The same for another thread, which waits for the result, and before it for as long as the queue is full."""
+        """Run a function on the first device's thread, for another thread that waits for room and for the result."""
         return self.workers[0].run(function)
 
     def _least_loaded(self, model: Model) -> tuple[Worker, Model]:
         if len(self.workers) == 1:
             return self.workers[0], model
-        return min(zip(self.workers, model.siblings, strict=True), key=lambda pair: pair[0].backlog_s())
+        return min(zip(self.workers, model.replicas, strict=True), key=lambda pair: pair[0].backlog_s())
 
-    async def _ask(
-        self, worker: Worker, pieces: Sequence[tuple[Shape | Call, Piece | None]], deadline: float | None
+    async def _submit(
+        self, worker: Worker, tasks: Sequence[tuple[BatchKey | Call, Task | None]], deadline: float | None
     ) -> list[Any]:
         try:
-            futures = worker.batcher.put(pieces, deadline)
+            futures = worker.batcher.put(tasks, deadline)
         except Full as full:
             message = f"{len(worker.batcher)} pictures wait already"
             raise overloaded(message, max(1, math.ceil(full.seconds))) from None
@@ -255,7 +251,7 @@ class Engine:
         except Closed:
             raise shutting_down() from None
         except Expired:
-            raise late() from None
+            raise deadline_exceeded() from None
         except asyncio.CancelledError:
             left = sum(future.cancel() or future.cancelled() for future in futures)
             self.metrics.cancelled("queue", left)
@@ -263,11 +259,11 @@ class Engine:
             raise
         finally:
             for future in futures:
-                future.cancel()  # those that were answered are not touched by it
+                future.cancel()  # no effect on those that were answered
 
 
 def _all(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
-    """Done when all are, or one has failed. The loop is woken once, where asyncio.wrap_future would for every one."""
+    """Return a future done when all are, or one has failed. It wakes the loop once, not for every one of them."""
     loop = asyncio.get_running_loop()
     waiter, done = loop.create_future(), list[None]()
 
@@ -291,7 +287,7 @@ def engine_of(connection: HTTPConnection) -> Engine:
     return cast(Engine, connection.app.state.engine)
 
 
-def late() -> ApiError:
-    """504: nobody would have waited for the picture."""
+def deadline_exceeded() -> ApiError:
+    """Return the 504 for a picture whose deadline passed before its turn."""
     message = "the deadline passed before the picture's turn came"
     return ApiError(504, message, param="timeout_ms", code="deadline_exceeded")

@@ -1,4 +1,4 @@
-"""One served weights folder on one device: its generator, how it is run, and what the outside may know of it."""
+"""Serve one weights folder on one device: run its generator by a backend, and describe it to callers."""
 
 import json
 import time
@@ -12,34 +12,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine.cost import Cost
-from app.media.images import Pixels
+from app.engine.batch_cost import BatchCost
+from app.media.image_files import Pixels
 from distillers.errors import BadInput
 from distillers.runtime import device_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from app.engine.backends import Backend, Inputs, Prepare, Way
+    from app.engine.backends import Backend, Forward, Inputs, Prepare
     from app.engine.profile import Profile
     from distillers.generator import Generator
     from distillers.weights.manifest import Info
 
 
-OFTEN = 8  # passes after which a shape is worth preparing
-WAYS = 24  # shapes prepared for one network at most
+MIN_CALLS = 8  # of a network with a shape before a function is prepared for it
+MAX_PREPARED = 24  # shapes prepared for one network
 
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw.
+    """Describes one picture to draw.
 
     Args:
+        label: the class, for models with classes.
         prompt: for text-to-image models.
         sar: (channels, H, W) in [-1, 1], for translators.
-        start: (3, H, W) in [-1, 1], a picture to begin from, noised to the time of the first step taken.
-        partial: told, on the engine's thread, the index of a step but the last, and its picture (H, W, 3) uint8.
-        shown: of these steps.
+        start: (3, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
+        on_partial: called on the engine's thread with a step's index and its estimate, (H, W, 3) uint8.
+        partial_steps: the steps, all but the last, that it is called for.
     """
 
     seed: int
@@ -47,46 +48,46 @@ class Order:
     prompt: str | None = None
     sar: NDArray[np.float32] | None = None
     start: NDArray[np.float32] | None = None
-    partial: Callable[[int, Pixels], None] | None = None
-    shown: Collection[int] = ()
+    on_partial: Callable[[int, Pixels], None] | None = None
+    partial_steps: Collection[int] = ()
 
 
 class Model:
-    """A generator under its name. What can change after it is opened is how it is run, by `install`."""
+    """Draws with a generator under its served name. Only its backend changes after it is opened: see `install`."""
 
     def __init__(self, name: str, folder: Path, generator: "Generator", device: str, max_steps: int) -> None:
         import torch
 
-        from app.engine.backends import Executed
+        from app.engine.backends import Dispatch
 
-        if device.startswith("cuda"):  # float32 means float32; speed is for the backends that are held against it
+        if device.startswith("cuda"):  # float32 means float32; speed is for the backends that are compared with it
             torch.backends.cudnn.allow_tf32 = False
         self.name, self.folder, self.generator, self.device, self.max_steps = name, folder, generator, device, max_steps
         self.created = int((folder / "fewstep.json").stat().st_mtime)
-        self.used = time.monotonic()  # by a request
+        self.used = time.monotonic()  # by a request, last
         self.profile: Profile | None = None  # None: not measured
-        self.step_s: float | None = None  # of one picture, as it was opened: what is known before backends are measured
+        self.step_s: float | None = None  # of one picture when it was opened, known before backends are measured
         self.tuning = False
-        self.siblings: Sequence[Model] = (self,)  # itself among the same weights on every device
+        self.replicas: Sequence[Model] = (self,)  # the same weights on every device, itself among them
         self.threads: int | None = None  # of torch; None: its own choice
-        self._opened: list[Prepare] = []
+        self._prepares: list[Prepare] = []
         denoiser: Any = generator.denoiser
-        self.executed: list[Executed] = []
+        self.dispatches: list[Dispatch] = []
         for student in getattr(denoiser, "students", [denoiser]):
-            student.network = Executed(student.network)
-            self.executed.append(student.network)
-        self.students = len(self.executed)
+            student.network = Dispatch(student.network)
+            self.dispatches.append(student.network)
+        self.students = len(self.dispatches)
         codec: Any = generator.codec
         if generator.prompts is not None:
-            self.executed.append(Executed(generator.prompts.towers))
-            generator.prompts.towers = self.executed[-1]  # type: ignore[assignment]
+            self.dispatches.append(Dispatch(generator.prompts.towers))
+            generator.prompts.towers = self.dispatches[-1]  # type: ignore[assignment]
         if hasattr(codec, "decoder"):
-            codec.decoder = Executed(codec.decoder)
-            self.executed.append(codec.decoder)
+            codec.decoder = Dispatch(codec.decoder)
+            self.dispatches.append(codec.decoder)
 
     @classmethod
     def open(cls, name: str, folder: Path, device: str, max_steps: int) -> "Model":
-        """Reads the folder onto the device. Slow, and imports torch. BadInput for a folder that cannot be opened."""
+        """Read a folder onto a device. It is slow, and imports torch. BadInput for a folder that cannot be opened."""
         from distillers.generator import Generator
 
         return cls(name, folder, Generator.from_pretrained(folder, device).eval(), device, max_steps)
@@ -94,7 +95,7 @@ class Model:
     # -- drawing: on the engine's thread ---------------------------------------------------------------------------
 
     def draw(self, steps: int, orders: Sequence[Order], first: int = 0, strict: bool = False) -> Pixels:
-        """Pictures (B, H, W, 3) uint8 of B orders of one shape.
+        """Draw the pictures of B orders of one shape, (B, H, W, 3) uint8.
 
         Args:
             first: steps left out at the beginning.
@@ -106,11 +107,11 @@ class Model:
         from distillers.generator import seeded_noise
         from distillers.models.conditions import gather
 
-        generator, shown = self.generator, {step for order in orders for step in order.shown}
+        generator, partial_steps = self.generator, {step for order in orders for step in order.partial_steps}
         # beside a GPU there is nothing to share: waking threads costs more than they do
         self._set_threads(1 if strict or self.device != "cpu" else self.threads)
-        for executed in self.executed:
-            executed.strict = strict
+        for dispatch in self.dispatches:
+            dispatch.strict = strict
         with torch.inference_mode():
             cond = generator.encode_condition(len(orders), **gather(orders))
             start = _stacked([order.start for order in orders])
@@ -119,11 +120,11 @@ class Model:
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
 
             def watch(step: int, x0: "Tensor") -> None:
-                if step not in shown:
+                if step not in partial_steps:
                     return
                 for order, picture in zip(orders, self._pixels(x0), strict=True):
-                    if order.partial and step in order.shown:
-                        order.partial(step, picture)
+                    if order.on_partial and step in order.partial_steps:
+                        order.on_partial(step, picture)
 
             x0 = generator.forward(
                 next(noises).to(self.device),
@@ -132,7 +133,7 @@ class Model:
                 noises,
                 start=None if start is None else generator.codec.encode(start.to(self.device)),
                 first=first,
-                watch=watch if shown else None,
+                watch=watch if partial_steps else None,
             )
             return self._pixels(x0)
 
@@ -156,81 +157,92 @@ class Model:
         if threads and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
-    # -- how it is run: for `tuning` -------------------------------------------------------------------------------
+    # -- backends: for `tuning` ------------------------------------------------------------------------------------
 
     @property
     def networks(self) -> "list[nn.Module]":
-        """One, or each student's; then those that read its words and decode its latents."""
-        return [executed.network for executed in self.executed]
+        """Return the network, or each student's; then the text encoders and the decoder of latents, if any."""
+        return [dispatch.network for dispatch in self.dispatches]
 
     @property
     def fewest_steps(self) -> int:
-        """What it is measured at."""
+        """Return the number of steps at which backends are measured."""
         return min(self.steps or [1])
 
     def probes(self, count: int, student: int = 0) -> list[Order]:
-        """Orders at the published size that a student answers, for measuring and comparing."""
+        """Return orders at the published size that a student answers, for measuring and comparing."""
         from distillers.models.conditions import singles
 
         given = self.generator.condition.probe(count, self.info.shares[student] if self.info.shares else None)
         return [Order(seed, **one) for seed, one in enumerate(singles(given, count))]
 
     def inputs(self, size: int, network: int) -> "list[Inputs]":
-        """What one of its networks is asked when so many pictures are drawn together."""
-        with self.executed[network].recording() as seen:
+        """Record the inputs of one of its networks while it draws a batch of `size` pictures."""
+        with self.dispatches[network].recording() as recorded:
             self.draw(self.fewest_steps, self.probes(size, network if network < self.students else 0))
-        return seen
+        return recorded
 
     @contextmanager
-    def using(self, ways: "list[dict[Any, Way]] | None", threads: int | None) -> Iterator[None]:
-        """Other ways for a while."""
-        kept = [executed.ways for executed in self.executed], self.threads
-        for executed, some in zip(self.executed, ways or kept[0], strict=True):
-            executed.ways = some
+    def using(self, prepared: "list[dict[Any, Forward]] | None", threads: int | None) -> Iterator[None]:
+        """Run the networks by other prepared functions and threads for as long as the context lasts."""
+        before = [dispatch.prepared for dispatch in self.dispatches], self.threads
+        self._set_prepared(prepared or before[0])
         self.threads = threads or self.threads
         try:
             yield
         finally:
-            for executed, some in zip(self.executed, kept[0], strict=True):
-                executed.ways = some
-            self.threads = kept[1]
+            self._set_prepared(before[0])
+            self.threads = before[1]
+
+    def _set_prepared(self, prepared: "list[dict[Any, Forward]]") -> None:
+        for dispatch, functions in zip(self.dispatches, prepared, strict=True):
+            dispatch.prepared = functions
 
     def install(
-        self, backend: "Backend", opened: "list[Prepare]", ways: "list[dict[Any, Way]]", profile: "Profile"
+        self, backend: "Backend", prepares: "list[Prepare]", prepared: "list[dict[Any, Forward]]", profile: "Profile"
     ) -> None:
-        """From the next pass on. `opened` is what prepares further shapes, exactly."""
-        for executed, some in zip(self.executed, ways, strict=True):
-            executed.ways = some
-        self._opened, self.threads, self.profile = opened, backend.threads, profile
-        for executed in self.executed:
-            executed.missed = {}  # eager passes while it was measured
+        """Run the networks by a backend from the next pass on.
 
-    def catch_up(self) -> None:
-        """Prepares what was asked for again and again and is not prepared: a scene's tiles, uploads of other sizes.
-
-        In the exact variant of the backend, for nothing was compared at these shapes. In the caller's thread.
+        Args:
+            prepares: for each network, what prepares further shapes exactly.
+            prepared: for each network, the functions that are ready, by shapes.
         """
-        for executed, prepare in zip(self.executed, self._opened, strict=False):
-            for shape, (count, inputs) in list(executed.missed.items()):
-                if count >= OFTEN and len(executed.ways) < WAYS:
-                    executed.ways = {**executed.ways, shape: prepare(inputs)}
-                    del executed.missed[shape]
+        self._set_prepared(prepared)
+        self._prepares, self.threads, self.profile = prepares, backend.threads, profile
+        for dispatch in self.dispatches:
+            dispatch.unprepared = {}  # eager passes while it was measured
 
-    def cost(self, steps: int, height: int, width: int, largest: int) -> Cost:
-        """What passes of a shape cost, as far as it was measured: in proportion to steps and pixels."""
+    def prepare_frequent_shapes(self) -> None:
+        """Prepare shapes that came often without a function: a scene's tiles, uploads of other sizes.
+
+        It takes the exact variant of the backend, for no pictures were compared at these shapes, and runs in the
+        caller's thread.
+        """
+        for dispatch, prepare in zip(self.dispatches, self._prepares, strict=False):
+            for shapes, (count, inputs) in list(dispatch.unprepared.items()):
+                if count >= MIN_CALLS and len(dispatch.prepared) < MAX_PREPARED:
+                    dispatch.prepared = {**dispatch.prepared, shapes: prepare(inputs)}
+                    del dispatch.unprepared[shapes]
+
+    def cost(self, steps: int, height: int, width: int, largest: int) -> BatchCost:
+        """Predict what batches of a shape cost, in proportion to steps and pixels, as far as it was measured."""
         pixels = height * width / (self.info.size[0] * self.info.size[1])
         if self.profile is None or not self.profile.buckets:
-            return Cost(largest=largest) if self.step_s is None else Cost({}, largest, self.step_s * steps * pixels)
+            return (
+                BatchCost(largest=largest)
+                if self.step_s is None
+                else BatchCost({}, largest, self.step_s * steps * pixels)
+            )
         share = steps / self.profile.steps
         if (height, width) == self.info.size:
-            return Cost({n: s * share for n, s in self.profile.buckets.items() if n <= largest}, largest)
-        return Cost({}, largest, self.profile.buckets[1] * share * pixels)
+            return BatchCost({n: s * share for n, s in self.profile.buckets.items() if n <= largest}, largest)
+        return BatchCost({}, largest, self.profile.buckets[1] * share * pixels)
 
-    def look(self) -> None:
-        """Draws what it is known by, and once more with a watch, for the first pass pays for more than itself.
+    def warm_up(self) -> None:
+        """Check the picture that the folder was published with, then time one pass, no longer the first and slow one.
 
         Raises:
-            BadInput: it draws what it should not.
+            BadInput: it draws another picture, or none.
         """
         from distillers.evaluation.self_check import check
 
@@ -239,35 +251,35 @@ class Model:
         self.draw(steps, self.probes(1))
         self.step_s = (time.perf_counter() - started) / steps
 
-    # -- what the outside may know ---------------------------------------------------------------------------------
+    # -- what callers may know -------------------------------------------------------------------------------------
 
     @property
     def info(self) -> "Info":
-        """What the folder says about itself."""
+        """Return the folder's manifest."""
         return self.generator.info
 
     @cached_property
     def translates(self) -> bool:
-        """From SAR, instead of drawing from noise alone."""
+        """Return whether it translates SAR instead of generating from noise alone."""
         return self.generator.condition.argument == "sar"
 
     @property
     def steps(self) -> list[int] | None:
-        """The published steps of a student; None: any number up to max_steps."""
+        """Return the published step counts of a student, ascending; None if any number up to max_steps is allowed."""
         return sorted(self.info.step_times) or None
 
     @property
     def default_steps(self) -> int:
-        """The folder's default, as far as this server allows it."""
+        """Return the folder's default number of steps, at most what this server allows."""
         return self.info.default_steps if self.steps else min(self.info.default_steps, self.max_steps)
 
     @property
     def bytes(self) -> int:
-        """Memory of the parameters, all students'; a backend's own copies are about as much again."""
+        """Return the memory of the parameters of all students. A backend's own copies are about as much again."""
         return sum(p.numel() * p.element_size() for p in self.generator.parameters())
 
     def check_steps(self, steps: int | None) -> int:
-        """The steps to take. BadInput for a number the model was not published with."""
+        """Return the steps to take. BadInput for a number that the model was not published with."""
         allowed = self.steps or range(1, self.max_steps + 1)
         if steps is not None and steps not in allowed:
             names = ", ".join(map(str, self.steps)) if self.steps else f"1..{self.max_steps}"
@@ -275,16 +287,16 @@ class Model:
         return steps or self.default_steps
 
     def nfe(self, steps: int) -> int:
-        """Network evaluations per picture: guidance asks twice in every step."""
+        """Return the network evaluations of one picture; guidance takes two in every step."""
         return steps * (1 if self.info.guidance_scale == 1 else 2)
 
     @property
     def revision(self) -> str:
-        """Of the weights: the same for the same bytes."""
+        """Return a short digest of the weights: the same for the same bytes."""
         return self.info.digest[:16]
 
     def describe(self) -> dict[str, Any]:
-        """The model in OpenAI's form, with what a caller needs to use it."""
+        """Describe the model in OpenAI's form, with what a caller needs to use it."""
         info = self.info
         return {
             "id": self.name,
@@ -309,13 +321,13 @@ class Model:
             "revision": self.revision,
         }
 
-    def how(self) -> dict[str, Any]:
-        """How it is run here, and what was measured: milliseconds of a pass by batch size."""
-        told: dict[str, Any] = {"device": self.device, "device_name": device_name(self.device), "tuning": self.tuning}
+    def backend_info(self) -> dict[str, Any]:
+        """Describe the backend that runs it here and what was measured, in milliseconds of a pass by batch size."""
+        info: dict[str, Any] = {"device": self.device, "device_name": device_name(self.device), "tuning": self.tuning}
         if self.profile is None:
-            return told | {"name": "eager", "measured": False}
+            return info | {"name": "eager", "measured": False}
         profile = asdict(self.profile)
-        return told | {
+        return info | {
             "name": profile.pop("backend"),
             "measured": True,
             "batch_ms": {n: round(1e3 * s, 3) for n, s in profile.pop("buckets").items()},
@@ -323,7 +335,7 @@ class Model:
         }
 
     def report(self) -> Any:
-        """The measurements published with the folder, or None."""
+        """Read the measurements published with the folder; None where there are none."""
         try:
             return json.loads((self.folder / "report.json").read_text())
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The stored profile of a served model: which backend runs it on this device, and what each batch size costs."""
+"""Keep the profile of a served model: which backend runs it on this device, and what each batch size costs."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ NUMBERED = {"buckets", "dropped", "against_one"}  # fields whose keys are batch 
 
 @dataclass
 class Profile:
-    """What was measured for one model on one device, at the model's own size and fewest steps."""
+    """Holds what was measured for one model on one device, at the model's own size and fewest steps."""
 
     backend: str = "eager"
     threads: int = 0
@@ -29,7 +29,7 @@ class Profile:
 
     @property
     def id(self) -> str:
-        """The backend's name and its number of threads."""
+        """Return the backend's id: its name and its number of threads."""
         return f"{self.backend}/{self.threads}"
 
     @classmethod

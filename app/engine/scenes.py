@@ -1,7 +1,7 @@
-"""Scenes: georeferenced rasters through a model, file to file, in threads of their own.
+"""Translate georeferenced rasters from file to file, in threads of their own.
 
 Only the network's calls go to the engine's thread, a few tiles at a time and in turn with all other traffic, so that
-nobody waits for a whole scene. Every scene has a private folder, and nothing is left of it however it ends.
+nobody waits for a whole scene. Every scene has a private folder, which is removed however the translation ends.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 from app.engine.engine import Engine
 from app.engine.model import Model
 from app.errors import ApiError, overloaded
-from app.media.images import encode
-from app.media.rasters import ENV, check, grey, import_rasterio
+from app.media.geotiff import ENV, check, grey, import_rasterio
+from app.media.image_files import encode
 from app.settings import Settings
 from distillers.errors import BadInput
 
@@ -35,32 +35,32 @@ PREVIEW = 1024  # pixels a side, at most
 
 
 class Cancelled(Exception):
-    """Nobody wants the result any more."""
+    """Raised where the caller has left or has cancelled the job."""
 
 
 @dataclass(frozen=True)
 class SceneOrder:
-    """A scene to translate."""
+    """Describes a scene on disk and how to translate it."""
 
     model: Model
     options: "SceneOptions"
     scene: Path
-    gone: threading.Event  # set when nobody wants it any more
+    cancelled: threading.Event
 
     @property
     def optical(self) -> Path:
-        """Where the result goes."""
+        """Return the path of the result."""
         return self.scene.with_name("optical.tif")
 
     @property
     def uncertainty(self) -> Path:
-        """Where the statistics over samples go."""
+        """Return the path of the statistics over samples."""
         return self.scene.with_name("optical.uncertainty.tif")
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A translated scene, as bytes; its file has been removed."""
+    """Holds a translated scene as bytes; its files have been removed."""
 
     facts: "SceneFacts"
     forward_s: float  # on the engine's thread, all tiles
@@ -71,13 +71,13 @@ class Translated:
 
 
 def scene_name(given: str) -> str:
-    """A file's name of ours that keeps the one thing a name may tell: the polarisation."""
-    told = re.findall(r"(?<![A-Z0-9])(?:VV|VH)(?![A-Z0-9])", given.upper())
-    return "_".join(["scene", *sorted(set(told))]) + ".tif"
+    """Return a safe file name that keeps the polarisation, the only fact that is read from a name."""
+    found = re.findall(r"(?<![A-Z0-9])(?:VV|VH)(?![A-Z0-9])", given.upper())
+    return "_".join(["scene", *sorted(set(found))]) + ".tif"
 
 
 class Scenes:
-    """A context: while it is entered there is a private folder, `scratch`, and afterwards there is none."""
+    """Translates scenes in threads. It is a context that makes the private folder `scratch`, and removes it."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
@@ -95,16 +95,20 @@ class Scenes:
     async def at_once(
         self, data: bytes, name: str, model: Model, options: "SceneOptions", output_format: str, quality: int
     ) -> Translated:
-        """A scene from bytes to bytes; a cancelled caller's ends at its next tile."""
+        """Translate a scene from bytes to bytes. A cancelled caller's ends at its next tile.
+
+        Raises:
+            ApiError: 503 when too many are translated already, 501 without rasterio.
+        """
         import_rasterio()
         self._at_work = [future for future in self._at_work if not future.done()]
         if len(self._at_work) >= self.settings.max_scenes:
             raise overloaded(f"{len(self._at_work)} scenes are being translated already", 5)
-        gone = threading.Event()
+        cancelled = threading.Event()
 
         def work() -> Translated:
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-                order = SceneOrder(model, options, Path(folder) / scene_name(name), gone)
+                order = SceneOrder(model, options, Path(folder) / scene_name(name), cancelled)
                 order.scene.write_bytes(data)
                 check(order.scene, self.settings.max_scene_pixels)
                 facts, forward_s = self.translate(order)
@@ -121,12 +125,17 @@ class Scenes:
         try:
             return await asyncio.wrap_future(future)
         finally:
-            gone.set()
+            cancelled.set()
 
     def translate(
         self, order: SceneOrder, progress: Callable[[int, int], None] | None = None
     ) -> tuple["SceneFacts", float]:
-        """In the caller's thread; and the seconds on the engine's. Raises Cancelled when the order's nobody's."""
+        """Translate a scene in the caller's thread and return its facts and the seconds on the engine's thread.
+
+        Raises:
+            Cancelled: the order was cancelled.
+            BadInput: a scene that cannot be translated.
+        """
         from distillers.sar.tiles import TILE
         from distillers.sar.translate import translate
 
@@ -141,7 +150,7 @@ class Scenes:
                 finally:
                     forward_s += time.perf_counter() - started
 
-            if order.gone.is_set():
+            if order.cancelled.is_set():
                 raise Cancelled
             return self.engine.run(turn)
 
@@ -159,27 +168,27 @@ class Scenes:
                     forward=forward,
                 )
         except BadInput as error:
-            raise _told(error, order.scene.parent) from None
-        facts.warnings = [_fields(warning) for warning in facts.warnings]
+            raise _caller_error(error, order.scene.parent) from None
+        facts.warnings = [_as_fields(warning) for warning in facts.warnings]
         return facts, forward_s
 
     def previews(self, order: SceneOrder, facts: "SceneFacts") -> tuple[bytes, bytes]:
-        """The result and the SAR as small PNG pictures of one size."""
+        """Return the result and the SAR as small PNG pictures of one size."""
         from distillers.sar.raster import preview
 
         sar = grey(order.scene, facts, order.options.nodata, PREVIEW)
         return encode(preview(order.optical, PREVIEW), "png"), encode(sar, "png")
 
 
-def _told(error: BadInput, folder: Path) -> Exception:
-    """The error in the caller's words: the field of the form, and no paths of this machine."""
+def _caller_error(error: BadInput, folder: Path) -> Exception:
+    """Return the error with the form's field instead of the library's, and without paths of this machine."""
     if error.field == "out":
         log.error("%s", error)
         return ApiError(507, "the server has no room for the result", code="no_room")
     field = "image" if error.field == "scene" else error.field
-    return BadInput(field, error.given, _fields(error.allowed).replace(f"{folder}/", ""))
+    return BadInput(field, error.given, _as_fields(error.allowed).replace(f"{folder}/", ""))
 
 
-def _fields(text: str) -> str:
-    """The command's options are the form's fields."""
+def _as_fields(text: str) -> str:
+    """Replace the names of the command's options by those of the form's fields."""
     return re.sub(r"--(?=bands|units|nodata)", "", text)

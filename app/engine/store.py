@@ -1,8 +1,8 @@
-"""The served folders: opened, tuned, exchanged when they change, and put away when memory is short.
+"""Open the served folders, tune them, replace them when they change and unload them for want of memory.
 
-One thread beside the engine's does all of it, so that no caller waits for a folder that is not his. A folder that
-cannot be opened, or that does not draw what it should, takes nothing down: the others are served, and the version that
-was served before stays. What a request holds is a model, not a name: it is drawn by the model it was checked against.
+One thread of its own does all of it, so that no caller waits for another's folder. A folder that cannot be opened, or
+that does not draw what it should, harms no other, and the version that was served before stays. A request holds a
+model, not a name, so its pictures are drawn by the model that it was checked against.
 """
 
 import heapq
@@ -25,24 +25,24 @@ from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.store")
-OPEN, TUNE = 0, 1  # what comes first
+OPEN, TUNE = 0, 1  # priorities of tasks, the lower first
 
 
 @dataclass(eq=False)
 class Slot:
-    """A folder, and its model on every device while it is open."""
+    """Holds a weights folder, and its model on every device while it is open."""
 
     name: str
     folder: Path
     state: str = "opening"  # open | unloaded | failed
     models: list[Model] = field(default_factory=list)
     version: Any = None  # of the folder that was last tried
-    kept_out: bool = False  # unloaded by request: not opened again before it is asked for by /load
+    stays_unloaded: bool = False  # unloaded by request: only /load opens it again
     opening: Future[None] | None = None
 
 
 class Store:
-    """Slots by name, and the thread that tends them.
+    """Keeps the slots by name, and looks after them in a thread.
 
     Args:
         workers: one for each device; every open model is on each of them.
@@ -62,27 +62,27 @@ class Store:
 
     @property
     def failed(self) -> list[str]:
-        """Folders that could not be opened; the log says why, with paths and all."""
+        """Return the names of folders that could not be opened; the log says why."""
         return [slot.name for slot in self.slots.values() if slot.state == "failed"]
 
     def load(self, name: str) -> Future[None]:
-        """Opens a folder, or reads it again; done when it serves. Known names only."""
+        """Open a known folder, or read it again. The future is done when it is served."""
         slot = self.slots[name]
-        slot.kept_out = False
+        slot.stays_unloaded = False
         if slot.opening is None or slot.opening.done():
             slot.opening = done = Future[None]()
             self._put(OPEN, lambda: self._answer(done, lambda: self._open(slot)))
         return slot.opening
 
     def unload(self, name: str) -> Future[None]:
-        """Puts a model away until it is loaded again; who waits for a picture of it still gets it."""
+        """Unload a model until `load`. Pictures that wait are still drawn."""
         slot, done = self.slots[name], Future[None]()
-        slot.kept_out = True
+        slot.stays_unloaded = True
         self._put(OPEN, lambda: self._answer(done, lambda: self._close(slot)))
         return done
 
     def close(self) -> None:
-        """Ends the thread after what it is at."""
+        """End the thread after its present task."""
         self.closed = True
         with self._changed:
             self._changed.notify()
@@ -121,10 +121,10 @@ class Store:
             try:
                 task()
             except Exception:
-                log.exception("tending the models failed")
+                log.exception("looking after the models failed")
 
     def _scan(self) -> None:
-        """Folders that came, changed or went."""
+        """Open folders that are new or changed, unload those that are gone, and prepare shapes that come often."""
         from distillers.weights.manifest import draws, find
 
         found = {name: folder for name, folder in find(self.settings.weights).items() if draws(folder)}
@@ -132,17 +132,17 @@ class Store:
             if name not in self.slots:
                 self.slots = {**self.slots, name: Slot(name, folder)}  # others may be iterating over the old one
             slot = self.slots[name]
-            if slot.version != version(folder) and not slot.kept_out:
+            if slot.version != version(folder) and not slot.stays_unloaded:
                 self._put(OPEN, partial(self._try, slot))
         for name in [name for name in self.slots if name not in found]:
             self._close(self.slots[name])
             self.slots = {other: slot for other, slot in self.slots.items() if other != name}
             log.info("%s has gone", name)
         for model in [model for slot in self.slots.values() for model in slot.models]:
-            model.catch_up()
+            model.prepare_frequent_shapes()
 
     def _try(self, slot: Slot) -> None:
-        """Nobody waits for the answer. At the start, what exceeds the memory is left for its first caller."""
+        """Open a folder and log errors. At the start, one that exceeds the memory waits for its first caller."""
         if not self.opened and not slot.models and not self._fits(slot):
             slot.state, slot.version = "unloaded", version(slot.folder)
             return
@@ -156,7 +156,7 @@ class Store:
             log.exception("%s is not served", slot.name)
 
     def _open(self, slot: Slot) -> None:
-        """Opens the folder beside what is served under its name, looks at what it draws, and only then exchanges."""
+        """Open a folder beside the version that is served, check what it draws, and then replace that version."""
         started, slot.version, before = time.perf_counter(), version(slot.folder), slot.models
         try:
             fresh = []
@@ -164,17 +164,17 @@ class Store:
                 if self.closed:
                     return
                 model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps)
-                worker.run(model.look)
+                worker.run(model.warm_up)
                 fresh.append(model)
             for model in fresh:
-                model.siblings = fresh
-            if before:  # those who are served now must not become slower for a while
+                model.replicas = fresh
+            if before:  # present callers must not get slower answers for a while
                 self._tune(fresh)
         except Exception:
             if not before:
                 slot.state = "failed"
             raise
-        self._exchange(slot, fresh)
+        self._replace(slot, fresh)
         self._make_room(slot)
         log.info("%s is open on %s after %.1f s", slot.name, fresh[0].device, time.perf_counter() - started)
         if not before and self.settings.tune_seconds:
@@ -182,8 +182,8 @@ class Store:
                 model.tuning = True
             self._put(TUNE, lambda: self._tune(fresh))
 
-    def _exchange(self, slot: Slot, models: list[Model]) -> None:
-        """At once, for whoever asks next."""
+    def _replace(self, slot: Slot, models: list[Model]) -> None:
+        """Serve other models under a slot's name, or none, from the next request on."""
         before, slot.models = slot.models, models
         slot.state = "open" if models else "unloaded"
         for i, worker in enumerate(self.workers):
@@ -197,7 +197,7 @@ class Store:
             self.metrics.loaded(slot.name, model.revision, True)
 
     def _close(self, slot: Slot) -> None:
-        self._exchange(slot, [])
+        self._replace(slot, [])
         if self.settings.device != "cpu":
             import gc
 
@@ -240,7 +240,7 @@ class Store:
         return max(1, min(self.settings.max_batch, self.settings.max_pixels // (height * width)))
 
     def _make_room(self, newest: Slot) -> None:
-        """Puts away what was not asked for the longest, until the rest fits into the budget."""
+        """Unload the models not used for the longest, until the rest fits into the memory budget."""
         while self.settings.memory_mb is not None and self._held() > self.settings.memory_mb * 2**20:
             others = [slot for slot in self.slots.values() if slot.models and slot is not newest]
             if not others:
@@ -249,11 +249,11 @@ class Store:
             self._close(min(others, key=lambda slot: max(model.used for model in slot.models)))
 
     def _held(self) -> int:
-        """Bytes of parameters on each device."""
+        """Return the bytes of parameters on each device."""
         return sum(slot.models[0].bytes for slot in self.slots.values() if slot.models)
 
     def _fits(self, slot: Slot) -> bool:
-        """By the size of the files, in half precision as they are: the parameters are opened in float32."""
+        """Return whether a folder fits into the memory budget: its files are in half precision, opened in float32."""
         if self.settings.memory_mb is None:
             return True
         size = 2 * sum(file.stat().st_size for file in slot.folder.rglob("*.safetensors"))
@@ -261,14 +261,14 @@ class Store:
 
 
 def _device(name: str) -> str:
-    """Imports torch, which is slow: here first, and not on the event loop."""
+    """Resolve "auto" to a device. It imports torch, which is slow, on this thread and not on the event loop."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def version(folder: Path) -> Any:
-    """Of a folder's weights: it differs when a file was written anew. None when it cannot be told."""
+    """Return the names, sizes and times of a folder's files, which show whether it changed; None for no folder."""
     try:
         files = [folder / "fewstep.json", *sorted(folder.rglob("*.safetensors"))]
         return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()))

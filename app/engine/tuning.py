@@ -1,8 +1,8 @@
-"""The choice of a backend by measurement, and the measured cost of every batch size: a model's profile.
+"""Choose a model's backend and its batch sizes by measurement, while it serves.
 
-Beside the serving: preparing happens in the caller's thread, and only the timed passes take turns with the traffic on
-the engine's. What was found is kept beside the weights (`profile.json`), by device and versions, so that the next
-start prepares the winner only and measures nothing.
+Preparing happens in the caller's thread; only the timed passes take turns with the traffic on the engine's. The result
+is kept beside the weights (`profile.json`), by device and versions, so that the next start prepares the winner only and
+measures nothing.
 """
 
 import logging
@@ -14,30 +14,30 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from app.engine.backends import Backend, Prepare, Way, candidates, signature
-from app.engine.cost import worth_having
+from app.engine.backends import Backend, Forward, Prepare, candidates, shapes_of
+from app.engine.batch_cost import worth_having
 from app.engine.model import Model
 from app.engine.profile import Profile, profile_key, read_profiles, write_profile
 from app.errors import ApiError
-from app.media.images import Pixels
+from app.media.image_files import Pixels
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], T]], T]  # runs a function on the engine's thread, in its turn
 log = logging.getLogger("fewstep.tuning")
 SLOW_FROM = 60.0  # seconds of measuring allowed, from which torch.compile is tried
-COMPARED = (1, 4)  # the batch sizes that backends are compared at
+COMPARED = (1, 4)  # batch sizes at which backends are compared
 LEVEL = 1  # of 255: what another order of summation may move a pixel by
-PROBES = 4  # pictures that a backend is held against the reference with
+PROBES = 4  # pictures that a backend is compared with the reference by
 SAMPLE_S = 0.1  # seconds of timed passes for each measurement, and 3 passes at least
-Ways = list[dict[Any, Way]]  # for each network of a model
+Prepared = list[dict[Any, Forward]]  # for each network of a model, functions by shapes
 
 
 def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest: int) -> Profile:
-    """Finds and installs the fastest backend of a model, and the buckets worth having.
+    """Find and install the fastest backend of a model, and the batch sizes worth having.
 
     Args:
-        run: on the engine's thread.
-        seconds: of measuring after the reference, when the backends that were not tried are left out.
+        run: runs a function on the engine's thread.
+        seconds: of measuring after the reference; backends that were not tried by then are left out.
         tolerance: levels of 255 that a backend of lower precision may move a pixel by.
         largest: pictures in one pass.
     """
@@ -58,8 +58,9 @@ def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest
 
 
 def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, largest: int) -> Profile:
+    """Compare every backend's pictures with the reference's, time those that agree, and install the fastest."""
     reference = {n: run(partial(probe, model, n)) for n in {model.fewest_steps, model.default_steps}}
-    best: tuple[float, Backend, list[Prepare], Ways] | None = None
+    best: tuple[float, Backend, list[Prepare], Prepared] | None = None
     profile = Profile(steps=model.fewest_steps, date=time.strftime("%Y-%m-%d"))
     until = math.inf
     for backend in candidates(model.device, seconds >= SLOW_FROM):
@@ -72,13 +73,15 @@ def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, larges
         ):
             continue
         try:
-            opened = backend.opened(model.networks)
-            ways = prepare(model, opened, [n for n in COMPARED if n <= largest], run)
+            prepares = backend.open_all(model.networks)
+            prepared = prepare(model, prepares, [n for n in COMPARED if n <= largest], run)
             # rounding in bfloat16 adds up over the steps
             steps = [model.fewest_steps] if backend.exact else list(reference)
-            levels = max(difference(run(partial(probe, model, n, ways, backend.threads)), reference[n]) for n in steps)
+            levels = max(
+                max_difference(run(partial(probe, model, n, prepared, backend.threads)), reference[n]) for n in steps
+            )
             sizes = [n for n in COMPARED if n <= largest]
-            spent = {n: run(partial(timed, model, n, ways, backend.threads)) for n in sizes}
+            spent = {n: run(partial(median_seconds, model, n, prepared, backend.threads)) for n in sizes}
         except ApiError:  # the server ends
             raise
         except Exception as error:  # a backend that cannot run this network is no choice
@@ -87,17 +90,17 @@ def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, larges
             continue
         allowed = LEVEL if backend.exact else tolerance
         score = float(np.mean([s / n for n, s in spent.items()]))
-        told = {"backend": backend.id, "ms": {n: round(1e3 * s, 3) for n, s in spent.items()}, "levels": levels}
-        profile.tried.append(told | ({} if levels <= allowed else {"refused": f"more than {allowed} levels"}))
+        entry = {"backend": backend.id, "ms": {n: round(1e3 * s, 3) for n, s in spent.items()}, "levels": levels}
+        profile.tried.append(entry | ({} if levels <= allowed else {"refused": f"more than {allowed} levels"}))
         if levels <= allowed and (best is None or score < best[0]):
-            best = (score, backend, opened, ways)
+            best = (score, backend, prepares, prepared)
             profile.backend, profile.threads, profile.levels = backend.name, backend.threads, levels
         if until == math.inf:  # a large model's reference alone may take longer: what is better must have its turn
             until = time.perf_counter() + seconds
     assert best is not None  # the reference differs from itself by nothing
-    _, backend, opened, ways = best
-    ways = _measure_buckets(model, backend, opened, ways, profile, run, largest)
-    model.install(backend, _exact(model, backend, opened), ways, profile)
+    _, backend, prepares, prepared = best
+    prepared = _measure_buckets(model, backend, prepares, prepared, profile, run, largest)
+    model.install(backend, _exact(model, backend, prepares), prepared, profile)
     return profile
 
 
@@ -106,14 +109,20 @@ def _drew_well(one: dict[str, Any]) -> bool:
 
 
 def _measure_buckets(
-    model: Model, backend: Backend, opened: list[Prepare], ways: Ways, profile: Profile, run: Run[Any], largest: int
-) -> Ways:
-    """Every power of two, until two in a row gain nothing; and each against its pictures drawn one by one."""
+    model: Model,
+    backend: Backend,
+    prepares: list[Prepare],
+    prepared: Prepared,
+    profile: Profile,
+    run: Run[Any],
+    largest: int,
+) -> Prepared:
+    """Time batches of 1, 2, 4, ... until two in a row gain nothing, and compare each with its pictures drawn alone."""
     measured, alone, size, lost = dict[int, float](), dict[int, Pixels](), 1, 0
     while size <= largest and lost < 2:
-        ways = prepare(model, opened, [size], run, ways)
-        spent = run(partial(timed, model, size, ways, backend.threads))
-        levels = run(partial(_against_one, model, size, ways, backend.threads, alone))
+        prepared = prepare(model, prepares, [size], run, prepared)
+        spent = run(partial(median_seconds, model, size, prepared, backend.threads))
+        levels = run(partial(_difference_from_alone, model, size, prepared, backend.threads, alone))
         profile.against_one[size] = levels
         if levels > (LEVEL if backend.exact else 2 * LEVEL):
             profile.dropped[size] = f"its pictures differ by {levels} levels from those drawn alone"
@@ -124,61 +133,61 @@ def _measure_buckets(
     profile.buckets = worth_having(measured)
     for size in set(measured) - set(profile.buckets):
         profile.dropped[size] = f"{1e3 * measured[size] / size:.3g} ms a picture, which smaller ones do as well"
-    wanted = prepare(model, [lambda _: _none] * len(opened), list(profile.buckets), run)
-    return [{shape: all_of[shape] for shape in some} for all_of, some in zip(ways, wanted, strict=True)]
+    wanted = prepare(model, [lambda _: _none] * len(prepares), list(profile.buckets), run)
+    return [{shape: all_of[shape] for shape in some} for all_of, some in zip(prepared, wanted, strict=True)]
 
 
 def _none(*_: Any) -> Any:
-    raise AssertionError("stands for a way where only its shape is asked for")
+    raise AssertionError("stands for a function where only the shapes are asked for")
 
 
 def _install(model: Model, profile: Profile, run: Run[Any], tolerance: int) -> Profile:
-    """A profile that was measured before: the winner is prepared and looked at once."""
+    """Prepare and install the winner of a stored profile. ValueError if it no longer draws what the reference draws."""
     backend = next(b for b in candidates(model.device, True) if b.id == profile.id)
-    opened = backend.opened(model.networks)
-    ways = prepare(model, opened, list(profile.buckets), run)
+    prepares = backend.open_all(model.networks)
+    prepared = prepare(model, prepares, list(profile.buckets), run)
     few = model.fewest_steps
-    pictures, reference = run(lambda: (probe(model, few, ways, backend.threads), probe(model, few)))
-    if difference(pictures, reference) > (LEVEL if backend.exact else tolerance):
+    pictures, reference = run(lambda: (probe(model, few, prepared, backend.threads), probe(model, few)))
+    if max_difference(pictures, reference) > (LEVEL if backend.exact else tolerance):
         raise ValueError("it draws other pictures than it did")
-    model.install(backend, _exact(model, backend, opened), ways, profile)
+    model.install(backend, _exact(model, backend, prepares), prepared, profile)
     return profile
 
 
-def _exact(model: Model, backend: Backend, opened: list[Prepare]) -> list[Prepare]:
-    """What prepares shapes that were not compared."""
+def _exact(model: Model, backend: Backend, prepares: list[Prepare]) -> list[Prepare]:
+    """Return what prepares shapes whose pictures were not compared: the exact backend, where there is one."""
     other = next((b for b in candidates(model.device, True) if b.id == backend.fallback), None)
     if other is not None:
-        return other.opened(model.networks)
-    return opened if backend.exact else []
+        return other.open_all(model.networks)
+    return prepares if backend.exact else []
 
 
 def prepare(
-    model: Model, opened: Sequence[Prepare], sizes: Sequence[int], run: Run[Any], known: Ways | None = None
-) -> Ways:
-    """Ways for batches of these sizes, for each network of the model, beside those known; in the caller's thread."""
-    found: Ways = [dict(ways) for ways in known] if known else [{} for _ in opened]
+    model: Model, prepares: Sequence[Prepare], sizes: Sequence[int], run: Run[Any], known: Prepared | None = None
+) -> Prepared:
+    """Prepare every network for batches of these sizes, beside what is `known`, in the caller's thread."""
+    found: Prepared = [dict(prepared) for prepared in known] if known else [{} for _ in prepares]
     for size in sizes:
-        for student, ways in enumerate(found):
+        for student, prepared in enumerate(found):
             for inputs in run(partial(model.inputs, size, student)):
-                if signature(inputs) not in ways:
-                    ways[signature(inputs)] = opened[student](inputs)
+                if shapes_of(inputs) not in prepared:
+                    prepared[shapes_of(inputs)] = prepares[student](inputs)
     return found
 
 
-def probe(model: Model, steps: int, ways: Ways | None = None, threads: int | None = None) -> Pixels:
-    """The probes' pictures one by one, (N, H, W, 3); by the reference without ways. On the engine's thread."""
+def probe(model: Model, steps: int, prepared: Prepared | None = None, threads: int | None = None) -> Pixels:
+    """Draw the probes one by one, (N, H, W, 3); without prepared functions by the reference. On the engine's thread."""
     students = range(model.students)
     orders = [order for k in students for order in model.probes(max(2, PROBES // len(students)), k)]
-    with model.using(ways, threads):
-        return np.concatenate([model.draw(steps, [order], strict=ways is None) for order in orders])
+    with model.using(prepared, threads):
+        return np.concatenate([model.draw(steps, [order], strict=prepared is None) for order in orders])
 
 
-def timed(model: Model, size: int, ways: Ways, threads: int) -> float:
-    """Seconds of a pass, the median. On the engine's thread: what waits meanwhile waits a fraction of a second."""
+def median_seconds(model: Model, size: int, prepared: Prepared, threads: int) -> float:
+    """Return the median seconds of a pass. On the engine's thread, for a fraction of a second."""
     orders = model.probes(1) * size
     spent = list[float]()
-    with model.using(ways, threads):
+    with model.using(prepared, threads):
         model.draw(model.fewest_steps, orders)
         until = time.perf_counter() + SAMPLE_S
         while len(spent) < 3 or time.perf_counter() < until:
@@ -188,17 +197,17 @@ def timed(model: Model, size: int, ways: Ways, threads: int) -> float:
     return float(np.median(spent))
 
 
-def _against_one(model: Model, size: int, ways: Ways, threads: int, alone: dict[int, Pixels]) -> int:
-    """The most levels by which a picture in a full batch differs from itself alone."""
+def _difference_from_alone(model: Model, size: int, prepared: Prepared, threads: int, alone: dict[int, Pixels]) -> int:
+    """Return the most levels by which a picture in a full batch differs from the same one drawn alone."""
     orders = model.probes(size)
-    with model.using(ways, threads):
+    with model.using(prepared, threads):
         for i, order in enumerate(orders):
             if i not in alone:
                 alone[i] = model.draw(model.fewest_steps, [order])[0]
         together = model.draw(model.fewest_steps, orders)
-    return difference(together, np.stack([alone[i] for i in range(size)]))
+    return max_difference(together, np.stack([alone[i] for i in range(size)]))
 
 
-def difference(one: Pixels, other: Pixels) -> int:
-    """The most levels of 255 between two pictures."""
+def max_difference(one: Pixels, other: Pixels) -> int:
+    """Return the largest difference between two pictures, in levels of 255."""
     return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())

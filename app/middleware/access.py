@@ -1,7 +1,7 @@
-"""Who may ask for what, and how much of it: API keys from a file, their scopes, their rates.
+"""Control access by API keys from a file, with scopes and rate limits.
 
 The file holds no key, only SHA-256 digests; random keys of 256 bits need no slower hash. Keys come in a header, never
-in a URL, which would be logged on its way:
+in a URL, which others may log:
 
     Authorization: Bearer KEY                      as OpenAI's clients send it
     Sec-WebSocket-Protocol: fewstep, fewstep-key.KEY      for browsers, whose WebSockets send no other header
@@ -30,11 +30,11 @@ from distillers.errors import BadInput
 log = logging.getLogger("fewstep.access")
 PUBLIC = (PROBES - {"/metrics"}) | {"/", "/docs", "/openapi.json"}  # and /static/: the page asks for a key itself
 SUBPROTOCOL = "fewstep-key."
-RECHECK = 1.0  # seconds between looks at the file
+RECHECK = 1.0  # seconds between checks of the file
 
 
 class Key(BaseModel):
-    """One entry of the file."""
+    """Describes one key of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,36 +46,36 @@ class Key(BaseModel):
 
 
 class Allowance:
-    """What a key may still do now. Requests that only read cost nothing."""
+    """Counts the requests of a key against its limits. Those that only read are not counted."""
 
     def __init__(self, key: Key) -> None:
         self.key = key
         self.digest = bytes.fromhex(key.sha256)
         self._tokens, self._at = float(key.requests_per_minute or 0), time.monotonic()
-        self._inside, self._mean_s = 0, 1.0
+        self._running, self._mean_s = 0, 1.0
 
     def enter(self) -> None:
-        """Takes a request in. 429 with the seconds until another try makes sense."""
-        if self.key.concurrent is not None and self._inside >= self.key.concurrent:
+        """Count a request. ApiError 429 over a limit, with the seconds until another try makes sense."""
+        if self.key.concurrent is not None and self._running >= self.key.concurrent:
             raise self._refusal(f"{self.key.concurrent} requests at the same time", self._mean_s)
         if (wait := self._wait()) > 0:
             raise self._refusal(f"{self.key.requests_per_minute} requests per minute", wait)
         self._tokens -= 1
-        self._inside += 1
+        self._running += 1
 
     def leave(self, seconds: float) -> None:
-        """The request was answered, after so long."""
-        self._inside -= 1
+        """Count a request as answered after so many seconds."""
+        self._running -= 1
         self._mean_s += 0.1 * (seconds - self._mean_s)
 
     async def turn(self) -> None:
-        """One more of the same visitor, who waits instead of being refused: a request over a WebSocket."""
+        """Wait until the rate allows another request over a WebSocket, which is delayed instead of refused."""
         while (wait := self._wait()) > 0:
             await asyncio.sleep(wait)
         self._tokens -= 1
 
     def _wait(self) -> float:
-        """Seconds until a request may be taken; 0 for at once."""
+        """Return the seconds until the rate allows a request; 0 for at once."""
         if self.key.requests_per_minute is None:
             return 0.0
         now, most = time.monotonic(), float(self.key.requests_per_minute)
@@ -89,26 +89,26 @@ class Allowance:
 
 
 class Keys:
-    """The file's keys, as it is now: it is read again when it has changed, and kept as it was when it is broken.
+    """Holds the keys of a file and reads it again when it has changed. A broken file leaves the keys as they were.
 
     Raises:
-        BadInput: at the start, naming the entry and the field; later that is only logged.
+        BadInput: at the start, naming the entry and the field; later it is only logged.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._stamp = self._look()
+        self._stamp = self._file_stamp()
         self._allowances = [Allowance(key) for key in read(file)]
         self._checked = time.monotonic()
 
     def find(self, given: bytes) -> Allowance | None:
-        """Whose key it is. Every digest is compared, and each in constant time."""
+        """Return the allowance of a key; None for an unknown one. All digests are compared, each in constant time."""
         self._refresh()
         digest = hashlib.sha256(given).digest()
         found = [one for one in self._allowances if hmac.compare_digest(one.digest, digest)]
         return found[0] if found else None
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _file_stamp(self) -> tuple[int, int, int] | None:
         try:
             facts = self.file.stat()
         except OSError:
@@ -119,7 +119,7 @@ class Keys:
         if (now := time.monotonic()) < self._checked + RECHECK:
             return
         self._checked = now
-        if (stamp := self._look()) == self._stamp:
+        if (stamp := self._file_stamp()) == self._stamp:
             return
         self._stamp = stamp
         try:
@@ -127,13 +127,13 @@ class Keys:
         except BadInput as error:
             log.error("the keys stay as they were: %s", error)
             return
-        known = {allowance.key: allowance for allowance in self._allowances}  # who had used up a rate still has
+        known = {allowance.key: allowance for allowance in self._allowances}  # a rate that was used up stays so
         self._allowances = [known.get(key) or Allowance(key) for key in keys]
         log.info("%d keys were read again", len(keys))
 
 
 def read(file: Path) -> list[Key]:
-    """The keys of a TOML file, checked. BadInput names the entry and the field, and repeats no secret."""
+    """Read and check the keys of a TOML file. BadInput names the entry and the field, and repeats no secret."""
     try:
         table = tomllib.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -158,7 +158,7 @@ def read(file: Path) -> list[Key]:
 
 
 def scope_of(scope: Scope) -> Literal["infer", "admin", "metrics"] | None:
-    """What a key must be for; None where none is asked. Whatever is not known here needs `infer`."""
+    """Return the scope that a request needs; None where no key is needed. Unknown paths need `infer`."""
     path = path_of(scope)
     if path in PUBLIC or path.startswith("/static/"):
         return None
@@ -169,13 +169,13 @@ def scope_of(scope: Scope) -> Literal["infer", "admin", "metrics"] | None:
 
 
 class Access:
-    """Pure ASGI: a request is let in or refused before a byte of its body is read."""
+    """Accepts or refuses requests before their body is read, as ASGI middleware."""
 
     def __init__(self, app: ASGIApp, keys: Keys | None, metrics: Metrics) -> None:
         self.app, self.keys, self.metrics = app, keys, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """401 without a key, 403 without the scope, 429 over the limits."""
+        """Pass on a request, or answer 401 without a valid key, 403 without the scope, 429 over the limits."""
         if scope["type"] == "lifespan" or (needed := scope_of(scope)) is None:
             return await self.app(scope, receive, send)
         try:
@@ -184,11 +184,11 @@ class Access:
             self.metrics.rejected(refusal.body.code or "")
             return await refusal.response()(scope, receive, send)
         if scope["type"] == "websocket":
-            send = _spoken(scope, send)
+            send = _choose_subprotocol(scope, send)
         if allowance is None:
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
-            receive = _paced(receive, allowance)
+            receive = _rate_limited(receive, allowance)
         started = time.perf_counter()
         try:
             await self.app(scope, receive, send)
@@ -196,18 +196,18 @@ class Access:
             allowance.leave(time.perf_counter() - started)
 
     def _admit(self, scope: Scope, needed: str) -> Allowance | None:
-        """The allowance that the request was counted against; None where nothing is counted."""
+        """Check a request and return the allowance that it was counted against; None where nothing is counted."""
         if self.keys is None:
             if needed == "admin":
                 allow = "set FEWSTEP_KEYS to a file with a key of scope admin (`fewstep key NAME --scopes admin`)"
                 raise ApiError(403, f"models are loaded with a key only: {allow}", code="admin_disabled")
             return None
-        allowance = self.keys.find(_given(scope))
+        allowance = self.keys.find(_key_of(scope))
         if allowance is None:
             message = "no valid API key: send it as Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
-        scope["visit"].key = allowance.key.name
+        scope["record"].key = allowance.key.name
         if needed not in allowance.key.scopes:
             has = ", ".join(sorted(allowance.key.scopes))
             raise ApiError(403, f"the key {allowance.key.name} is for {has}, not for {needed}", code="missing_scope")
@@ -217,36 +217,36 @@ class Access:
         return allowance
 
 
-def _given(scope: Scope) -> bytes:
-    """The key that came along; b"" for none, which is nobody's."""
-    kind, _, key = scope["visit"].asked.get(b"authorization", b"").partition(b" ")
+def _key_of(scope: Scope) -> bytes:
+    """Return the key that a request carries; b"" for none."""
+    kind, _, key = scope["record"].request_headers.get(b"authorization", b"").partition(b" ")
     if kind.lower() == b"bearer":
         return bytes(key.strip())
     offered = [name for name in scope.get("subprotocols", ()) if name.startswith(SUBPROTOCOL)]
     return offered[0].removeprefix(SUBPROTOCOL).encode() if offered else b""
 
 
-def _paced(receive: Receive, allowance: Allowance) -> Receive:
-    """Text messages, each of which asks for something, come in no faster than the key's requests may."""
+def _rate_limited(receive: Receive, allowance: Allowance) -> Receive:
+    """Delay text messages, each of which is a request, to the rate of the key."""
 
-    async def paced() -> Message:
+    async def receive_limited() -> Message:
         message = await receive()
         if message.get("text") is not None:
             await allowance.turn()
         return message
 
-    return paced
+    return receive_limited
 
 
-def _spoken(scope: Scope, send: Send) -> Send:
-    """A browser breaks off unless one of the protocols it offered is chosen; another than the one with the key."""
+def _choose_subprotocol(scope: Scope, send: Send) -> Send:
+    """Choose one of the offered subprotocols, not the one with the key: browsers break off if none is chosen."""
     offered = scope.get("subprotocols", [])
     others = [name for name in offered if not name.startswith(SUBPROTOCOL)]
 
-    async def spoken(message: Message) -> None:
+    async def send_choice(message: Message) -> None:
         if message["type"] == "websocket.accept" and not message.get("subprotocol") and offered:
             message["subprotocol"] = (others or offered)[0]
         await send(message)
 
     scope["subprotocols"] = others
-    return spoken
+    return send_choice

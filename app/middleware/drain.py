@@ -1,8 +1,8 @@
-"""How the service ends: SIGTERM turns away what is new, answers what was accepted, and only then stops the server.
+"""Drain the server: after SIGTERM, refuse new requests, answer those accepted, and only then stop.
 
-The server's own handling of signals closes its sockets at once, so that who comes meanwhile is refused without a word
-and a supervisor cannot read /readyz. Here the server hears of a signal when nothing is in flight any more. A second
-signal ends the process at once.
+The server's own handling of signals closes its sockets at once, so that new callers get no answer and a supervisor
+cannot read /readyz. Here the signal reaches the server when no request is in flight any more. A second signal ends the
+process at once.
 """
 
 import asyncio
@@ -25,33 +25,33 @@ log = logging.getLogger("fewstep.drain")
 
 
 class Drain:
-    """The door: who is inside, and whether anybody else may come in.
+    """Counts the requests in flight, and knows whether new ones are accepted.
 
     Args:
-        seconds: how long those inside are waited for at most.
+        seconds: how long requests in flight are waited for at most.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.inflight = 0  # requests accepted and not answered yet, probes left out
+        self.inflight = 0  # requests accepted and not answered yet, without probes
         self._deadline: float | None = None
 
     @property
     def draining(self) -> bool:
-        """Whether the process is about to end."""
+        """Return whether the process is about to end and refuses new requests."""
         return self._deadline is not None
 
     def refusal(self) -> ApiError:
-        """503 for who comes too late; by then another process, or this one's successor, may answer."""
+        """Return the 503 for new requests, with the seconds after which another process may answer."""
         return overloaded("the server is shutting down", max(1, math.ceil(self._left())), "shutting_down")
 
     def begin(self) -> None:
-        """From now on nobody is let in."""
+        """Refuse new requests from now on."""
         self._deadline = self._deadline or time.monotonic() + self.seconds
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT from the server that runs the loop; they reach it when everybody was answered."""
+        """Take over SIGTERM and SIGINT from the server; they reach it when all requests were answered."""
         before = _server_handlers()
         loop, ending = asyncio.get_running_loop(), list[asyncio.Task[None]]()  # the loop itself holds tasks weakly
 
@@ -91,7 +91,7 @@ class Drain:
 
 
 def _server_handlers() -> dict[int, Any]:
-    """What a server has installed; nothing in a thread that gets no signals, such as a test's."""
+    """Return the signal handlers that the server has installed; {} in a thread that gets no signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

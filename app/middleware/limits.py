@@ -1,4 +1,4 @@
-"""The limits on a request's body, kept while it arrives: so many bytes are held, and so long is waited for them."""
+"""Limit the size of a request's body and the time it takes to arrive."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ SLOWEST = 64 << 10  # bytes per second, at which a body of any size may go on ar
 
 
 class TooLarge(HTTPException):
-    """The body passed the limit while it was read. FastAPI's parsing lets only an HTTPException pass."""
+    """The body exceeds the limit. It is an HTTPException, the only kind that FastAPI's parsing lets pass."""
 
     def __init__(self, limit: int, path: str) -> None:
         more = "; whole scenes are jobs: POST /v1/jobs/translations" if path.endswith("/images/translations") else ""
@@ -30,12 +30,12 @@ class TooSlow(HTTPException):
 
 
 class BodyLimit:
-    """Pure ASGI, because a BaseHTTPMiddleware hides from the routes that the caller has left.
+    """Enforces the limits, as ASGI middleware (a BaseHTTPMiddleware would hide disconnects from the routes).
 
     Args:
         limit: bytes of a body.
         seconds: for a small body to arrive; a large one has longer, see SLOWEST.
-        others: the limits of paths that have their own.
+        others: limits of paths that have their own.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class BodyLimit:
         self.app, self.limit, self.seconds, self.metrics, self.others = app, limit, seconds, metrics, others or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses by Content-Length at once, and counts what comes without one."""
+        """Refuse a body by its Content-Length at once, and otherwise count its bytes as they arrive."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         limit = self.others.get(path_of(scope), self.limit)
-        declared = scope["visit"].asked.get(b"content-length", b"0")
+        declared = scope["record"].request_headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             self.metrics.rejected("content_too_large")
             too_large = ApiError(413, TooLarge(limit, scope["path"]).detail, code="content_too_large")
@@ -58,7 +58,7 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal arrived, more
-            if not more:  # all is here: what is waited for now is that the caller leaves
+            if not more:  # the body is complete: only a disconnect can follow
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline + arrived / SLOWEST):

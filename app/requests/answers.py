@@ -1,4 +1,4 @@
-"""How pictures become an answer: JSON with base64, or one picture's bytes with the facts in headers.
+"""Turn pictures into an answer: JSON with base64, or one picture's bytes with the facts in headers.
 
 This is the hot path, so an answer is put together from bytes: no response model, no second copy of a picture. What
 `schemas.ImagesAnswer` documents is what `respond` writes, and a test compares the two.
@@ -16,9 +16,9 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from app.engine.engine import Drawn, Engine, Order
+from app.engine.engine import Engine, Order, Picture
 from app.errors import ApiError, ErrorAnswer
-from app.media.images import Pixels, encode
+from app.media.image_files import Pixels, encode
 from app.requests.bodies import BINARY
 from app.requests.orders import Plan, Work
 from app.schemas import ImagesAnswer, OpenAIRequest, SceneFormat
@@ -70,7 +70,7 @@ def describe_answer(kind: str, schema: Mapping[str, Any], more: str) -> dict[int
 
 
 class RawResponse(Response):
-    """A response whose headers are bytes already."""
+    """Sends a body with headers that are bytes already."""
 
     def __init__(self, body: bytes, kind: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status_code, self.background, self.body = 200, None, body
@@ -130,7 +130,7 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
             watcher.cancel()
 
 
-def draw(engine: Engine, work: Work, orders: Sequence[Order] | None = None) -> Awaitable[list[Drawn]]:
+def draw(engine: Engine, work: Work, orders: Sequence[Order] | None = None) -> Awaitable[list[Picture]]:
     """Draw the pictures and encode each, in base64 where the answer is JSON.
 
     Args:
@@ -212,7 +212,7 @@ def choice_of(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def timings_of(pictures: Sequence[Drawn]) -> dict[str, float]:
+def timings_of(pictures: Sequence[Picture]) -> dict[str, float]:
     """Return milliseconds of each stage: the longest wait and encoding, and the sum of all forward passes."""
     turns = {picture.turn: picture for picture in pictures}.values()
     return {

@@ -1,4 +1,4 @@
-"""How request bodies are read (JSON, a form with a file, a file's raw bytes), and what OpenAPI says of them."""
+"""Read request bodies (JSON, a form with a file, a file's raw bytes) and describe them in OpenAPI."""
 
 from typing import Any, TypeVar
 

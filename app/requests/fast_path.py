@@ -1,4 +1,4 @@
-"""The fast path: requests for pictures go from the path straight to the function of their route.
+"""Take requests for pictures straight from their path to the function of their route.
 
 FastAPI asks each router twice whether it knows the path, and enters four context managers before it calls a function.
 """
@@ -16,7 +16,7 @@ from app.middleware.request_log import path_of
 
 
 class FastRoute(APIRoute):
-    """A route whose function takes the request and returns the response, with nothing of FastAPI's in between.
+    """Marks a route whose function takes the request and returns the response, with nothing of FastAPI's in between.
 
     FastAPI describes it in OpenAPI all the same.
     """
@@ -27,7 +27,7 @@ class FastRoute(APIRoute):
 
 
 class FastPath:
-    """ASGI middleware that calls the functions of `FastRoute`s itself and passes every other request on to FastAPI."""
+    """Calls the functions of `FastRoute`s itself, as ASGI middleware, and passes every other request on to FastAPI."""
 
     def __init__(self, app: ASGIApp, routes: Iterable[Any]) -> None:
         fast = [route for route in routes if isinstance(route, FastRoute)]

@@ -1,4 +1,4 @@
-"""How a request becomes orders: its fields are checked against a model and the limits, one order for each picture."""
+"""Turn a request into orders, one for each picture, checked against the model and the limits."""
 
 import hashlib
 import math
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine import dial
-from app.engine.dial import Choice
+from app.engine import budget
+from app.engine.budget import Choice
 from app.engine.engine import Engine, Order
 from app.engine.model import Model
-from app.media.images import MIN_SIDE, decode_rgb, decode_sar, pad, too_many_pixels
-from app.schemas import SEEDS, Described, EditRequest, RealtimeRequest, SceneFields, SceneFormat, Turn
+from app.media.image_files import MIN_SIDE, decode_rgb, decode_sar, pad, too_many_pixels
+from app.schemas import SEEDS, ContentFields, EditRequest, PictureFields, RealtimeRequest, SceneFields, SceneFormat
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fields that all requests for pictures share, checked against the model and the limits."""
+    """Holds the fields that all requests for pictures share, checked against the model and the limits."""
 
     model: Model
     steps: int
@@ -40,13 +40,13 @@ class Plan:
 
     @property
     def seeds(self) -> range:
-        """The seed of each picture."""
+        """Return the seed of each picture."""
         return range(self.seed, self.seed + self.n)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request's orders, one for each picture, and what their answers need beside them."""
+    """Holds a request's orders, one for each picture, and what their answers need beside them."""
 
     plan: Plan
     orders: Sequence[Order]
@@ -59,7 +59,7 @@ class Work:
 
 async def make_plan(
     engine: Engine,
-    body: Turn,
+    body: PictureFields,
     *,
     fits: Callable[[Model], bool],
     n: int | None = None,
@@ -67,7 +67,7 @@ async def make_plan(
 ) -> Plan:
     """Check a body's common fields, and choose and open its model.
 
-    With a latency budget, `dial.choose` chooses the steps and, where none is named, the model.
+    With a latency budget, `budget.choose` chooses the steps and, where none is named, the model.
 
     Args:
         fits: whether a model is a candidate where the body names none.
@@ -96,7 +96,7 @@ async def make_plan(
         candidates = [await engine.open_for(body.model, fits)] if named else [*filter(fits, engine.models.values())]
         if not candidates:
             raise BadInput("model", None, "a model that draws this; see /v1/models")
-        choice = dial.choose(engine, candidates, body.latency_budget_ms, n)
+        choice = budget.choose(engine, candidates, body.latency_budget_ms, n)
         model, steps = choice.model, choice.steps
     deadline = None if body.timeout_ms is None else arrived + body.timeout_ms / 1e3
     quality = 90 if body.output_compression is None else body.output_compression
@@ -116,7 +116,7 @@ def check_task(model: Model, translates: bool) -> Model:
 # -- pictures from noise -----------------------------------------------------------------------------------------------
 
 
-def generates(body: Described, size: str | None = None) -> Callable[[Model], bool]:
+def generates(body: ContentFields, size: str | None = None) -> Callable[[Model], bool]:
     """Return the test for models that generate a picture; with a latency budget, of that content and size."""
 
     def fits(model: Model) -> bool:
@@ -134,7 +134,7 @@ def generates(body: Described, size: str | None = None) -> Callable[[Model], boo
     return fits if getattr(body, "latency_budget_ms", None) is not None else lambda model: not model.translates
 
 
-def from_noise(plan: Plan, body: Described, size: str | None = None) -> Work:
+def from_noise(plan: Plan, body: ContentFields, size: str | None = None) -> Work:
     """Order pictures from noise, of a class or a prompt. BadInput for a model that translates."""
     model = check_task(plan.model, translates=False)
     height, width = check_size(model, size)
@@ -142,7 +142,7 @@ def from_noise(plan: Plan, body: Described, size: str | None = None) -> Work:
     return Work(plan, orders, height, width, (height, width), label_names(model, orders))
 
 
-def orders_of(model: Model, body: Described, seeds: Sequence[int]) -> list[Order]:
+def orders_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[Order]:
     """Return an order for every seed, with the content that the body describes."""
     if model.generator.prompts is None:
         return [Order(seed, label) for seed, label in zip(seeds, labels_of(model, body, seeds), strict=True)]
@@ -165,7 +165,7 @@ def check_size(model: Model, size: str | None) -> tuple[int, int]:
     return height, width
 
 
-def labels_of(model: Model, body: Described, seeds: Sequence[int]) -> list[int | None]:
+def labels_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[int | None]:
     """Return a class for every seed: the body's label or prompt, or one that the seed chooses."""
     names, classes, prompt = model.info.labels, model.info.classes, (body.prompt or "").strip()
     if not names:
@@ -243,7 +243,8 @@ async def from_sar(
 ) -> Work:
     """Order translations of a plain SAR picture: a file's bytes or, with a width, its pixels 0..255 themselves.
 
-    bands, file: the field and the name that may say the picture's polarisation: see `Radiometry.band_of_picture`.
+    Args:
+        bands, file: the field and the name that may say the polarisation: see `Radiometry.band_of_picture`.
     """
     limit = engine.settings.max_pixels
     sar = await engine.decode(decode_sar, data, limit) if width is None else _unpacked(data, width, limit)

@@ -1,4 +1,4 @@
-"""Answers as server-sent events in OpenAI's form: views of the unfinished pictures, then each one finished."""
+"""Answer with server-sent events in OpenAI's form: views of unfinished pictures, then each finished picture."""
 
 import asyncio
 import time
@@ -11,9 +11,9 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from app.engine.engine import Drawn, Engine, Order
+from app.engine.engine import Engine, Order, Picture
 from app.errors import ApiError, from_exception
-from app.media.images import Pixels
+from app.media.image_files import Pixels
 from app.requests.answers import (
     cancel_on_disconnect,
     choice_of,
@@ -37,7 +37,7 @@ USAGE = {
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # a proxy that gathered the events would make them worthless
+    (b"x-accel-buffering", b"no"),  # or a proxy may hold the events back
 ]
 
 
@@ -65,13 +65,13 @@ async def stream(request: Request, engine: Engine, work: Work, event: str, parti
     loop, arrivals = asyncio.get_running_loop(), asyncio.Queue[Partial | None]()
     views = partial_steps(work.first, work.plan.steps, partial_images)
 
-    def watched(index: int, order: Order) -> Order:
-        def partial(step: int, pixels: Pixels) -> None:  # on the engine's thread
+    def with_callback(index: int, order: Order) -> Order:
+        def on_partial(step: int, pixels: Pixels) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(arrivals.put_nowait, (index, views[step], pixels))
 
-        return replace(order, partial=partial, shown=views)
+        return replace(order, on_partial=on_partial, partial_steps=views)
 
-    orders = [watched(i, order) for i, order in enumerate(work.orders)]
+    orders = [with_callback(i, order) for i, order in enumerate(work.orders)]
     drawing = asyncio.ensure_future(draw(engine, work, orders))
     drawing.add_done_callback(lambda _: arrivals.put_nowait(None))
     try:
@@ -85,7 +85,7 @@ async def stream(request: Request, engine: Engine, work: Work, event: str, parti
 
 
 class _Stream(Response):
-    """Sends while it draws; when the caller leaves, what still waits is never drawn."""
+    """Sends events while pictures are drawn, and cancels the drawing when the caller leaves."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Stream(Response):
         engine: Engine,
         work: Work,
         event: str,
-        drawing: "asyncio.Future[list[Drawn]]",
+        drawing: "asyncio.Future[list[Picture]]",
         arrivals: "asyncio.Queue[Partial | None]",
         arrived: Partial | None,
     ) -> None:
@@ -103,10 +103,10 @@ class _Stream(Response):
         self.drawing, self.arrivals, self.arrived = drawing, arrivals, arrived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Send the events, as an ASGI application."""
         try:
             await cancel_on_disconnect(self.request, self._send(send))
-        except (ApiError, OSError):  # nobody is there to be told
+        except (ApiError, OSError):  # the caller has left
             pass
         finally:
             self.drawing.cancel()
@@ -127,18 +127,18 @@ class _Stream(Response):
                 name = f"{self.event}.partial_image"
                 await put(name, {"type": name, **self._picture(index, file), "partial_image_index": view})
                 arrived = await self.arrivals.get()
-            drawn = await self.drawing
+            pictures = await self.drawing
             facts = {**facts_of(self.work), "chosen": choice_of(self.work.plan), "usage": USAGE}
-            facts["timings"] = timings_of(drawn)
+            facts["timings"] = timings_of(pictures)
             name = f"{self.event}.completed"
-            for index, picture in enumerate(drawn):
+            for index, picture in enumerate(pictures):
                 await put(name, {"type": name, **facts, **self._picture(index, picture.file)})
         except Exception as error:
             await put("error", {"error": from_exception(error).body.model_dump()})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _picture(self, index: int, file: bytes) -> dict[str, Any]:
-        """What both events tell of one picture: OpenAI's fields, and which picture it is."""
+        """Return what both events say of a picture: OpenAI's fields, its seed and its label."""
         height, width = self.work.crop
         return {
             "b64_json": file,

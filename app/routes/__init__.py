@@ -1,1 +1,1 @@
-"""Thin routes: parse, hand to the engine, answer."""
+"""Each route reads its request, hands the work to the engine and answers."""

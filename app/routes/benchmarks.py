@@ -1,4 +1,4 @@
-"""POST /v1/benchmarks: a student measured now, on the device that serves, against its teacher on the same noises."""
+"""POST /v1/benchmarks measures a student against its teacher on the same noises, now and on the device that serves."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from app.engine.engine import Engine, engine_of
 from app.engine.model import Model
 from app.errors import ApiError, overloaded
-from app.media.images import decode_sar, pad
+from app.media.image_files import decode_sar, pad
 from app.requests.answers import ERRORS, cancel_on_disconnect
 from app.schemas import SEEDS, BenchmarkRequest
 from distillers.errors import BadInput
@@ -20,7 +20,7 @@ router = APIRouter(tags=["benchmarks"])
 
 @router.post("/v1/benchmarks", responses=ERRORS, summary="Measure a model now")
 async def benchmark(body: BenchmarkRequest, request: Request) -> dict[str, Any]:
-    """Latency percentiles and the distance from the teacher's pictures, on few pictures, and the answer says so.
+    """Measure latency percentiles and the distance from the teacher's pictures, on few pictures.
 
     It has the device to itself while it runs: other requests wait. One at a time; a second one is answered with 503.
     """
@@ -39,7 +39,7 @@ async def benchmark(body: BenchmarkRequest, request: Request) -> dict[str, Any]:
 
 
 def _teacher(engine: Engine, student: Model) -> Model:
-    """The folder that a student names as its teacher, as it is served here."""
+    """Return the served model that a student names as its teacher."""
     name = student.info.teacher
     if name is None:
         raise BadInput("model", student.name, "a student whose fewstep.json names its teacher")
@@ -50,7 +50,7 @@ def _teacher(engine: Engine, student: Model) -> Model:
 
 
 def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int, seed: int) -> dict[str, Any]:
-    """On the engine's thread."""
+    """Measure a student beside its teacher, on the engine's thread."""
     from distillers.evaluation.evaluate import quick_benchmark
     from distillers.evaluation.features import load_features
 
@@ -73,7 +73,7 @@ def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int,
 
 
 def _examples(engine: Engine, model: Model) -> "Tensor":
-    """The SAR tiles published with a translator, (B, channels, H, W) in [-1, 1]: `examples/*.png`, all of one size."""
+    """Read the SAR tiles published with a translator, (B, channels, H, W) in [-1, 1]: `examples/*.png` of one size."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""POST /v1/images/edits: a picture in, a picture out, in OpenAI's form.
+"""POST /v1/images/edits draws pictures from a picture, in OpenAI's form.
 
 A translator takes the picture as SAR, and has no use for the prompt that OpenAI's clients insist on. A generator starts
 from the picture instead of from noise alone: see `orders.from_picture`.

@@ -1,4 +1,4 @@
-"""Is the process able to work at all (live), and should it be given work now (ready)? Asked without a key."""
+"""Say, without a key, whether the process works at all (live) and whether it takes work now (ready)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Opening, not
 
 @router.get("/livez", responses=DEAD, summary="Alive")
 async def livez(request: Request) -> JSONResponse:
-    """503 when the engine's thread has died or the device hangs: neither mends itself, so start the process anew."""
+    """Return 503 when the engine's thread has died or the device hangs: only a new process helps."""
     status = _life(engine_of(request))
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
@@ -22,7 +22,7 @@ async def livez(request: Request) -> JSONResponse:
 @router.get("/readyz", responses=NOT_READY, summary="Ready")
 @router.get("/health", responses=NOT_READY, summary="The same as /readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """503 until every model was opened and drew its first picture, and again from the moment the server is to end.
+    """Return 503 until every model was opened and drew its first picture, and again while the server drains.
 
     Folders that could not be opened are named.
     """
@@ -33,14 +33,14 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/v2/health/live", responses=DEAD, summary="Alive, as KServe asks")
 async def live(request: Request) -> JSONResponse:
-    """/livez in the words of the Open Inference Protocol."""
+    """Answer /livez in the words of the Open Inference Protocol."""
     alive = _life(engine_of(request)) == "ok"
     return JSONResponse({"live": alive}, 200 if alive else 503)
 
 
 @router.get("/v2/health/ready", responses=NOT_READY, summary="Ready, as KServe asks")
 async def ready(request: Request) -> JSONResponse:
-    """/readyz in the words of the Open Inference Protocol."""
+    """Answer /readyz in the words of the Open Inference Protocol."""
     is_ready = _readiness(request) == "ready"
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 

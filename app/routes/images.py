@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: pictures from noise, with or without a class, in OpenAI's form."""
+"""POST /v1/images/generations draws pictures from noise, of a class or a prompt, in OpenAI's form."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -21,7 +21,7 @@ router = APIRouter(tags=["images"], route_class=FastRoute)
     summary="Generate images",
 )
 async def generate(request: Request) -> Response:
-    """Picture i of a request is a function of seed + i and its class alone, whatever else the server is doing."""
+    """Draw pictures. Picture i depends on seed + i and its class alone, whatever else the server is doing."""
     engine, body = engine_of(request), await read_json(request, ImageRequest)
     raw = accepted_unless_streamed(request, body)
     plan = await make_plan(engine, body, fits=generates(body, body.size), n=body.n, raw=raw)

@@ -1,4 +1,4 @@
-"""Whole scenes, up to gigabytes: POST /v1/jobs/translations, GET /v1/jobs/{id} until it is done, then its files."""
+"""/v1/jobs translates whole scenes, up to gigabytes: POST the scene, GET its job until it is done, then its files."""
 
 import asyncio
 import secrets
@@ -13,10 +13,10 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from app.engine.engine import engine_of
-from app.engine.jobs import Job, Jobs
+from app.engine.scene_jobs import SceneJob, SceneJobs
 from app.engine.scenes import SceneOrder, scene_name
 from app.errors import ApiError, ErrorAnswer
-from app.media.rasters import KINDS, check, import_rasterio
+from app.media.geotiff import KINDS, check, import_rasterio
 from app.requests.answers import ERRORS, SCENE_ERRORS
 from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
 from app.requests.orders import check_task, scene_options
@@ -38,9 +38,9 @@ router = APIRouter(tags=["jobs"])
     summary="Translate a whole scene",
 )
 async def post(request: Request) -> JSONResponse:
-    """A GeoTIFF of any size up to the server's limit in bytes; the answer's id says where to look for the result.
+    """Translate a GeoTIFF of any size up to the server's limit in bytes; the answer's id says where to find the result.
 
-    The body goes to disk as it arrives (with a raw one, Content-Disposition may give the file's name, which may tell a
+    The body goes to disk as it arrives (with a raw one, Content-Disposition may give the file's name, which may say a
     lone band's polarisation). One scene is translated at a time; other requests go on meanwhile.
     """
     kind = check_kind(request, RAW_KINDS)
@@ -55,7 +55,7 @@ async def post(request: Request) -> JSONResponse:
             scene = job.folder / scene_name(request.headers.get("content-disposition", ""))
             await _receive(request, scene)
         await asyncio.to_thread(check, scene)
-        jobs.submit(job, SceneOrder(*order, scene, job.gone))
+        jobs.submit(job, SceneOrder(*order, scene, job.cancelled))
     except BaseException as error:
         jobs.forget(job)
         if isinstance(error, ClientDisconnect):
@@ -68,13 +68,13 @@ async def post(request: Request) -> JSONResponse:
 
 @router.get("/v1/jobs/{id}", responses=ABSENT, summary="How far a job is")
 async def get(id: str, request: Request) -> JobAnswer:
-    """Status, progress and speed; facts and files when it is done, the error object when it failed."""
+    """Return status, progress and speed; facts and files when it is done, the error object when it failed."""
     return _answer(jobs_of(request).find(id))
 
 
 @router.delete("/v1/jobs/{id}", responses=ABSENT, summary="Cancel or forget a job")
 async def delete(id: str, request: Request) -> JobAnswer:
-    """A job at work ends at its next tile. Its files are removed; a job that had ended is forgotten."""
+    """Cancel a running job at its next tile and remove its files, or forget a job that has ended."""
     jobs = jobs_of(request)
     job = jobs.find(id)
     jobs.cancel(job)
@@ -95,7 +95,7 @@ async def delete(id: str, request: Request) -> JobAnswer:
 async def file(
     id: str, name: Literal["optical.tif", "uncertainty.tif", "preview.png", "sar.png"], request: Request
 ) -> FileResponse:
-    """The Cloud-Optimised GeoTIFF, its statistics over samples, small pictures of it and of the SAR; by ranges, too."""
+    """Return the Cloud-Optimised GeoTIFF, its statistics over samples, or a small picture of it or of the SAR."""
     job = jobs_of(request).find(id)
     if name not in job.files:
         there = ", ".join(job.files) or f"none, the job is {job.status}"
@@ -104,7 +104,7 @@ async def file(
 
 
 async def _order(request: Request, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(model, options), checked before a byte of the scene is taken where they are known by then."""
+    """Return (model, options) from a request's parameters. BadInput for wrong ones."""
     body = JobRequest.model_validate(dict(parameters))
     model = check_task(await engine_of(request).open_for(body.model, lambda model: model.translates), translates=True)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
@@ -118,7 +118,7 @@ async def _receive(request: Request, scene: Path) -> None:
 
 
 async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any, Any]]:
-    """The parser spools the file to disk; it may come before the fields, so it is moved when all are there."""
+    """Read a form, whose file may come before its fields: the parser spools it to disk, and it is moved afterwards."""
     async with request.form(max_files=1, max_fields=20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
@@ -130,7 +130,7 @@ async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any
         return scene, order
 
 
-def _answer(job: Job) -> JobAnswer:
+def _answer(job: SceneJob) -> JobAnswer:
     return JobAnswer(
         id=job.id,
         status=job.status,
@@ -144,6 +144,6 @@ def _answer(job: Job) -> JobAnswer:
     )
 
 
-def jobs_of(request: Request) -> Jobs:
-    """The application's jobs."""
-    return cast(Jobs, request.app.state.jobs)
+def jobs_of(request: Request) -> SceneJobs:
+    """Return the application's jobs."""
+    return cast(SceneJobs, request.app.state.jobs)

@@ -1,4 +1,4 @@
-"""GET /metrics, for Prometheus."""
+"""GET /metrics returns the metrics for Prometheus."""
 
 from typing import cast
 
@@ -18,6 +18,6 @@ router = APIRouter(tags=["health"])
     summary="Metrics",
 )
 def metrics(request: Request) -> Response:
-    """Counters, histograms, and gauges read now, in Prometheus' text format. With keys: of scope metrics."""
-    told = cast(Metrics, request.app.state.metrics)
-    return Response(generate_latest(told.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    """Return counters, histograms and gauges in Prometheus' text format. With keys it needs the scope metrics."""
+    own = cast(Metrics, request.app.state.metrics)
+    return Response(generate_latest(own.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,4 +1,4 @@
-"""/v1/models: OpenAI's list, with what a caller needs to know to ask well; and what is loaded, for who may say so."""
+"""/v1/models lists the models as OpenAI does, with what a caller needs to use them, and loads and unloads them."""
 
 from typing import Any
 
@@ -18,26 +18,25 @@ ADMIN: dict[int | str, dict[str, Any]] = {
 
 @router.get("/v1/models", summary="List the models")
 async def models(request: Request) -> dict[str, Any]:
-    """Task, labels, steps and size of each; those still being opened are missing until /readyz says ready."""
+    """List task, labels, steps and size of each model; those being opened are missing until /readyz says ready."""
     return {"object": "list", "data": [model.describe() for model in engine_of(request).models.values()]}
 
 
 @router.get("/v1/models/{name}", responses={404: {"model": ErrorAnswer}}, summary="One model")
 def model(name: str, request: Request) -> dict[str, Any]:
-    """The same for one model; how it is run here and what was measured (`backend`); and the report that was published
-    with it: quality and latency as they were measured."""
+    """Describe one model, how it is run here (`backend`), and the quality and latency published with it (`report`)."""
     found = engine_of(request).named(name)
-    return {**found.describe(), "backend": found.how(), "report": found.report()}
+    return {**found.describe(), "backend": found.backend_info(), "report": found.report()}
 
 
 @router.post("/v1/models/{name}/load", responses=ADMIN, summary="Load, or read again")
 async def load(name: str, request: Request) -> dict[str, Any]:
-    """Opens a folder beside what is served under its name, looks at what it draws, and only then exchanges the two."""
+    """Open a folder beside the version that is served, check what it draws, and then replace that version."""
     return (await engine_of(request).load(name)).describe()
 
 
 @router.post("/v1/models/{name}/unload", responses=ADMIN, summary="Unload")
 async def unload(name: str, request: Request) -> dict[str, Any]:
-    """Frees its memory, until it is loaded again. Who waits for a picture of it still gets it."""
+    """Free a model's memory until it is loaded again. Pictures that wait are still drawn."""
     await engine_of(request).unload(name)
     return {"id": name, "object": "model", "loaded": False}

@@ -1,8 +1,8 @@
-"""WS /v1/realtime: pictures while somebody types or drags. The latest request wins.
+"""WS /v1/realtime sends pictures while somebody types or drags, always for the latest request.
 
-The caller sends JSON text messages with a growing `seq`; one with `"image": true` is followed by a binary message, the
-picture that it is about. Of each connection one request is at work and one waits: a newer one takes the place of the
-one that waits, which is counted and never drawn. An answer is one binary message,
+The caller sends JSON text messages with a growing `seq`; one with `"image": true` is followed by a binary message, its
+picture. In each connection one request is drawn and one waits: a newer one replaces the one that waits, which is
+counted and never drawn. An answer is one binary message,
 
     4 bytes   length of the header, big-endian
     header    JSON: seq, seed, model, steps, width, height, output_format, timings, dropped (until now), ...
@@ -28,20 +28,20 @@ from distillers.errors import BadInput
 
 router = APIRouter()
 CONNECTIONS = 64  # at once; each holds two pictures at most
-IDLE = 300.0  # seconds without a message
+IDLE = 300.0  # seconds without a message before it is closed
 MESSAGE = 1 << 16  # characters of a text message
-PROTOCOL = "fewstep"  # how the name of a subprotocol begins that is ours
+PROTOCOL = "fewstep"  # beginning of the names of our subprotocols
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     request: RealtimeRequest
     picture: bytes | None
 
 
 @router.websocket("/v1/realtime")
 async def realtime(websocket: WebSocket) -> None:
-    """One connection, from its opening to its end."""
+    """Serve one connection, from its opening to its end."""
     open_now: set[_Session] = websocket.app.state.realtime
     if len(open_now) >= CONNECTIONS:
         return await websocket.send_denial_response(overloaded(f"{CONNECTIONS} connections are open", 5).response())
@@ -56,22 +56,22 @@ async def realtime(websocket: WebSocket) -> None:
 
 
 class _Session:
-    """Listens, and draws beside it."""
+    """Receives the messages of a connection and, at the same time, draws its latest request."""
 
     def __init__(self, websocket: WebSocket, engine: Engine) -> None:
         self.websocket, self.engine = websocket, engine
-        self.waiting: _Asked | None = None
+        self.waiting: _Request | None = None
         self.expected: RealtimeRequest | None = None  # whose picture comes next
         self.last = -1  # seq
         self.dropped = 0
         self.wake = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the caller leaves; what waits then is never drawn."""
-        drawing = asyncio.create_task(self._draw_for_ever())
+        """Serve until the caller leaves; a request that waits then is never drawn."""
+        drawing = asyncio.create_task(self._draw_latest())
         try:
             await self._listen()
-        except WebSocketDisconnect:  # it was gone when it was to be told something
+        except WebSocketDisconnect:  # the caller left before an error could be sent
             pass
         finally:
             drawing.cancel()
@@ -90,7 +90,7 @@ class _Session:
             try:
                 self._take_text(text) if text is not None else self._take_picture(message["bytes"])
             except (BadInput, ValidationError) as error:
-                await self._tell(_seq_of(text), error)
+                await self._send_error(_seq_of(text), error)
 
     def _take_text(self, text: str) -> None:
         if self.expected is not None:  # its picture will not come
@@ -105,7 +105,7 @@ class _Session:
         if request.image:
             self.expected = request
         else:
-            self._take(_Asked(request, None))
+            self._take(_Request(request, None))
 
     def _take_picture(self, picture: bytes) -> None:
         request, self.expected = self.expected, None
@@ -116,14 +116,14 @@ class _Session:
         limit = self.engine.settings.max_body_bytes
         if len(picture) > limit:
             raise BadInput("message", f"{len(picture)} bytes", f"{limit} at most")
-        self._take(_Asked(request, picture))
+        self._take(_Request(request, picture))
 
-    def _take(self, asked: _Asked) -> None:
+    def _take(self, asked: _Request) -> None:
         self.dropped += self.waiting is not None
         self.waiting = asked
         self.wake.set()
 
-    async def _draw_for_ever(self) -> None:
+    async def _draw_latest(self) -> None:
         while True:
             await self.wake.wait()
             self.wake.clear()
@@ -132,12 +132,12 @@ class _Session:
             try:
                 frame = await self._frame(asked)
             except Exception as error:
-                await self._tell(asked.request.seq, error)
+                await self._send_error(asked.request.seq, error)
             else:
                 await self.websocket.send_bytes(frame)
 
-    async def _frame(self, asked: _Asked) -> bytes:
-        """The answer's bytes."""
+    async def _frame(self, asked: _Request) -> bytes:
+        """Draw a request and return the answer's bytes."""
         engine, body = self.engine, asked.request
         fits = generates(body) if asked.picture is None else edits(engine, body)
         plan = await make_plan(engine, body, fits=fits, raw=body.output_format)
@@ -161,13 +161,13 @@ class _Session:
         header = to_json(facts)
         return b"%b%b%b" % (len(header).to_bytes(4), header, drawn.file)
 
-    async def _tell(self, seq: int | None, error: Exception) -> None:
+    async def _send_error(self, seq: int | None, error: Exception) -> None:
         message = {"seq": seq, "error": from_exception(error).body.model_dump()}
         await self.websocket.send_text(to_json(message).decode())
 
 
 def _seq_of(text: str | None) -> int | None:
-    """Of a message that may be anything, the seq if it has one, so that the error finds its request."""
+    """Return the seq of any message, if it has one, so that the caller can match the error to its request."""
     if text is None or len(text) > MESSAGE:
         return None
     try:

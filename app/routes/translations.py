@@ -1,7 +1,7 @@
-"""POST /v1/images/translations: SAR to optical, from a form with a file or from the raw bytes of a PNG or TIFF.
+"""POST /v1/images/translations translates SAR to optical, from a form with a file or from a file's raw bytes.
 
-A plain picture goes the way of all pictures, in a batch. A scene, which is a raster with a place and numbers that mean
-something, comes back as a GeoTIFF on its own grid.
+A plain picture is drawn in a batch, as all pictures are. A scene, a raster with a georeference or physical units, comes
+back as a GeoTIFF on its own grid.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
-from app.engine.engine import engine_of, late
+from app.engine.engine import deadline_exceeded, engine_of
 from app.engine.scenes import Scenes
-from app.media.images import KINDS as PICTURES
-from app.media.rasters import BIG, CLASSIC, is_scene
+from app.media.geotiff import BIG, CLASSIC, is_scene
+from app.media.image_files import KINDS as PICTURES
 from app.requests.answers import (
     CONTENT_TYPES,
     RAW,
@@ -64,7 +64,7 @@ RAW_ANSWERS: dict[str, SceneFormat] = {**RAW, "image/tiff": "geotiff"}
     summary="Translate SAR to optical",
 )
 async def translate(request: Request) -> Response:
-    """A plain picture, or a GeoTIFF scene of backscatter in any units up to a pixel limit; beyond it, see the jobs.
+    """Translate a plain picture, or a GeoTIFF scene of backscatter up to a pixel limit; for larger ones see the jobs.
 
     A plain picture is a PNG, or a TIFF without georeference: one band of 8 or 16 bit or float32 in 0..1, at the model's
     own stretch (sar in /v1/models/{id}); or, with their width, the bytes 0..255 themselves, the fastest way. Its
@@ -79,14 +79,14 @@ async def translate(request: Request) -> Response:
     raw = accepted_format(request, RAW_ANSWERS)
     plan = await make_plan(engine, body, fits=lambda model: model.translates, n=body.n, raw=raw)
     check_task(plan.model, translates=True)
-    said = [field for field in SceneFields.model_fields if getattr(body, field) is not None]
-    said += ["output_format"] if plan.output_format == "geotiff" else []
+    given_fields = [field for field in SceneFields.model_fields if getattr(body, field) is not None]
+    given_fields += ["output_format"] if plan.output_format == "geotiff" else []
     if (kind == PIXELS) != (body.width is not None):
         raise BadInput("width", body.width, f"pixels in a line with Content-Type: {PIXELS}, else nothing")
     if kind != PIXELS and data[:4] in CLASSIC + BIG:
-        if said or is_scene(data):
+        if given_fields or is_scene(data):
             return await _translate_scene(request, plan, data, name, scene_options(body, plan.steps, plan.seed))
-    elif own := [field for field in said if field != "bands"]:
+    elif own := [field for field in given_fields if field != "bands"]:
         given = getattr(body, own[0]) if own[0] != "output_format" else "geotiff"
         raise BadInput(own[0], given, "nothing with this file: it is for GeoTIFF scenes, and this is no TIFF")
     return await respond(request, engine, await from_sar(engine, plan, data, body.bands, name, body.width))
@@ -102,7 +102,7 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
         async with asyncio.timeout(plan.deadline and plan.deadline - started):
             done = await cancel_on_disconnect(request, work)
     except TimeoutError:
-        raise late() from None
+        raise deadline_exceeded() from None
     facts, forward_ms = done.facts, 1e3 * done.forward_s
     timings = Timings(
         queue_ms=0,
@@ -145,8 +145,8 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
 
 
 def _headers(facts: "SceneFacts") -> dict[str, str]:
-    """The facts of a scene, for who takes the bytes alone; percent-encoded where a header must be."""
-    told = {
+    """Return the facts of a scene as headers, percent-encoded where a header must be."""
+    values = {
         "Model": facts.model,
         "Model-Sha256": facts.model_sha256,
         "Steps": facts.steps,
@@ -163,11 +163,11 @@ def _headers(facts: "SceneFacts") -> dict[str, str]:
         "Width": facts.width,
         "Height": facts.height,
     }
-    return {f"x-fewstep-{name.lower()}": quote(str(value), safe=" ,;:=()/|") for name, value in told.items()}
+    return {f"x-fewstep-{name.lower()}": quote(str(value), safe=" ,;:=()/|") for name, value in values.items()}
 
 
 async def _read_body(request: Request, kind: str) -> tuple[bytes, str, dict[str, Any]]:
-    """The picture's bytes, its file's name, and the parameters: the form's other fields, or the query."""
+    """Return the picture's bytes, its file's name, and the parameters: the form's other fields, or the query."""
     if kind != FORM:
         name = request.headers.get("content-disposition", "")
         return await request.body(), name, dict(request.query_params)

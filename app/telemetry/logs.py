@@ -1,4 +1,4 @@
-"""How the log is written: one line for people, or one JSON object for machines. Never a prompt, a key or a query."""
+"""Format log lines as text for people or as JSON objects for machines. Prompts, keys and queries are never logged."""
 
 import json
 import logging
@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 
 class Facts(dict[str, Any]):
-    """A line of named facts: for people their values, for machines an object."""
+    """Holds the named facts of a log line, written as their values in text and as an object in JSON."""
 
     def __str__(self) -> str:
         return " ".join(str(value or "-") for value in self.values())
 
 
 class JsonLines(logging.Formatter):
-    """One object per line: time, level, logger, and either a message or facts."""
+    """Formats a record as one JSON object: time, level, logger, and either a message or facts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the record as a line of JSON."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure(level: str, form: Literal["text", "json"]) -> None:
-    """Sets up the `fewstep` loggers, and uvicorn's where it has any: its access log would be each request twice."""
+    """Set up the `fewstep` loggers and uvicorn's format. Uvicorn's access log is silenced: ours has every request."""
     logger = logging.getLogger("fewstep")
     logger.setLevel(level.upper())
     if not logger.hasHandlers():

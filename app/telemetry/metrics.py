@@ -1,8 +1,8 @@
-"""What Prometheus is told. Every application has a registry of its own, so that several may live in one process.
+"""Collect metrics for Prometheus. Every application has its own registry, so that several may live in one process.
 
-Counters and histograms are written to while the work is done; gauges are read from the engine when somebody asks, so
-they cannot say anything but what is. Label values come from us alone: routes as templates, models that are served,
-reasons from the code. Time is in seconds; buckets begin at 0.1 ms, because an answer may take no longer than that.
+Counters and histograms are updated while the work is done; gauges are read from the engine when they are scraped, so
+they are never out of date. Label values come from the server alone: routes as templates, models that are served,
+reasons from the code. Time is in seconds; buckets begin at 0.1 ms, which is enough for the fastest answers.
 """
 
 import platform
@@ -19,40 +19,40 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 STAGES = ("decode", "queue", "forward", "encode")
 
 
-class Watched(Protocol):
-    """What is asked of the engine when somebody scrapes."""
+class EngineState(Protocol):
+    """Gives the state of the engine that gauges read."""
 
     @property
     def inflight(self) -> int:
-        """Images accepted and not answered yet."""
+        """Count images accepted and not answered yet."""
 
     def waiting(self) -> dict[str, int]:
-        """Images queued by model."""
+        """Count the queued images by model."""
 
     def backlog_s(self) -> float:
-        """Predicted seconds of the queued work."""
+        """Predict the seconds of the queued work."""
 
 
-class Inflight(Protocol):
-    """Who knows how many requests are being answered."""
+class RequestCount(Protocol):
+    """Gives the state of the server's requests that gauges read."""
 
     @property
     def inflight(self) -> int:
-        """Requests accepted and not answered yet."""
+        """Count requests accepted and not answered yet."""
 
 
 class Registry(CollectorRegistry):
-    """Without the second series, `_created`, that the library adds to every counter."""
+    """Omits the series `_created` that prometheus_client adds to every counter."""
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric, as it is now."""
+        """Yield every metric at its present value."""
         for metric in super().collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
 
 
 class Metrics:
-    """Methods may be called from any thread. None waits for anything longer than another one's increment."""
+    """Updates the application's metrics, from any thread. No method waits longer than for an increment."""
 
     def __init__(self) -> None:
         self.registry = registry = Registry()
@@ -104,16 +104,16 @@ class Metrics:
         registry.register(self._gauges)
         self._stages = {name: stages.labels(name) for name in STAGES}
         for name in ("queue", "forward"):
-            self._cancelled.labels(name)  # a series that is there from the start can be alarmed on
+            self._cancelled.labels(name)  # alarms need a series that exists from the start
         self._answers: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._turns: dict[str, tuple[Counter, Counter, Histogram]] = {}
 
-    def watch(self, engine: Watched, door: Inflight) -> None:
-        """Reads the gauges from these two from now on."""
-        self._gauges.watched = engine, door
+    def watch(self, engine: EngineState, requests: RequestCount) -> None:
+        """Read the gauges from these two from now on."""
+        self._gauges.watched = engine, requests
 
     def answered(self, route: str, model: str, code: int, seconds: float | None) -> None:
-        """A request has ended; None seconds for a WebSocket, which lasts as long as its caller likes."""
+        """Count a request that has ended; seconds are None for a WebSocket, which lasts as long as its caller likes."""
         key = (route, model, code)
         if (bound := self._answers.get(key)) is None:
             bound = self._answers[key] = (self._requests.labels(*key), self._durations.labels(route, model))
@@ -122,7 +122,7 @@ class Metrics:
             bound[1].observe(seconds)
 
     def batch(self, model: str, images: int, bucket: int, waits_s: Sequence[float], forward_s: float) -> None:
-        """One forward pass of `images` in a prepared size of `bucket` >= images, and how long each had waited."""
+        """Count a forward pass of `images` padded to `bucket` >= images, and the seconds that each had waited."""
         if (bound := self._turns.get(model)) is None:
             bound = self._turns[model] = (
                 self._images.labels(model),
@@ -138,44 +138,44 @@ class Metrics:
             queue.observe(seconds)
 
     def stage(self, name: Literal["decode", "encode"], seconds: float) -> None:
-        """A stage of one image's way, beside the queue and the forward pass."""
+        """Observe the seconds of an image's decoding or encoding."""
         self._stages[name].observe(seconds)
 
     def cancelled(self, stage: Literal["queue", "forward"], images: int) -> None:
-        """The caller left: while the images waited, or while they were being drawn, which is wasted work."""
+        """Count images whose caller left while they waited, or while they were drawn, which is wasted work."""
         self._cancelled.labels(stage).inc(images)
 
     def rejected(self, reason: str) -> None:
-        """A request was turned away; the reason is the error's code."""
+        """Count a request that was refused; the reason is the error's code."""
         self._rejected.labels(reason).inc()
 
     def out_of_memory(self, model: str) -> None:
-        """A forward pass did not fit into the device's memory."""
+        """Count a forward pass that did not fit into the device's memory."""
         self._out_of_memory.labels(model).inc()
 
     def loaded(self, model: str, revision: str, yes: bool) -> None:
-        """A model is served from now on, or no longer."""
+        """Note that a model is served from now on, or no longer."""
         others = {name: other for name, other in self._loaded.items() if name != model}
         self._loaded = others | {model: revision} if yes else others
 
     @property
     def models(self) -> Mapping[str, str]:
-        """The revisions of the models that are served."""
+        """Return the revisions of the served models by name."""
         return self._loaded
 
 
 class _Gauges:
-    """What is true at this moment."""
+    """Reads the gauges when they are scraped."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
-        self.watched: tuple[Watched, Inflight] | None = None
+        self.watched: tuple[EngineState, RequestCount] | None = None
 
     def collect(self) -> Iterator[Metric]:
-        """Asked by the registry, in the thread of who scrapes."""
+        """Yield the gauges; the registry calls it in the thread that scrapes."""
         if self.watched is None:
             return
-        engine, door = self.watched
+        engine, requests = self.watched
         queued = GaugeMetricFamily("fewstep_queue_images", "Images waiting.", labels=["model"])
         for model, images in engine.waiting().items():
             queued.add_metric([model], images)
@@ -183,7 +183,7 @@ class _Gauges:
         for name, meaning, value in (
             ("queue_cost_seconds", "Predicted time until what comes now begins.", engine.backlog_s()),
             ("inflight_images", "Images waiting or being drawn.", engine.inflight),
-            ("inflight_requests", "Requests not answered yet.", door.inflight),
+            ("inflight_requests", "Requests not answered yet.", requests.inflight),
         ):
             yield GaugeMetricFamily(f"fewstep_{name}", meaning, value=value)
         loaded = GaugeMetricFamily("fewstep_model_loaded", "1 for what is served.", labels=["model", "revision"])
@@ -197,7 +197,7 @@ class _Gauges:
 
 
 def _device_memory() -> Iterator[tuple[str, int]]:
-    """CUDA devices in use; main memory is process_resident_memory_bytes. Imports no torch that is not there yet."""
+    """Yield the memory reserved on each CUDA device in use, in bytes, without importing torch."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):

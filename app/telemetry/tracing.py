@@ -1,7 +1,7 @@
-"""OpenTelemetry, for who has it: a span per request, and below it the stages that the answer's Server-Timing tells.
+"""Write OpenTelemetry traces: a span for each request, and below it the stages of its Server-Timing header.
 
-On only with the extra `otel` and OTEL_EXPORTER_OTLP_ENDPOINT in the environment. Spans are written when all is over, so
-that a request carries nothing on its way; where the caller sent a `traceparent`, they belong to its trace.
+They need the extra `otel` and OTEL_EXPORTER_OTLP_ENDPOINT in the environment. Spans are written after the answer, so
+that they do not delay it; where the caller sent a `traceparent`, they belong to its trace.
 """
 
 import logging
@@ -19,7 +19,7 @@ STAGE = re.compile(r"(\w+);dur=([\d.]+)")
 
 
 class Tracing:
-    """Writes what has happened into a provider's exporters."""
+    """Writes finished requests as spans to a provider's exporters."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -29,7 +29,7 @@ class Tracing:
 
     @classmethod
     def from_environment(cls) -> "Tracing | None":
-        """As OTEL_* variables say; None where they say nothing or the extra is not installed."""
+        """Set up tracing by the OTEL_* variables; None without an endpoint or without the extra."""
         if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
             return None
         try:
@@ -48,22 +48,20 @@ class Tracing:
     def record(
         self,
         facts: Mapping[str, Any],
-        asked: Iterable[tuple[bytes, bytes]],
-        answered: Mapping[bytes, bytes],
+        request_headers: Iterable[tuple[bytes, bytes]],
+        answer_headers: Mapping[bytes, bytes],
         seconds: float,
     ) -> None:
-        """A request that has just ended.
+        """Write the span of a request that has just ended, and those of its stages.
 
         Args:
-            facts: of `Visit.facts`.
-            asked: the request's headers.
-            answered: the answer's headers.
-            seconds: that it took.
+            facts: what `RequestRecord.facts` returns.
+            seconds: from the request's first byte to the last of its answer.
         """
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         end = time.time_ns()
-        carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in asked}
+        carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in request_headers}
         attributes = {
             "http.request.method": facts["method"],
             "http.route": facts["route"],
@@ -83,12 +81,12 @@ class Tracing:
         if facts["status"] >= 500:
             span.set_status(Status(StatusCode.ERROR))
         inside, stage_end = set_span_in_context(span), end
-        for stage, ms in reversed(STAGE.findall(answered.get(b"server-timing", b"").decode("latin-1"))):
+        for stage, ms in reversed(STAGE.findall(answer_headers.get(b"server-timing", b"").decode("latin-1"))):
             start = stage_end - int(1e6 * float(ms))  # the last stage ends with the request, each other before the next
             self._tracer.start_span(stage, inside, start_time=start).end(stage_end)
             stage_end = start
         span.end(end)
 
     def close(self) -> None:
-        """Sends what was not sent yet."""
+        """Send the spans that were not sent yet."""
         self.provider.shutdown()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.media.images import decode_sar, encode
+from app.media.image_files import decode_sar, encode
 
 Pixels = NDArray[np.uint8]
 TOLD: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # see Workload.told

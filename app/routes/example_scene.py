@@ -1,4 +1,4 @@
-"""GET /v1/demonstration.tif: a small synthetic scene to try a translator with, where no scene is at hand."""
+"""GET /v1/demonstration.tif returns a small synthetic scene to try a translator with."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 
 from app.errors import ErrorAnswer
-from app.media.rasters import import_rasterio
+from app.media.geotiff import import_rasterio
 from app.requests.bodies import BINARY
 
 router = APIRouter(tags=["images"])
@@ -23,7 +23,7 @@ router = APIRouter(tags=["images"])
     summary="A scene to try",
 )
 async def get(request: Request) -> FileResponse:
-    """A georeferenced GeoTIFF of made-up backscatter, always the same."""
+    """Return a georeferenced GeoTIFF of synthetic backscatter, always the same."""
     import_rasterio()
     path: Path = request.app.state.scenes.scratch / "demonstration.tif"
     if not path.exists():
@@ -32,7 +32,7 @@ async def get(request: Request) -> FileResponse:
 
 
 def _make(path: Path) -> None:
-    """Made beside and renamed: two that ask at once make it twice, and neither sees half of it."""
+    """Write the scene beside its place and rename it, so that no other request reads half of it."""
     import tempfile
 
     from distillers.sar.demonstration import demonstration

@@ -1,9 +1,8 @@
-"""The dial between quality and latency: a budget in milliseconds in, a model and its steps out.
+"""Choose the model and the steps with the best quality within a latency budget in milliseconds.
 
-What a choice costs is what this device measured and how much waits now; how good it is, what was measured and published
-with the model (`report.json`): the Frechet distance of its pictures to real ones by steps, lower is better. A teacher's
-stands in its students' reports. Distances to different data say nothing about each other, so all candidates must have
-learnt from the same.
+The cost of a choice is what this device measured plus what waits now. Its quality is the Frechet distance of its
+pictures to real ones by steps, lower is better, as published with the model (`report.json`); a teacher's stands in its
+students' reports. Distances to different data cannot be compared, so all candidates must have learnt from the same.
 """
 
 import json
@@ -22,7 +21,7 @@ TEACHER_STEPS = (1, 2, 4, 8, 10, 16, 25, 32, 50, 64, 100, 128, 250, 500, 1000)
 
 @dataclass(frozen=True)
 class Choice:
-    """What fits a budget best."""
+    """Holds the model and steps that fit a budget best, and why."""
 
     model: Model
     steps: int
@@ -32,7 +31,7 @@ class Choice:
 
 
 def choose(engine: Engine, candidates: Sequence[Model], budget_ms: float, n: int = 1) -> Choice:
-    """The best measured quality that fits, or where none was measured the most steps.
+    """Choose the best measured quality that fits or, where none was measured, the most steps.
 
     Args:
         candidates: models of one task.
@@ -40,7 +39,7 @@ def choose(engine: Engine, candidates: Sequence[Model], budget_ms: float, n: int
         n: pictures of the request.
 
     Raises:
-        BadInput: nothing fits, and what the fastest would take is told; or candidates of different data.
+        BadInput: nothing fits (the message says what the fastest would take), or candidates of different data.
     """
     if len({model.info.data for model in candidates}) > 1:
         names = ", ".join(model.name for model in candidates)
@@ -50,8 +49,8 @@ def choose(engine: Engine, candidates: Sequence[Model], budget_ms: float, n: int
     fitting = [choice for choice in choices if choice.expected_ms <= budget_ms]
     if not fitting:
         fastest = min(choices, key=lambda choice: choice.expected_ms)
-        told = f"{fastest.expected_ms:.4g} or more now ({fastest.model.name} in {fastest.steps} steps"
-        raise BadInput("latency_budget_ms", budget_ms, f"{told}, {wait_ms:.3g} of it waiting)")
+        least = f"{fastest.expected_ms:.4g} or more now ({fastest.model.name} in {fastest.steps} steps"
+        raise BadInput("latency_budget_ms", budget_ms, f"{least}, {wait_ms:.3g} of it waiting)")
     measured = [choice for choice in fitting if choice.quality is not None]
     if measured:
         best = min(measured, key=lambda choice: (choice.quality, choice.expected_ms))
@@ -73,7 +72,7 @@ def _choices(engine: Engine, model: Model, wait_ms: float, n: int) -> Iterator[C
 
 
 def qualities(engine: Engine, model: Model) -> dict[int, float]:
-    """Published Frechet distances by steps: of the model's own report, and of its students' for a teacher."""
+    """Return published Frechet distances by steps, from the model's own report and, for a teacher, its students'."""
     found = dict[int, float]()
     for other in engine.models.values():
         if model is other or other.info.teacher == model.name:
@@ -92,7 +91,7 @@ def _published(model: Model, role: str) -> tuple[tuple[int, float], ...]:
 
 @lru_cache(maxsize=1024)
 def _rows(path: Path, _written: int, role: str) -> tuple[tuple[int, float], ...]:
-    """(steps, Frechet distance) of a report's rows of a role; read once for every time that it is written."""
+    """Return (steps, Frechet distance) of a report's rows of a role; `_written` makes the cache read a new report."""
     try:
         rows: Any = json.loads(path.read_text())["rows"]
         return tuple((int(row["steps"]), float(row["frechet"])) for row in rows if _counts(row, role))
@@ -101,5 +100,5 @@ def _rows(path: Path, _written: int, role: str) -> tuple[tuple[int, float], ...]
 
 
 def _counts(row: Any, role: str) -> bool:
-    """A mean of several pictures is another thing than a picture."""
+    """Return whether a row measures single pictures of a role; a mean of several pictures is something else."""
     return row.get("role") == role and "steps" in row and "frechet" in row and row.get("nfe", 0) <= 2 * row["steps"]

@@ -1,14 +1,14 @@
-"""Bytes to pixels, guarded, and pixels to bytes, fast.
+"""Decode uploaded image files with care, and encode pictures fast.
 
-A picture from outside is read in this sequence: its kind against an allow-list, its size from the header against the
-limit, and only then its pixels. Every way in which a file can be broken ends in BadInput or ApiError.
+An upload is checked in this sequence: its format against an allow-list, its size from the header against the limit, and
+only then its pixels. Every broken file ends in BadInput or ApiError.
 
-Colour as it is accepted, 8 bits a band: grey, RGB, or a palette of them, which become three bands; what is transparent
-shows white, as on a page; a camera's "this side up" is followed. CMYK is refused: without its profile it is no colour.
+Accepted colour has 8 bits a band: grey, RGB, or a palette, which become three bands. Transparent pixels show white, and
+the orientation in EXIF is followed. CMYK is refused: without its profile it is no colour.
 
-SAR as it is accepted, one band (three equal bands are taken for one):
+Accepted SAR has one band (three equal bands count as one):
 
-    8 bit         0..255     becomes -1..1 linearly: the amplitude stretch is the model's own (`sar` in /v1/models/{id})
+    8 bit         0..255     becomes -1..1 linearly, in the model's own amplitude stretch (`sar` in /v1/models/{id})
     16 bit        0..65535   the same
     float32       0..1       the same, after the caller's own stretch; anything outside is refused, not clipped
 """
@@ -26,7 +26,7 @@ from app.media.png import Pixels as Pixels
 from app.media.png import write_png
 from distillers.errors import BadInput
 
-MIN_SIDE = 8  # pixels; below it there is nothing to translate
+MIN_SIDE = 8  # pixels
 KINDS = "one whole PNG or TIFF image"
 COLOUR_KINDS = "one whole PNG, JPEG or WebP image"
 FORMATS = {KINDS: ("PNG", "TIFF"), COLOUR_KINDS: ("PNG", "JPEG", "WEBP")}  # what Pillow may try
@@ -36,15 +36,15 @@ RANGES = {"L": 255.0, "I;16": 65535.0, "I;16B": 65535.0, "I;16L": 65535.0, "F": 
 
 
 def decode_sar(data: bytes, max_pixels: int) -> NDArray[np.float32]:
-    """PNG or TIFF bytes to one SAR band (H, W) in [-1, 1]."""
+    """Decode a PNG or TIFF to one SAR band (H, W) in [-1, 1]."""
     with _loaded(data, KINDS, max_pixels) as picture:
-        if picture.mode in ("1", "P"):  # pixel values that are no numbers: read them as the colours they stand for
+        if picture.mode in ("1", "P"):  # pixel values are no numbers here but stand for colours
             picture = picture.convert("RGB")
         return _one_band(picture)
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> NDArray[np.float32]:
-    """PNG, JPEG or WebP bytes to colour (3, H, W) in [-1, 1]."""
+    """Decode a PNG, JPEG or WebP to colour (3, H, W) in [-1, 1]."""
     with _loaded(data, COLOUR_KINDS, max_pixels) as picture:
         if picture.mode not in COLOURS:
             raise BadInput("image", f"pixels of mode {picture.mode}", "grey or RGB of 8 bits a band, with alpha or not")
@@ -62,7 +62,7 @@ def decode_rgb(data: bytes, max_pixels: int) -> NDArray[np.float32]:
 
 
 def _loaded(data: bytes, kinds: str, max_pixels: int) -> Image.Image:
-    """The picture, decoded after its header was found harmless."""
+    """Decode a picture after its header was checked."""
     if not data:
         raise BadInput("image", "no bytes", kinds)
     picture = _open(data, kinds, max_pixels)
@@ -74,7 +74,7 @@ def _loaded(data: bytes, kinds: str, max_pixels: int) -> Image.Image:
 
 
 def _open(data: bytes, kinds: str, max_pixels: int) -> Image.Image:
-    """Reads the header only, and checks it."""
+    """Read the header only, and check it."""
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS[kinds])
     except Image.DecompressionBombError:
@@ -106,7 +106,7 @@ def _has_second_frame(picture: Image.Image, kinds: str) -> bool:
 
 
 def too_many_pixels(given: str, max_pixels: int) -> ApiError:
-    """413, before anything was decoded."""
+    """Return the 413 for a picture over the limit, which is not decoded."""
     message = f"image: got {given} pixels; allowed: {max_pixels} pixels together"
     return ApiError(413, message, param="image", code="image_too_large")
 
@@ -126,15 +126,18 @@ def _one_band(picture: Image.Image) -> NDArray[np.float32]:
 
 
 def pad(sar: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
-    """(H, W) grown to multiples by reflection at the lower right, so that cropping to (H, W) undoes it."""
+    """Pad (H, W) to multiples by reflection at the lower right, so that cropping to (H, W) undoes it."""
     height, width = sar.shape
     return np.pad(sar, ((0, -height % multiple), (0, -width % multiple)), mode="reflect")
 
 
 def encode(pixels: Pixels, output_format: str, quality: int = 90, text: Mapping[str, str] | None = None) -> bytes:
-    """(H, W, 3) uint8 to PNG (lossless, `text` in it), JPEG, WebP, or raw: the bytes of the array itself, line by line.
+    """Encode a picture, (H, W, 3) uint8.
 
-    `quality` is that of JPEG and WebP, 0..100.
+    Args:
+        output_format: png (lossless), jpeg, webp, or raw: the bytes of the array itself, line by line.
+        quality: of JPEG and WebP, 0..100.
+        text: keywords and values that a PNG carries.
     """
     if output_format == "png":
         return write_png(pixels, text)

@@ -1,7 +1,8 @@
-"""GeoTIFF from outside: told from plain pictures by its header, opened by one driver, shown in grey.
+"""Check uploaded GeoTIFFs, distinguish them from plain pictures by their header, and show them in grey.
 
-The bytes are anyone's. They lie in a private folder under a name of ours; a file is a TIFF by its first bytes before
-GDAL sees it, and GDAL looks at nothing beside it, so that no VRT and no sidecar can name another file or address.
+The bytes are not trusted. They lie in a private folder under a name of the server's. Their first bytes must be a TIFF's
+before GDAL sees them, and GDAL looks at nothing beside the file, so that no VRT or
+sidecar can name another file or URL.
 """
 
 import io
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, ImageFileDirectory_v2
 
 from app.errors import ApiError
-from app.media.images import Pixels, too_many_pixels
+from app.media.image_files import Pixels, too_many_pixels
 from distillers.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,14 +22,20 @@ if TYPE_CHECKING:
 
 CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
 GEOREFERENCE = (33550, 33922, 34264, 34735)  # pixel scale, tie points, transformation, geo keys
-PLAIN = {(1, 1, 1), (1, 8, 1), (1, 16, 1), (1, 32, 3), (3, 8, 1)}  # bands, bits, kind: what images.decode_sar reads
+PLAIN = {
+    (1, 1, 1),
+    (1, 8, 1),
+    (1, 16, 1),
+    (1, 32, 3),
+    (3, 8, 1),
+}  # bands, bits, kind: what image_files.decode_sar reads
 ENV = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": False}
 MAX_BLOCK = 1 << 28  # bytes that GDAL holds for one block of a file, however few pixels the file has
 KINDS = "one whole GeoTIFF"
 
 
 def is_scene(data: bytes) -> bool:
-    """Whether a TIFF is more than a plain picture: georeferenced, or numbers that no picture holds."""
+    """Return whether a TIFF is more than a plain picture: georeferenced, BigTIFF, or of other types of numbers."""
     if data[:4] not in CLASSIC:
         return data[:4] in BIG
     try:
@@ -37,12 +44,12 @@ def is_scene(data: bytes) -> bool:
         tags.load(file)
         bits, kind = (int(np.max(tags.get(tag, 1))) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
         return any(tag in tags for tag in GEOREFERENCE) or (tags.get(SAMPLESPERPIXEL, 1), bits, kind) not in PLAIN
-    except Exception:  # a broken directory, which is no picture either: decode_sar says so
+    except Exception:  # a broken directory: decode_sar refuses it
         return False
 
 
 def import_rasterio() -> Any:
-    """The package, or 501 with how to get it."""
+    """Import rasterio. ApiError 501 where it is not installed, with how to install it."""
     from distillers.sar.raster import import_rasterio
 
     try:
@@ -53,7 +60,15 @@ def import_rasterio() -> Any:
 
 
 def check(path: Path, max_pixels: int | None = None) -> None:
-    """Refuses by the header what is no GeoTIFF or too large, before any pixel is decoded."""
+    """Check a GeoTIFF by its header, before any pixel is decoded.
+
+    Args:
+        max_pixels: of a scene that is translated at once; None for no limit.
+
+    Raises:
+        BadInput: no TIFF, or blocks that are too large to read.
+        ApiError: 413 for too many pixels, 501 without rasterio.
+    """
     rasterio = import_rasterio()
     with path.open("rb") as file:
         head = file.read(4)
@@ -77,7 +92,11 @@ def check(path: Path, max_pixels: int | None = None) -> None:
 
 
 def grey(path: Path, facts: "SceneFacts", nodata: float | None, side: int) -> Pixels:
-    """(h, w) of the first band that was used, at most `side` pixels a side: 2 to 98 % of its decibels; holes are 0."""
+    """Show the first band that was used in grey, (h, w) uint8: 2 to 98 % of its decibels as 1..255, no data as 0.
+
+    Args:
+        side: pixels a side, at most.
+    """
     from rasterio.enums import Resampling
 
     from distillers.models.radiometry import decibels
@@ -93,7 +112,7 @@ def grey(path: Path, facts: "SceneFacts", nodata: float | None, side: int) -> Pi
         values: NDArray[Any] = read.astype(np.float64).filled(np.nan) * raster.scales[index - 1]
         values += raster.offsets[index - 1]
     values[values == nodata] = np.nan
-    heard = decibels(values, facts.units)
-    low, high = np.nanquantile(heard, (0.02, 0.98)) if np.isfinite(heard).any() else (0.0, 1.0)
-    levels = 1 + 254 * (heard - low) / max(high - low, 1e-6)
+    db = decibels(values, facts.units)
+    low, high = np.nanquantile(db, (0.02, 0.98)) if np.isfinite(db).any() else (0.0, 1.0)
+    levels = 1 + 254 * (db - low) / max(high - low, 1e-6)
     return np.nan_to_num(np.clip(levels, 1, 255), nan=0).astype(np.uint8)
