@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from draw_with_diffusers import condition, draw_with_parts, ramp
 from torch.nn import functional as F
 
 from distillers.data import open_data, read_sar
+from distillers.errors import BadInput
 from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
@@ -24,7 +26,7 @@ from distillers.sar.options import SceneOptions
 from distillers.sar.translate import translate
 from distillers.teacher import Teacher
 from distillers.training.trainer import train
-from distillers.weights.manifest import MANIFEST
+from distillers.weights.manifest import MANIFEST, Info
 
 ROOT = Path(__file__).parents[1]
 NETWORK = {
@@ -225,3 +227,66 @@ def test_the_shipped_teacher_reads_its_three_sources() -> None:
     ]  # fmt: skip
     batch = data.draw(8, np.random.default_rng(0))
     assert batch["sar"].shape == (8, 3, 128, 128) and batch["sar"].isfinite().all()
+
+
+def test_orders_and_batches_of_conditions_are_each_others_inverse() -> None:
+    sar = torch.rand(3, 2, 4, 4)
+    every: list[tuple[conditions.Given, int]] = [({}, 2), ({"labels": [1, 0]}, 2), ({"prompts": ["a", "b"]}, 2)]
+    for given, count in [*every, ({"sar": sar}, 3)]:
+        empty = {"label": None, "prompt": None, "sar": None}
+        orders = [SimpleNamespace(**empty | one) for one in conditions.scatter(given, count)]
+        again: Any = conditions.gather(orders)
+        assert set(again) == set(given)
+        for key, value in again.items():
+            assert torch.equal(value, sar) if key == "sar" else list(value) == given[key]  # type: ignore[literal-required]
+    part = conditions.subset({"sar": sar, "labels": None}, 1, 3)
+    assert torch.equal(part["sar"], sar[1:]) and part["labels"] is None  # type: ignore[arg-type]
+
+
+def test_micro_batches_are_the_batch_in_parts() -> None:
+    batch = {"x0": torch.rand(6, 1), "label": torch.arange(6)}
+    parts = conditions.split(batch, 3)
+    assert [part["label"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert torch.equal(torch.cat([part["x0"] for part in parts]), batch["x0"])
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "wrong"),
+    [
+        ("image", {}, {"labels": [0]}),
+        ("class-to-image", {"labels": [2]}, {"labels": [1]}),
+        ("class-to-image", {"labels": [2]}, {"labels": None}),
+        ("class-to-image", {"labels": [2]}, {"labels": [2], "prompts": ["x"]}),
+        ("sar-to-optical", {"sar": torch.zeros(1, 1, 8, 8)}, {"sar": torch.full((1, 1, 8, 8), 1.5)}),
+        ("sar-to-optical", {"sar": torch.zeros(1, 1, 8, 8)}, {"sar": torch.zeros(1, 2, 8, 8)}),
+        ("text-to-image", {"prompts": ["a wood"]}, {"prompts": [7]}),
+        ("text-to-image", {"prompts": ["a wood"]}, {"sar": torch.zeros(1, 1, 8, 8)}),
+    ],
+)
+def test_each_task_takes_its_own_condition_and_no_other(task: str, given: Any, wrong: Any) -> None:
+    labels = {"labels": ["a", "b", "c"], "shares": [[0, 2]]} if task == "class-to-image" else {}
+    info = Info(
+        name="m",
+        task=task,
+        method="m",
+        role="student",
+        data="d",
+        sampler="ddim",
+        size=(8, 16),
+        **labels,  # type: ignore[arg-type]
+    )
+    own = info.condition(PixelUnshuffle(2))
+    own.check(given, 1)
+    own.check(own.probe(3), 3)
+    for count, bad in ((1, wrong), *([(2, given)] if given else [])):
+        with pytest.raises(BadInput):
+            own.check(bad, count)
+    example = own.example() or {}
+    assert all(len(value) == 1 for value in example.values())
+    if task == "sar-to-optical":
+        assert example["sar"].shape == (1, own.channels, 4, 8) and own.size(own.probe(1)) == (8, 16)
+        with pytest.raises(BadInput, match="noise is no SAR"):
+            own.in_turn(range(3))
+    if task == "class-to-image":
+        assert own.in_turn(range(1, 4)) == {"labels": [2, 0, 2]} and own.spread(4) == {"labels": [0, 0, 2, 2]}
+        assert own.choices == "0, 2, the share of m" and own.names({"labels": [2]}, 1) == ["c"]

@@ -171,10 +171,10 @@ class Model:
 
     def probes(self, count: int, student: int = 0) -> list[Order]:
         """Return orders at the published size that a student answers, for measuring and comparing."""
-        from distillers.models.conditions import singles
+        from distillers.models.conditions import scatter
 
         given = self.generator.condition.probe(count, self.info.shares[student] if self.info.shares else None)
-        return [Order(seed, **one) for seed, one in enumerate(singles(given, count))]
+        return [Order(seed, **one) for seed, one in enumerate(scatter(given, count))]
 
     def inputs(self, size: int, network: int) -> "list[Inputs]":
         """Record the inputs of one of its networks while it draws a batch of `size` pictures."""

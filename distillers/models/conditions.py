@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -42,20 +42,9 @@ class Given(TypedDict, total=False):
     prompts: Sequence[str] | None
 
 
-class Single(Protocol):
-    """The condition of one picture, in the fields of whatever asks for that picture."""
-
-    @property
-    def label(self) -> int | None: ...
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def sar(self) -> NDArray[np.float32] | None: ...
-
-
-def gather(singles: Iterable[Single]) -> Given:
-    """Put the conditions of single pictures together into those of a batch."""
-    labels, prompts, sar = zip(*((one.label, one.prompt, one.sar) for one in singles), strict=True)
+def gather(orders: Iterable[Any]) -> Given:
+    """Make the condition of a batch from orders of one picture each, with fields `label`, `prompt` and `sar`."""
+    labels, prompts, sar = zip(*((one.label, one.prompt, one.sar) for one in orders), strict=True)
     given: Given = {}
     if labels[0] is not None:
         given["labels"] = labels
@@ -66,16 +55,15 @@ def gather(singles: Iterable[Single]) -> Given:
     return given
 
 
-def singles(given: Given, count: int) -> list[dict[str, Any]]:
-    """Take the conditions of `count` pictures apart, each as the fields of `Single` that it sets: see `gather`."""
-    fields: dict[str, Sequence[Any]] = {}
-    if (labels := given.get("labels")) is not None:
-        fields["label"] = labels
-    if (prompts := given.get("prompts")) is not None:
-        fields["prompt"] = prompts
-    if (sar := given.get("sar")) is not None:
-        fields["sar"] = list(sar.numpy())
-    return [{name: values[i] for name, values in fields.items()} for i in range(count)]
+def scatter(given: Given, count: int) -> list[dict[str, Any]]:
+    """Take the condition of a batch apart into the fields of orders of one picture each: see `gather`."""
+    sar = given.get("sar")
+    columns = {
+        "label": given.get("labels"),
+        "prompt": given.get("prompts"),
+        "sar": None if sar is None else sar.numpy(),
+    }
+    return [{name: column[i] for name, column in columns.items() if column is not None} for i in range(count)]
 
 
 def subset(given: Given, first: int, end: int) -> Given:
@@ -176,8 +164,8 @@ class Condition:
 
     @property
     def choices(self) -> str:
-        """What a caller may choose from, for messages."""
-        return "nothing"
+        """What a caller may choose from, for messages; "" where that is no list."""
+        return ""
 
     def names(self, given: Given, count: int) -> list[str | None]:
         """Name the condition of each of `count` pictures; None for what has no name."""
@@ -317,10 +305,6 @@ class SarPicture(Condition):
         height, width = _sar_of(given).shape[-2:]
         return height, width
 
-    @property
-    def choices(self) -> str:
-        return "a SAR picture"
-
     def pictures(self, given: Given) -> dict[str, Tensor]:
         seen = [self.radiometry.as_picture(one)[0] for one in _sar_of(given).cpu().numpy()]
         return {"SAR": torch.from_numpy(np.stack(seen))[:, None] * 2 - 1}
@@ -374,10 +358,6 @@ class Prompt(Condition):
 
     def null_label(self, class_rows: int) -> int | None:
         return -1
-
-    @property
-    def choices(self) -> str:
-        return f"a text of at most {LONGEST_PROMPT} characters"
 
 
 KINDS: dict[str, type[Condition]] = {

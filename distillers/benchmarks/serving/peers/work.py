@@ -45,7 +45,7 @@ class Work:
         import torch
 
         from distillers.generator import Generator
-        from distillers.models.conditions import singles
+        from distillers.models.conditions import scatter
 
         device, dtype = TOLD["device"], getattr(torch, TOLD["dtype"])
         self.generator = Generator.from_pretrained(TOLD["folder"], device, dtype)
@@ -58,7 +58,7 @@ class Work:
             self.generator = None
             self.pipe = DiffusionPipeline.from_pretrained(TOLD["folder"], torch_dtype=dtype).to(device)
             self.pipe.set_progress_bar_config(disable=True)
-        (first,) = singles(self.condition.probe(1), 1)
+        (first,) = scatter(self.condition.probe(1), 1)
         for count in (1, BATCH):  # so that the first caller does not pay for what is only done once
             self.draw([Order(0, **first)] * count)
 
