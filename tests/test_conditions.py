@@ -186,8 +186,8 @@ def test_a_picture_of_any_size_is_translated_and_looked_at(trained: tuple[Recipe
     sar = read_sar(file, SENTINEL1, "VV")
     assert sar.shape[1] == 3 and (sar[:, 1] == 0).all() and (sar[:, 2] == -1).all()
     assert generator.translate(sar[..., :50, :37]).shape == (1, 3, 50, 37)
-    picture, band = SENTINEL1.as_picture(sar[0].numpy())
-    assert band == "VV" and np.abs(SENTINEL1.picture(picture, band) - sar[0].numpy()).max() < 1e-3
+    picture, band = SENTINEL1.to_picture(sar[0].numpy())
+    assert band == "VV" and np.abs(SENTINEL1.from_picture(picture, band) - sar[0].numpy()).max() < 1e-3
     assert grey_sar(sar, SENTINEL1.to_dict()).shape == (1, 1, 64, 64)
 
 

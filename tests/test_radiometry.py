@@ -18,8 +18,8 @@ from distillers.models.radiometry import (
     Radiometry,
     decibels,
     decide_units,
+    measure_white,
     name_bands,
-    white_of,
 )
 
 
@@ -118,8 +118,8 @@ def test_decibels_survive_the_way_to_power_and_back(level: float, units: str) ->
 
 def test_white_is_the_99_per_cent_quantile_or_255() -> None:
     numbers = np.append(np.arange(1, 101, dtype=np.float32), np.nan)
-    assert white_of(numbers, "dn") == pytest.approx(20 * np.log10(99), abs=0.01)
-    assert white_of(np.array([3, 4], np.uint8), "dn") == pytest.approx(20 * np.log10(255))
+    assert measure_white(numbers, "dn") == pytest.approx(20 * np.log10(99), abs=0.01)
+    assert measure_white(np.array([3, 4], np.uint8), "dn") == pytest.approx(20 * np.log10(255))
 
 
 # --- what a network sees
@@ -127,7 +127,7 @@ def test_white_is_the_99_per_cent_quantile_or_255() -> None:
 
 def test_unit_clips_each_band_to_its_range() -> None:
     values = np.array([[-100, -25, -12.5, 0, 9]], np.float32)
-    seen = SENTINEL1_DB.unit({"VH": values, "VV": values})
+    seen = SENTINEL1_DB.normalize({"VH": values, "VV": values})
     assert seen.dtype == np.float32 and seen.shape == (2, 1, 5)
     assert seen[0, 0] == pytest.approx([-1, -1, 0, 1, 1])
     assert seen[1, 0] == pytest.approx([-1, 7.5 / 16.25 - 1, 20 / 16.25 - 1, 1, 1], abs=1e-6)
@@ -135,18 +135,18 @@ def test_unit_clips_each_band_to_its_range() -> None:
 
 def test_a_band_that_is_missing_and_what_has_no_data_are_zero() -> None:
     values = np.array([[-20, np.nan]], np.float32)
-    seen = SENTINEL1_DB.unit({"VH": values})
+    seen = SENTINEL1_DB.normalize({"VH": values})
     assert (seen[0] == 0).all() and seen[1, 0, 1] == 0 and seen[1, 0, 0] == pytest.approx(12.5 / 16.25 - 1)
-    assert AMPLITUDE.unit({"HH": values})[0, 0] == pytest.approx([2 * 10**-1 - 1, 0])
+    assert AMPLITUDE.normalize({"HH": values})[0, 0] == pytest.approx([2 * 10**-1 - 1, 0])
 
 
 def test_amplitude_takes_one_band_of_any_name_for_all_channels() -> None:
     three = Radiometry(channels=3)
-    seen = three.unit({"HV": np.array([[0.0, 5, -20]])})
+    seen = three.normalize({"HV": np.array([[0.0, 5, -20]])})
     assert seen.shape == (3, 1, 3) and (seen == seen[:1]).all()
     assert seen[0, 0] == pytest.approx([1, 1, -0.8])
     with pytest.raises(ValueError, match="unpack"):
-        AMPLITUDE.unit({"VV": np.zeros((1, 1)), "VH": np.zeros((1, 1))})
+        AMPLITUDE.normalize({"VV": np.zeros((1, 1)), "VH": np.zeros((1, 1))})
 
 
 NUMBER = st.floats(-500, 500, width=32) | st.just(float("nan"))
@@ -154,21 +154,25 @@ NUMBER = st.floats(-500, 500, width=32) | st.just(float("nan"))
 
 @given(st.lists(NUMBER, min_size=1, max_size=20), st.sampled_from(["VV", "VH"]), st.sampled_from([1, 2]))
 def test_a_network_sees_numbers_from_minus_one_to_one(numbers: list[float], band: str, forms: int) -> None:
-    seen = (AMPLITUDE if forms == 1 else SENTINEL1_DB).unit({band: np.array([numbers], np.float32)})
+    seen = (AMPLITUDE if forms == 1 else SENTINEL1_DB).normalize({band: np.array([numbers], np.float32)})
     assert np.isfinite(seen).all() and np.abs(seen).max() <= 1
 
 
 def test_levels_hang_on_the_white_of_the_scene_where_they_have_none() -> None:
-    assert SENTINEL1_DB.anchored("dn") and AMPLITUDE.anchored("db") and not SENTINEL1_DB.anchored("linear")
-    assert (SENTINEL1_DB.level("VV"), SENTINEL1_DB.level("VH"), AMPLITUDE.level("VV")) == (-5.3, -13.0, 0.0)
+    assert SENTINEL1_DB.is_relative("dn") and AMPLITUDE.is_relative("db") and not SENTINEL1_DB.is_relative("linear")
+    assert (SENTINEL1_DB.white_level("VV"), SENTINEL1_DB.white_level("VH"), AMPLITUDE.white_level("VV")) == (
+        -5.3,
+        -13.0,
+        0.0,
+    )
 
 
 def test_a_plane_says_whether_levels_are_absolute() -> None:
     values = np.full((2, 1, 3), -12.5, np.float32)
-    seen = SENTINEL1.unit({"VV": values}, np.array([True, False])[:, None, None])
+    seen = SENTINEL1.normalize({"VV": values}, np.array([True, False])[:, None, None])
     assert seen.shape == (3, 2, 1, 3) and (seen[:2] == 0).all() and (seen[2, 0] == 1).all() and (seen[2, 1] == -1).all()
-    assert (SENTINEL1.picture(np.ones((4, 4)), "VV")[2] == -1).all()
-    assert SENTINEL1.as_picture(SENTINEL1.unit({}.fromkeys(["VH"], values[0]), True))[1] == "VH"
+    assert (SENTINEL1.from_picture(np.ones((4, 4)), "VV")[2] == -1).all()
+    assert SENTINEL1.to_picture(SENTINEL1.normalize({}.fromkeys(["VH"], values[0]), True))[1] == "VH"
 
 
 # --- the manifest's words

@@ -40,7 +40,7 @@ from distillers.models.radiometry import (
     Radiometry,
     decibels,
     decide_units,
-    white_of,
+    measure_white,
 )
 
 STRETCHED = "stretched-db"
@@ -107,7 +107,7 @@ class SarOpticalPairs:
     ) -> None:
         self.path, self.size, self.dihedral = existing_folder(path), check_size(size), dihedral
         check_split(split)
-        self.radiometry = described(radiometry)
+        self.radiometry = radiometry_of(radiometry)
         if units not in ("auto", *UNITS, STRETCHED):
             raise BadInput("units", units, " | ".join(("auto", *UNITS, STRETCHED)))
         if not optical_scale > 0:
@@ -204,8 +204,8 @@ class SarOpticalPairs:
             raise BadInput(str(pair.sar), given, "values of one kind in all rasters; nodata where a number means none")
         for i, (band, numbers) in enumerate(samples.items()):
             shift = 0.0
-            if self.radiometry.anchored(self.units):
-                shift = self.radiometry.level(band) - white_of(numbers, self.units)
+            if self.radiometry.is_relative(self.units):
+                shift = self.radiometry.white_level(band) - measure_white(numbers, self.units)
             out[valid, i] = decibels(numbers, self.units) + np.float32(shift)
         return out
 
@@ -267,7 +267,7 @@ class SarOpticalPairs:
         return {
             band: np.array(
                 [
-                    self.radiometry.level(band) - white_of(self._decibels(s[..., i], band, None), "db")
+                    self.radiometry.white_level(band) - measure_white(self._decibels(s[..., i], band, None), "db")
                     for s in self.scenes
                 ]
             )
@@ -331,7 +331,7 @@ class SarOpticalPairs:
     @cached_property
     def calibrated(self) -> bool:
         """Whether SAR levels are absolute, not relative to each scene's white."""
-        return self.units in ("db", "linear", "amplitude") and not self.radiometry.anchored(self.units)
+        return self.units in ("db", "linear", "amplitude") and not self.radiometry.is_relative(self.units)
 
     def _batch(
         self, crops: NDArray[Any], rng: np.random.Generator | None = None, pairs: NDArray[np.int64] | None = None
@@ -340,14 +340,14 @@ class SarOpticalPairs:
         image, sar = to_tensor(np.nan_to_num(crops[..., -3:]).astype(np.uint8)), crops[..., :-3]
         if self.radiometry.form == "amplitude" and self._eight_bits:
             return {"image": image, "sar": to_tensor(sar).nan_to_num_(0)}
-        heard = {band: self._decibels(sar[..., i], band, rng) for i, band in enumerate(self.bands)}
+        backscatter = {band: self._decibels(sar[..., i], band, rng) for i, band in enumerate(self.bands)}
         absolute: bool | NDArray[np.bool_] = self.calibrated
         if rng is not None and pairs is not None and self.radiometry.calibrated:
             anchors = {band: shifts[pairs] for band, shifts in self._anchors.items()}
-            heard, absolute = varied(heard, self.calibrated, anchors, rng)
+            backscatter, absolute = varied(backscatter, self.calibrated, anchors, rng)
         elif rng is not None and self.radiometry.form == "db":
-            heard = simulated(heard, rng)
-        seen = self.radiometry.unit(heard, absolute)
+            backscatter = simulated(backscatter, rng)
+        seen = self.radiometry.normalize(backscatter, absolute)
         return {"image": image, "sar": torch.from_numpy(seen.swapaxes(0, 1).copy())}
 
     def _decibels(self, values: NDArray[Any], band: str, rng: np.random.Generator | None) -> NDArray[np.float32]:
@@ -361,7 +361,7 @@ class SarOpticalPairs:
         if rng is not None:
             numbers += rng.uniform(-0.5, 0.5, numbers.shape).astype(np.float32)
             beyond = rng.exponential(CLIPPED_DB, numbers.shape).astype(np.float32) * (values == 255)
-        white = self.radiometry.level(band)
+        white = self.radiometry.white_level(band)
         if self.units == STRETCHED:
             return white - MEAN_BELOW_WHITE_DB + (numbers - 127.5) * (STRETCH_DB / 255) + beyond
         return white + decibels(np.maximum(numbers, 0.5) / 255, "dn") + beyond
@@ -449,7 +449,7 @@ class MixedPairs:
         return k, int(index - (ends[k - 1] if k else 0))
 
 
-def described(radiometry: str | Mapping[str, Any]) -> Radiometry:
+def radiometry_of(radiometry: str | Mapping[str, Any]) -> Radiometry:
     """Look up a radiometry by its name, or read a manifest's `sar`."""
     if isinstance(radiometry, str):
         if radiometry not in NAMED:
@@ -473,7 +473,7 @@ def _colours(given: Mapping[str, Sequence[float]] | None) -> NDArray[np.float32]
 
 
 def varied(
-    heard: Mapping[str, NDArray[np.floating]],
+    backscatter: Mapping[str, NDArray[np.floating]],
     calibrated: bool,
     anchors: Mapping[str, NDArray[np.floating]],
     rng: np.random.Generator,
@@ -485,12 +485,12 @@ def varied(
     its sources happen to show: calibrated ones by `anchors`, the dB (n,) by band that put their scene's white where
     digital numbers have it; others as they are, for their white is put where Sentinel-1's mean over land then is.
     """
-    (n, *_) = shape = next(iter(heard.values())).shape
+    (n, *_) = shape = next(iter(backscatter.values())).shape
     other = rng.random((n, 1, 1)) < OTHERWISE
     slope, strength = rng.uniform(1 - SLOPE, 1 + SLOPE, (n, 1, 1)), rng.uniform(0, NOISE_DB / SPECKLE_DB, (n, 1, 1))
     gain = np.where(other | (not calibrated), GAIN_DB, CALIBRATED_GAIN_DB)
     bands = {}
-    for band, values in heard.items():
+    for band, values in backscatter.items():
         middle = np.nanmedian(values[:, ::4, ::4], (1, 2), keepdims=True)  # a sixteenth of the pixels tells it
         values = middle + slope * (values - middle) + strength * _speckle(shape, rng)
         bands[band] = values + np.where(other, anchors[band][:, None, None], 0) if band in anchors else values
@@ -498,7 +498,9 @@ def varied(
 
 
 def simulated(
-    heard: Mapping[str, NDArray[np.floating]], rng: np.random.Generator, gain_db: float | NDArray[np.floating] = GAIN_DB
+    backscatter: Mapping[str, NDArray[np.floating]],
+    rng: np.random.Generator,
+    gain_db: float | NDArray[np.floating] = GAIN_DB,
 ) -> dict[str, NDArray[np.floating]]:
     """Simulate a calibrated raster's backscatter from pairs of one polarisation or two, each (n,S,S) in dB.
 
@@ -506,9 +508,9 @@ def simulated(
     made of it: further off by a random ratio, with noise of its own. It lets one model take VV, VH or both; it cannot
     teach what the true ratio tells (volume against surface). Then, at random, one of the two is left out (NaN).
     """
-    (n, *_), bands = (shape := next(iter(heard.values())).shape), dict(heard)
+    (n, *_), bands = (shape := next(iter(backscatter.values())).shape), dict(backscatter)
     drawn = rng.random((n, 1, 1))
-    real = next(iter(heard))
+    real = next(iter(backscatter))
     if len(bands) == 1:
         other = POLARISATIONS[1 - POLARISATIONS.index(real)]
         ratio = RATIO_DB if other == "VV" else -RATIO_DB
@@ -573,4 +575,4 @@ def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None
     if not file.is_file():
         raise BadInput("sar", str(path), "an existing picture file")
     grey = (to_tensor(_read_sar(file)[None])[0, 0].numpy() + 1) / 2
-    return torch.from_numpy(seen.picture(grey, seen.band_of_picture(bands, file.name)))[None]
+    return torch.from_numpy(seen.from_picture(grey, seen.band_of_picture(bands, file.name)))[None]

@@ -66,7 +66,7 @@ def side_by_side(rows: Mapping[str, Tensor], path: str | Path, zoom: int = 1) ->
 def grey_sar(sar: Tensor, described: Mapping[str, Any] | None) -> Tensor:
     """(B,1,H,W) in [-1,1] to look at, of what a model is shown (B,C,H,W); `described` is its manifest's `sar`."""
     seen = Radiometry.of(described)
-    return torch.stack([torch.from_numpy(seen.as_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
+    return torch.stack([torch.from_numpy(seen.to_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
 
 
 @dataclass(frozen=True)

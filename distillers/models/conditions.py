@@ -280,7 +280,7 @@ class SarPicture(Condition):
         return {"sar": items["sar"]}
 
     def of_picture(self, grey: NDArray[np.floating], bands: str | None = None, file: str = "") -> NDArray[np.float32]:
-        return self.radiometry.picture(grey, self.radiometry.band_of_picture(bands, file))
+        return self.radiometry.from_picture(grey, self.radiometry.band_of_picture(bands, file))
 
     def in_turn(self, numbers: Sequence[int], real: Tensor | None = None) -> Given:
         if real is None or not len(real):
@@ -306,13 +306,13 @@ class SarPicture(Condition):
         return height, width
 
     def pictures(self, given: Given) -> dict[str, Tensor]:
-        seen = [self.radiometry.as_picture(one)[0] for one in _sar_of(given).cpu().numpy()]
+        seen = [self.radiometry.to_picture(one)[0] for one in _sar_of(given).cpu().numpy()]
         return {"SAR": torch.from_numpy(np.stack(seen))[:, None] * 2 - 1}
 
     def files(self, given: Given) -> dict[str, Tensor]:
         found = {}
         for i, one in enumerate(_sar_of(given).cpu().numpy()):
-            grey, band = self.radiometry.as_picture(one)
+            grey, band = self.radiometry.to_picture(one)
             found[f"{i}-{band}.png" if band else f"{i}.png"] = torch.from_numpy(grey)[None] * 2 - 1
         return found
 

@@ -99,15 +99,17 @@ class Radiometry:
         """The number of channels that are backscatter."""
         return self.channels - self.calibrated
 
-    def anchored(self, units: str) -> bool:
+    def is_relative(self, units: str) -> bool:
         """Tell whether levels in these units are relative to the scene's own white."""
         return units == "dn" or self.form == "amplitude"
 
-    def level(self, band: str) -> float:
+    def white_level(self, band: str) -> float:
         """Return the decibels that the white of relative levels is put at."""
         return self.white_db[band] if self.form == "db" else 0.0
 
-    def unit(self, decibels: Mapping[str, Array], calibrated: bool | NDArray[np.bool_] = False) -> NDArray[np.float32]:
+    def normalize(
+        self, decibels: Mapping[str, Array], calibrated: bool | NDArray[np.bool_] = False
+    ) -> NDArray[np.float32]:
         """Map decibels (H, W) by band, shifted to the model's white, to (channels, H, W) in [-1, 1]; NaN becomes 0.
 
         Form "db" takes any of its bands; "amplitude" takes one, whatever its name. `calibrated`: whether levels are
@@ -154,7 +156,7 @@ class Radiometry:
             raise BadInput("bands", None, f"{' or '.join(self.bands)}, or a file with it in its name: tile-VH.png")
         return self.bands[0]
 
-    def picture(self, grey: Array, band: str) -> NDArray[np.float32]:
+    def from_picture(self, grey: Array, band: str) -> NDArray[np.float32]:
         """Map a grey picture (H, W), 0 black to 1 white (the quantile WHITE), to (channels, H, W) in [-1, 1].
 
         In form "db" black is half a level of 8 bits, and the picture is of `band`.
@@ -163,18 +165,18 @@ class Radiometry:
             return np.repeat((grey * 2 - 1).astype(np.float32)[None], self.channels, 0)
         if band not in self.bands:
             raise BadInput("bands", band, ", ".join(self.bands))
-        return self.unit({band: self.level(band) + decibels(np.maximum(grey, 0.5 / 255), "dn")})
+        return self.normalize({band: self.white_level(band) + decibels(np.maximum(grey, 0.5 / 255), "dn")})
 
-    def as_picture(self, unit: NDArray[np.floating]) -> tuple[NDArray[np.float32], str]:
+    def to_picture(self, unit: NDArray[np.floating]) -> tuple[NDArray[np.float32], str]:
         """Show the first band that an input (channels, H, W) holds as a grey picture (H, W), 0 to 1, and name the band.
 
-        `picture` is its inverse, up to white.
+        `from_picture` is its inverse, up to white.
         """
         if self.form == "amplitude":
             return ((unit[0] + 1) / 2).astype(np.float32), ""
         i = next((i for i in range(self.band_count) if np.any(unit[i])), 0)
         band, (low, high) = self.bands[i], self.clip_db[self.bands[i]]
-        seen = (unit[i] + 1) / 2 * (high - low) + low - self.level(band)
+        seen = (unit[i] + 1) / 2 * (high - low) + low - self.white_level(band)
         return np.minimum(10 ** (seen / 20), 1).astype(np.float32), band
 
 
@@ -205,7 +207,7 @@ def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:
     return factor * np.log10(np.maximum(numbers, smallest))
 
 
-def white_of(values: NDArray[Any], units: str) -> float:
+def measure_white(values: NDArray[Any], units: str) -> float:
     """Measure the white of valid values in dB: 255 where they have 8 bits, else their 99 % quantile."""
     if values.dtype == np.uint8:
         return float(20 * np.log10(255.0))

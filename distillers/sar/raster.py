@@ -77,9 +77,10 @@ class Source:
             samples = self._sample()
             self.units, self.units_why = self._units(units, samples)
             self.shift = {band: 0.0 for band in self.bands}
-            if seen.anchored(self.units):
+            if seen.is_relative(self.units):
                 self.shift = {
-                    band: seen.level(band) - radiometry.white_of(values, self.units) for band, values in samples.items()
+                    band: seen.white_level(band) - radiometry.measure_white(values, self.units)
+                    for band, values in samples.items()
                 }
         except BaseException:
             self.raster.close()
@@ -196,7 +197,7 @@ class Source:
             for band, numbers in zip(self.bands, values, strict=True)
         }
         pad = ((0, below), (0, right))
-        seen = self.radiometry.unit(levels, calibrated=not self.radiometry.anchored(self.units))
+        seen = self.radiometry.normalize(levels, calibrated=not self.radiometry.is_relative(self.units))
         return np.pad(seen, ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
 
 
