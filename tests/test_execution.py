@@ -23,7 +23,7 @@ from distillers.jobs.inputs import load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.teacher import Teacher
 from distillers.training.distiller import Networks, Turn
-from distillers.training.execution import Execution, Rehearsal, run_as
+from distillers.training.execution import DryRun, Execution, run_as
 from distillers.training.trainer import Run, begin, train
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the path")
@@ -39,8 +39,8 @@ def teacher(data: ImageData) -> Teacher:
     return load_teacher(Recipe.from_table(TINY), data)
 
 
-def played(loss: float = 1.0, gradient: float = 1.0) -> Rehearsal:
-    return Rehearsal([("student", loss, torch.full((4,), gradient))], 0.1)
+def played(loss: float = 1.0, gradient: float = 1.0) -> DryRun:
+    return DryRun([("student", loss, torch.full((4,), gradient))], 0.1)
 
 
 @pytest.mark.parametrize(
@@ -54,25 +54,25 @@ def played(loss: float = 1.0, gradient: float = 1.0) -> Rehearsal:
         (played(gradient=float("inf")), "not finite"),
     ],
 )
-def test_passes_that_differ_by_more_than_rounding_are_named(other: Rehearsal, said: str | None) -> None:
+def test_passes_that_differ_by_more_than_rounding_are_named(other: DryRun, said: str | None) -> None:
     found = played().disagreement(other)
     assert found is None if said is None else found and said in found
 
 
-def test_a_rehearsal_changes_no_network(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+def test_a_dry_run_changes_no_network(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
     """Not the players', and not the target that follows after the last turn."""
     run = begin(Regression(), teacher, settings(), tmp_path, device="cpu")
     with torch.no_grad():
         next(run.nets["target"].parameters()).add_(1)  # following would now move it
     before = {name: values(net) for name, net in run.nets.items()}
-    found = run.rehearse(data)
+    found = run.dry_run(data)
     assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], values(run.nets[name]), strict=True))
     assert [player for player, *_ in found.turns] == ["student", "student"] and found.seconds > 0  # early and late
     assert all(p.grad is None for p in run.nets["student"].parameters())
 
 
 def test_every_turn_is_compared(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
-    found = begin(Duel(), teacher, settings(), tmp_path, device="cpu").rehearse(data)
+    found = begin(Duel(), teacher, settings(), tmp_path, device="cpu").dry_run(data)
     assert [player for player, *_ in found.turns] == 2 * ["critic", "critic", "student"]
 
 
@@ -81,7 +81,7 @@ def test_a_player_who_enters_late_is_compared(teacher: Teacher, data: ImageData,
         def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
             yield from (turn for turn in super().step(nets, batch, progress) if turn[0] == "student" or progress > 0.5)
 
-    found = begin(Late(), teacher, settings(), tmp_path, device="cpu").rehearse(data)
+    found = begin(Late(), teacher, settings(), tmp_path, device="cpu").dry_run(data)
     assert [player for player, *_ in found.turns] == ["student", "critic", "critic", "student"]
 
 
@@ -103,11 +103,11 @@ def test_the_fastest_way_that_agrees_is_taken(
     seconds: dict[str, float], disagree: str, expected: str, teacher: Teacher, data: ImageData, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def rehearse(run: Run, data: ImageData, execution: Execution | None = None) -> Rehearsal:
+    def dry_run(run: Run, data: ImageData, execution: Execution | None = None) -> DryRun:
         name = str(execution or Execution())
         return replace(played(gradient=9.0 if name == disagree else 1.0), seconds=seconds[name])
 
-    monkeypatch.setattr(Run, "rehearse", rehearse)
+    monkeypatch.setattr(Run, "dry_run", dry_run)
     run = begin(Regression(), teacher, settings(iterations=100_000), tmp_path, device="cpu")
     said = run.choose_execution(data)
     assert str(run.execution) == expected and said.startswith(expected + " (")
@@ -122,7 +122,7 @@ def test_code_that_cannot_be_compiled_stays_eager(
     monkeypatch.setattr(nn.Module, "compile", broken)
     run = begin(Regression(), teacher, settings(compile="always"), tmp_path, device="cpu")
     assert "failed: no working C++ compiler" in run.choose_execution(data)
-    assert not run.execution.compiled and run.rehearse(data).turns
+    assert not run.execution.compiled and run.dry_run(data).turns
 
 
 @needs_compiler

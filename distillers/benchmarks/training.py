@@ -206,7 +206,7 @@ def measure(
         raise BadInput("recipe", recipe.name, f"a method that calls a denoiser; {recipe.method} does not")
 
     run.execution = Execution(compiled=compiled)
-    if compiled and (trouble := run.rehearse(data).disagreement(run.rehearse(data, run.execution))):
+    if compiled and (trouble := run.dry_run(data).disagreement(run.dry_run(data, run.execution))):
         raise BadInput("compiled", True, f"networks that compute the same when they are compiled, but {trouble}")
     run_as(run.nets, run.execution)  # only now: compiled code would not have called the hooks that record passes
 

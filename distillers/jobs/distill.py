@@ -14,8 +14,9 @@ from distillers.jobs.inputs import held_out_data, load_data, load_teacher
 from distillers.jobs.merge import merge
 from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
+from distillers.training.checkpoints import newest_checkpoint
 from distillers.training.latents import encoded_once
-from distillers.training.trainer import begin, newest_checkpoint, train
+from distillers.training.trainer import begin, train
 from distillers.training.watch import best_iteration
 from distillers.weights.manifest import MANIFEST
 

@@ -1,4 +1,4 @@
-"""How the networks of a training are run: by torch.compile or eagerly, and in which memory format.
+"""The networks of a training run compiled or eagerly, in one memory format or another, whichever is faster here.
 
 Which of these is faster depends on the processor: on one, compiled passes are twice as fast as eager ones; on another,
 where convolutions take two thirds of the time either way, compiling gains nothing and costs minutes. So it is measured
@@ -8,8 +8,8 @@ where the training runs, and compiled passes are used only if their losses and g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ GRADIENT_TOLERANCE = 0.25  # relative norm of the difference
 
 @dataclass(frozen=True)
 class Execution:
-    """How networks are run. A checkpoint records it, for a resumed training must go on in the same arithmetic."""
+    """A way of running networks. A checkpoint records it, for a resumed training must go on in the same arithmetic."""
 
     compiled: bool = False
     channels_last: bool = False
@@ -54,20 +54,60 @@ def run_as(nets: nn.Module, execution: Execution) -> None:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """The turns of one iteration without its moves: (player, loss, gradient) each, and the seconds that they took."""
+class DryRun:
+    """The turns of one iteration, played without moving any player, and the seconds that they took."""
 
-    turns: Sequence[tuple[str, float, Tensor]]
+    turns: Sequence[tuple[str, float, Tensor]]  # player, loss, gradient
     seconds: float
 
-    def disagreement(self, other: Rehearsal) -> str | None:
-        """What differs between two rehearsals of one iteration by more than rounding explains; None if nothing does."""
-        for (player, loss, gradient), (_, loss_there, gradient_there) in zip(self.turns, other.turns, strict=True):
-            if not math.isfinite(loss_there) or not bool(gradient_there.isfinite().all()):
+    def disagreement(self, other: DryRun) -> str | None:
+        """Say what differs from another dry run of the same iteration by more than rounding explains, if anything."""
+        for (player, loss, gradient), (_, other_loss, other_gradient) in zip(self.turns, other.turns, strict=True):
+            if not math.isfinite(other_loss) or not bool(other_gradient.isfinite().all()):
                 return f"the {player}'s loss or gradient is not finite"
-            if abs(loss_there - loss) > LOSS_TOLERANCE * abs(loss) + 1e-4:
-                return f"the {player}'s loss is {loss_there:.4g} where it is {loss:.4g}"
-            apart = float((gradient_there - gradient).norm() / gradient.norm().clamp_min(1e-12))
+            if abs(other_loss - loss) > LOSS_TOLERANCE * abs(loss) + 1e-4:
+                return f"the {player}'s loss is {other_loss:.4g} where it is {loss:.4g}"
+            apart = float((other_gradient - gradient).norm() / gradient.norm().clamp_min(1e-12))
             if apart > GRADIENT_TOLERANCE:
                 return f"the {player}'s gradient differs by {apart:.0%}"
         return None
+
+
+def fastest_execution(
+    dry_run: Callable[[Execution], DryRun], mode: Compile, iterations: int, accumulation: int
+) -> tuple[Execution, str]:
+    """Find the fastest way of running networks whose dry run agrees with the eager one, and say why in words.
+
+    Args:
+        dry_run: plays one iteration's turns on one micro-batch in this way.
+        mode: "auto" leaves trainings eager that are too short for compiling to pay.
+        iterations: of the training.
+        accumulation: micro-batches in an iteration.
+    """
+    if mode == "never":
+        return Execution(), "as train.compile says"
+    short = Execution(), "the training is too short for compiling to pay"
+    if mode == "auto" and iterations < SHORT:
+        return short
+    eager = dry_run(Execution())
+    if mode == "auto" and eager.seconds * accumulation * iterations < PAYS_AFTER:
+        return short
+    times, reasons = {Execution(): eager.seconds}, []
+    for candidate in (Execution(channels_last=True), Execution(compiled=True)):
+        if candidate.compiled:
+            candidate = replace(candidate, channels_last=min(times, key=times.__getitem__).channels_last)
+        try:
+            run = dry_run(candidate)
+        except Exception as error:  # no compiler, or code that it cannot compile: many kinds of error
+            reasons.append(f"{candidate} failed: {str(error).strip().splitlines()[0]}")
+            continue
+        if trouble := eager.disagreement(run):
+            reasons.append(f"{candidate} disagrees with eager: {trouble}")
+            continue
+        times[candidate] = run.seconds
+        reasons.append(f"{candidate} takes {run.seconds / eager.seconds:.2f} of eager's time")
+    compiled = [e for e in times if e.compiled]
+    if mode == "always" and compiled:
+        return compiled[0], "; ".join(reasons)
+    best = min(times, key=times.__getitem__)
+    return best if times[best] * LEAST_GAIN < eager.seconds else Execution(), "; ".join(reasons)

@@ -1,4 +1,4 @@
-"""`train`: the one loop. Turns, accelerate, evaluation averages, checkpoints, resume, progress, tracker.
+"""`train` is the one loop of every method: turns, averages, samples, checkpoints, progress, tracker.
 
 It knows no method: a `Distiller` yields (player, loss) turns and the loop moves that player. Exact resume costs no
 state: iteration i draws its data and noise from generators seeded by (seed, i, process), so a run that is killed and
@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
-import multiprocessing
-import os
-import pickle
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
-from multiprocessing.reduction import DupFd
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
@@ -39,19 +30,21 @@ from distillers.models.conditions import split
 from distillers.progress import progress_bar
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
+from distillers.training.batches import Batches
+from distillers.training.checkpoints import Checkpoints, newest_checkpoint
 from distillers.training.distiller import Distiller, Networks, Turn, follow, slow_copy
-from distillers.training.execution import LEAST_GAIN, PAYS_AFTER, SHORT, Execution, Rehearsal, run_as
+from distillers.training.execution import DryRun, Execution, fastest_execution, run_as
+from distillers.training.settings import TrainSettings
 from distillers.training.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-from distillers.training.settings import TrainSettings
 
-REHEARSED = (0.0, 0.9)  # shares of the training whose turns are compared
+DRY_RUN_AT = (0.0, 0.9)  # shares of the training whose turns a dry run plays: some players enter late
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and where the last good checkpoint stands."""
+    """Training cannot go on; the message says why and where the last good checkpoint is."""
 
 
 def train(
@@ -65,7 +58,7 @@ def train(
     device: str | None = None,
     held_out: ImageData | None = None,
 ) -> Generator | Autoencoder:
-    """Run the method to its last iteration, resuming from `out` if it holds checkpoints.
+    """Train a method to its last iteration, resuming from `out` if it holds checkpoints.
 
     Args:
         out: run folder: checkpoints/, samples/, logs/, cost.json; with a watch also watch.jsonl and best.pt.
@@ -117,13 +110,13 @@ def train(
                 if settings.sample_every and done % settings.sample_every == 0 and not last:
                     run.draw_samples(done, data)
                 if watch and (done % settings.watch_every == 0 or last):
-                    found = run.watch(done, watch)
-                    progress.console.print(f"iteration {done} of {settings.iterations}: {found}")
+                    figures = run.watch(done, watch)
+                    progress.console.print(f"iteration {done} of {settings.iterations}: {figures}")
                 if done % settings.checkpoint_every == 0 or last or stop:
                     run.save(done)
                 if stop and not last:
                     where = f"asked to stop at iteration {done}"
-                    raise TrainingStopped(f"{where}; the same command continues from {run.checkpoints}")
+                    raise TrainingStopped(f"{where}; the same command continues from {run.checkpoints.folder}")
                 run.start_clock()
         run.write_cost(settings.iterations)
         run.draw_samples(settings.iterations, data)
@@ -142,7 +135,7 @@ def begin(
     device: str | None = None,
     tracker: str | None = None,
 ) -> Run:
-    """The run before its first iteration: networks, optimizers, seeds. Arguments as `train`'s."""
+    """Set up a run before its first iteration: networks, optimizers, seeds. Arguments as `train`'s."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
@@ -156,7 +149,7 @@ def begin(
 
 
 def _tracker(name: str) -> str | None:
-    """The name, if accelerate can log there; None for "none"."""
+    """Return the name if accelerate can log there, None for "none". Raises BadInput for any other."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = sorted(str(tracker) for tracker in get_available_trackers())
@@ -167,7 +160,7 @@ def _tracker(name: str) -> str | None:
 
 
 class Run:
-    """The state of one training: networks, optimizers, averages, and their checkpoints."""
+    """A run holds the state of one training: networks, optimizers, averages, counters."""
 
     def __init__(
         self,
@@ -179,18 +172,16 @@ class Run:
         description: dict[str, Any],
     ) -> None:
         self.distiller, self.settings, self.accelerator = distiller, settings, accelerator
-        self.teacher, self.description = teacher, json.loads(json.dumps(description))  # as a checkpoint gives it back
-        self.out, self.checkpoints = out, out / "checkpoints"
+        self.teacher, self.out, self.checkpoints = teacher, out, Checkpoints(out, description)
         self.nets = distiller.networks(teacher).to(accelerator.device)
         teacher.codec.to(accelerator.device)
         distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
-        own = {id(p) for p in teacher.denoiser.parameters()}
-        # made of the teacher alone, and made again with it: checkpoints need not hold it
-        self.given = {"teacher"}
+        self.of_teacher = {"teacher"}  # made of the teacher alone, and again on resume: checkpoints do not hold them
+        of_teacher = {id(p) for p in teacher.denoiser.parameters()}
         for name, net in self.nets.items():
-            found = {id(p) for p in net.parameters()}
-            if found <= own and (found or not net.state_dict()):
-                self.given.add(name)
+            parameters = {id(p) for p in net.parameters()}
+            if parameters <= of_teacher and (parameters or not net.state_dict()):
+                self.of_teacher.add(name)
         players = {name: net for name, net in self.nets.items() if any(p.requires_grad for p in net.parameters())}
         for name in settings.learning_rates or {}:
             if name not in players:
@@ -201,14 +192,13 @@ class Run:
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
-        self.waited = 0.0  # s of these that iterations waited for data
         self.execution = Execution()
-        self._thread, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
-        self._workers: Iterator[dict[str, Tensor]] | None = None
+        self.batches = Batches(settings, accelerator.process_index, pin_memory=accelerator.device.type == "cuda")
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
     def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
+        """Build a player's optimizer; each of its groups remembers its peak learning rate."""
         s = self.settings
         kind = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[s.optimizer]
         rate = (s.learning_rates or {}).get(name, s.learning_rate)
@@ -221,7 +211,7 @@ class Run:
 
     # --- one iteration -----------------------------------------------------------------------------------------------
     def iteration(self, i: int, data: ImageData) -> None:
-        """Draw a batch, play its turns, follow with the averages."""
+        """Run one iteration: draw a batch, play its turns, update the averages."""
         s = self.settings
         micro = self._micro_batches(i, data)
         self.play([self.distiller.step(self.nets, part, i / s.iterations) for part in micro], self.rate(i))
@@ -230,53 +220,21 @@ class Run:
             follow(average, self.nets[name], decay)
 
     def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
-        """Draw iteration i's batch in the network's terms, cut for accumulation."""
-        started = time.perf_counter()
-        pictures = self._from_workers(i, data) if self.settings.workers else self._from_thread(i, data)
-        self.waited += time.perf_counter() - started
+        """Draw iteration i's batch, encoded for the network and split for accumulation."""
+        pictures = self.batches.draw(data, i)
         torch.manual_seed(_mix(self.settings.seed, i, self.accelerator.process_index))
         return self._encoded(pictures)
 
     def _encoded(self, pictures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Encode pictures in the network's terms, cut for accumulation."""
+        """Encode a batch of pictures for the network and split it into micro-batches."""
         parts = self.settings.accumulation
         batch = self.teacher.encode_batch(pictures, self.accelerator.device)
         return split(batch, parts)
 
-    def _from_thread(self, i: int, data: ImageData) -> dict[str, Tensor]:
-        """Draw iteration i's pictures; a thread draws the next ones meanwhile."""
-        draws = _Draws(data, self.settings, self.accelerator.process_index)
-        for k in (i, i + 1):
-            if k not in self._ahead and k < max(self.settings.iterations, i + 1):
-                self._ahead[k] = self._thread.submit(draws.__getitem__, k)
-        return self._ahead.pop(i).result()
-
-    def _from_workers(self, i: int, data: ImageData) -> dict[str, Tensor]:
-        """Take iteration i's pictures, which processes have drawn ahead. Iterations are asked for in turn.
-
-        The processes start from a clean one: a fork of this one, which has threads, may wait for ever for one of them.
-        """
-        s, draws = self.settings, _Draws(data, self.settings, self.accelerator.process_index)
-        if self._workers is None:
-            data.draw(1, np.random.default_rng(0))  # decodes what is read once, so that the processes share it
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            loader = DataLoader(
-                draws,
-                batch_size=None,
-                sampler=range(i, s.iterations),
-                num_workers=s.workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-                multiprocessing_context=context,
-            )
-            self._workers = iter(loader)
-        return next(self._workers)
-
     def close(self) -> None:
         """End the loaders and the trackers, and run networks eagerly again. The process group stays for publishing."""
         run_as(self.nets, Execution())
-        self._thread.shutdown(cancel_futures=True)
-        self._workers = None
+        self.batches.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -291,66 +249,35 @@ class Run:
         """
         from accelerate.utils import broadcast_object_list
 
-        chosen: list[Any] = [*self._fastest(data)] if self.accelerator.is_main_process else [None, None]
+        s, chosen = self.settings, list[Any]([None, None])
+        if self.accelerator.is_main_process:
+            chosen = [*fastest_execution(lambda e: self.dry_run(data, e), s.compile, s.iterations, s.accumulation)]
         broadcast_object_list(chosen)
         self.execution, why = chosen
         run_as(self.nets, self.execution)
         return f"{self.execution} ({why})"
 
-    def _fastest(self, data: ImageData) -> tuple[Execution, str]:
-        s = self.settings
-        if s.compile == "never":
-            return Execution(), "as train.compile says"
-        short = Execution(), "the training is too short for compiling to pay"
-        if s.compile == "auto" and s.iterations < SHORT:
-            return short
-        plain = self.rehearse(data)
-        if s.compile == "auto" and plain.seconds * s.accumulation * s.iterations < PAYS_AFTER:
-            return short
-        times, said = {Execution(): plain.seconds}, []
-        for candidate in (Execution(channels_last=True), Execution(compiled=True)):
-            if candidate.compiled:
-                candidate = replace(candidate, channels_last=min(times, key=times.__getitem__).channels_last)
-            try:
-                found = self.rehearse(data, candidate)
-            except Exception as error:  # no compiler, or code that it cannot compile: many kinds of error
-                said.append(f"{candidate} failed: {str(error).strip().splitlines()[0]}")
-                continue
-            if trouble := plain.disagreement(found):
-                said.append(f"{candidate} disagrees with eager: {trouble}")
-                continue
-            times[candidate] = found.seconds
-            said.append(f"{candidate} takes {found.seconds / plain.seconds:.2f} of eager's time")
-        compiled = [e for e in times if e.compiled]
-        if s.compile == "always" and compiled:
-            return compiled[0], "; ".join(said)
-        best = min(times, key=times.__getitem__)
-        return best if times[best] * LEAST_GAIN < plain.seconds else Execution(), "; ".join(said)
-
-    def rehearse(self, data: ImageData, execution: Execution | None = None) -> Rehearsal:
-        """Play the turns of an early and a late iteration with networks run in this way; no network is changed by it.
-
-        Late ones too, for some players enter late.
-        """
+    def dry_run(self, data: ImageData, execution: Execution | None = None) -> DryRun:
+        """Play the turns of an early and a late iteration with networks run in this way; no network changes."""
         run_as(self.nets, execution or Execution())
         before = {name: value.clone() for name, value in self.nets.state_dict().items()}
         seconds, turns = [], list[tuple[str, float, Tensor]]()
         for _ in range(4):  # the first warms up
-            pictures, turns = self._from_thread(0, data), []
+            pictures, turns = self.batches.draw_ahead(data, 0), []
             torch.manual_seed(_mix(self.settings.seed, 0, self.accelerator.process_index))
             batch = self._encoded(pictures)[0]
             started = time.perf_counter()
-            for progress in REHEARSED:
-                turns += self._rehearsed(batch, progress)
-            seconds.append((time.perf_counter() - started) / len(REHEARSED))
+            for progress in DRY_RUN_AT:
+                turns += self._dry_turns(batch, progress)
+            seconds.append((time.perf_counter() - started) / len(DRY_RUN_AT))
             self.nets.load_state_dict(before)
         for name in self.optimizers:
             self.nets[name].zero_grad()
         run_as(self.nets, Execution())
-        return Rehearsal(turns, min(seconds[1:]))
+        return DryRun(turns, min(seconds[1:]))
 
-    def _rehearsed(self, batch: dict[str, Tensor], progress: float) -> Iterator[tuple[str, float, Tensor]]:
-        """Play the turns at this progress and give (player, loss, gradient) of each."""
+    def _dry_turns(self, batch: dict[str, Tensor], progress: float) -> Iterator[tuple[str, float, Tensor]]:
+        """Play the turns at this progress without moving any player; yield (player, loss, gradient) of each."""
         steps = self.distiller.step(self.nets, batch, progress)
         while True:
             with self.accelerator.autocast():
@@ -387,10 +314,12 @@ class Run:
             self.turns[player] += 1
 
     def _backward(self, player: str, loss: Tensor, parts: int) -> None:
+        """Add the gradient of one of so many micro-batches, and its loss to the log."""
         self.accelerator.backward(loss / parts)
         self.losses[player] = self.losses.get(player, torch.zeros((), device=loss.device)) + loss.detach() / parts
 
     def _move(self, player: str, optimizer: Any, rate: float) -> None:
+        """Average the player's gradients over processes, clip them and take an optimizer step."""
         parameters = [p for p in self.nets[player].parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:  # not by DDP, for turns call parts of a network
             for p in parameters:
@@ -401,22 +330,22 @@ class Run:
         optimizer.step()
 
     def rate(self, i: int) -> float:
-        """Learning-rate factor of iteration i: linear warm-up, then the chosen decay."""
+        """Compute the learning-rate factor of iteration i: linear warm-up, then the chosen decay."""
         s = self.settings
         warm = min(1.0, (i + 1) / max(s.warmup, 1))
         left = 1 - i / s.iterations
         return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * float(np.cos(np.pi * left))}[s.decay]
 
-    # --- what people see ---------------------------------------------------------------------------------------------
+    # --- logs and samples ---------------------------------------------------------------------------------------------
     def log(self, done: int) -> dict[str, float]:
-        """Mean losses since the last call. Raises TrainingStopped if any was not finite."""
+        """Log the mean losses since the last call. Raises TrainingStopped if any was not finite."""
         means = self.check(done)
         self.losses, self.turns = {}, Counter()
         self.accelerator.log({f"loss/{k}": v for k, v in means.items()}, step=done)
         return means
 
     def check(self, done: int) -> dict[str, float]:
-        """Mean losses since the last log, over all processes so that they stop alike.
+        """Compute the mean losses since the last log, over all processes so that they stop alike.
 
         Raises:
             TrainingStopped: a loss is not finite, or a weight (the gradient of a finite loss may be infinite).
@@ -427,24 +356,23 @@ class Run:
         if bad:
             raise TrainingStopped(
                 f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
-                f"last good checkpoint: {self._latest() or 'none yet'}. "
+                f"last good checkpoint: {newest_checkpoint(self.out) or 'none yet'}. "
                 "Start again in another folder with a lower train.learning_rate or train.clip"
                 + (', or train.compile = "never".' if self.execution.compiled else ".")
             )
         return means
 
     def any_process(self, asked: bool) -> bool:
-        """Whether any process was asked to stop: all leave in the same iteration."""
+        """Say whether any process was asked to stop: all leave in the same iteration."""
         if self.accelerator.num_processes == 1:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum"))
 
     def generator(self, which: Literal["last", "best"] = "last") -> Generator | Autoencoder:
-        """The method's generator, or its autoencoder, with averaged weights, on CPU: the last or the watch's best."""
+        """Build the generator or autoencoder from the averaged weights, on CPU: the last or the watch's best."""
         if which == "best" and self.accelerator.is_main_process:  # who measured, and publishes
-            self._load_best()
-        nets = Networks({**self.nets, **self.averages})
-        return self.distiller.generator(nets, self.teacher).eval().requires_grad_(False).to("cpu")
+            self.checkpoints.load_best(self.averages)
+        return self._averaged().requires_grad_(False).to("cpu")
 
     @torch.no_grad()
     def draw_samples(self, done: int, data: ImageData) -> None:
@@ -477,6 +405,7 @@ class Run:
                 tracker.log_images({"samples": to_pixels(pictures)}, step=done, dataformats="NHWC")
 
     def _averaged(self) -> Generator | Autoencoder:
+        """Build the generator or autoencoder from the averages as they are now."""
         nets = Networks({**self.nets, **self.averages})
         return self.distiller.generator(nets, self.teacher).eval()
 
@@ -489,30 +418,22 @@ class Run:
             self.nets[net].train()
         self.accelerator.log({f"watch/{name}": value for name, value in figures.items()}, step=done)
         if best and self.averages:
-            state = {name: net.state_dict() for name, net in self.averages.items()}
-            torch.save(state, self.out / "best.pt.new")
-            (self.out / "best.pt.new").rename(self.out / "best.pt")
+            self.checkpoints.save_best(self.averages)
         return ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + (" (best)" if best else "")
 
-    def _load_best(self) -> None:
-        file = self.out / "best.pt"
-        if not file.is_file():
-            raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
-        for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
-            self.averages[name].load_state_dict(values)
-
-    # --- what it costs -----------------------------------------------------------------------------------------------
+    # --- cost ---------------------------------------------------------------------------------------------------------
     def start_clock(self) -> None:
+        """Start to count the seconds of iterations."""
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Count the stretch since `start_clock`, once the device has done it. Not per iteration: waiting costs."""
+        """Add the seconds since `start_clock`. This waits for the device, so it is not done in every iteration."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
         self.seconds += time.perf_counter() - self._started
 
     def cost(self, done: int) -> dict[str, Any]:
-        """What `done` iterations took: wall seconds of iterations alone (no logs, samples, checkpoints), peak memory.
+        """Report what `done` iterations took: wall seconds, without logs, samples and checkpoints, and peak memory.
 
         Memory in MB: tensors on a GPU; on CPU the resident size of the whole process, whatever else it did before.
         """
@@ -522,7 +443,7 @@ class Run:
             "iterations": done,
             "batch": self.settings.batch * self.accelerator.num_processes,  # images per iteration
             "seconds": self.seconds,
-            "waited_for_data": self.waited,  # seconds of these
+            "waited_for_data": self.batches.waited,  # seconds of these
             "execution": str(self.execution),
             "peak_memory_mb": self.peak_mb,
             "device": device_name(device),
@@ -531,109 +452,45 @@ class Run:
         }
 
     def write_cost(self, done: int) -> None:
-        """cost.json in the run folder."""
+        """Write cost.json into the run folder."""
         if self.accelerator.is_main_process:
             (self.out / "cost.json").write_text(json.dumps(self.cost(done), indent=2) + "\n")
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def save(self, done: int) -> None:
-        """Write checkpoints/NNNNNNNN beside and rename: it is whole or absent. The two newest are kept."""
+        """Write the checkpoint of iteration `done`."""
         self.check(done)
         if not self.accelerator.is_main_process:
             return
-        self.checkpoints.mkdir(exist_ok=True)
-        temporary, final = self.checkpoints / f".{done:08d}", self.checkpoints / f"{done:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         state = {
-            "nets": {name: net.state_dict() for name, net in self.nets.items() if name not in self.given},
+            "nets": {name: net.state_dict() for name, net in self.nets.items() if name not in self.of_teacher},
             "averages": {name: net.state_dict() for name, net in self.averages.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "waited_for_data", "peak_memory_mb")}
-        about = {"iteration": done, "description": self.description, "execution": asdict(self.execution), **spent}
-        (temporary / "about.json").write_text(json.dumps(about))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        self.checkpoints.save(done, state, {"execution": asdict(self.execution), **spent})
         self.write_cost(done)
-        self._prune()
 
     def resume(self) -> int:
-        """Load the newest checkpoint; the iteration to go on with, 0 if there is none."""
-        latest = self._latest()
-        if latest is None:
+        """Load the newest checkpoint and return the iteration to go on with, 0 if there is none."""
+        found = self.checkpoints.load(self.accelerator.device)
+        if found is None:
             return 0
-        about = json.loads((latest / "about.json").read_text())
-        if about["description"] != self.description:
-            allowed = "an empty folder, or the recipe that began there"
-            raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
-        state = torch.load(latest / "state.pt", map_location=self.accelerator.device, weights_only=True)
-        for name, values in state["nets"].items():
-            self.nets[name].load_state_dict(values)
-        for name, values in state["averages"].items():
-            self.averages[name].load_state_dict(values)
-        for name, values in state["optimizers"].items():
-            self.optimizers[name].load_state_dict(values)
+        state, about = found
+        for kind, parts in (("nets", self.nets), ("averages", self.averages), ("optimizers", self.optimizers)):
+            for name, values in state[kind].items():
+                parts[name].load_state_dict(values)
         self.seconds, self.peak_mb = about.get("seconds", 0.0), about.get("peak_memory_mb", 0.0)
-        self.waited, self.execution = about.get("waited_for_data", 0.0), Execution(**about.get("execution", {}))
+        self.batches.waited = about.get("waited_for_data", 0.0)
+        self.execution = Execution(**about.get("execution", {}))
         run_as(self.nets, self.execution)
         if self.accelerator.is_main_process:
-            self._prune()
+            self.checkpoints.prune()
         return int(about["iteration"])
-
-    def _prune(self) -> None:
-        """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
-        for old in {*self.checkpoints.glob("[0-9]*"), *self.checkpoints.glob(".[0-9]*")} - {*self._all()[-2:]}:
-            shutil.rmtree(old)
-
-    def _all(self) -> list[Path]:
-        return sorted(p for p in self.checkpoints.glob("[0-9]*") if (p / "about.json").is_file())
-
-    def _latest(self) -> Path | None:
-        return newest_checkpoint(self.out)
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; None if there is none."""
-    return max((p for p in out.glob("checkpoints/[0-9]*") if (p / "about.json").is_file()), default=None)
-
-
-class _Draws(Dataset[dict[str, Tensor]]):
-    """Draws the batch of every iteration: item i is what iteration i of this process learns from."""
-
-    def __init__(self, data: ImageData, settings: TrainSettings, process: int) -> None:
-        self.data, self.batch, self.seed, self.process = data, settings.batch, settings.seed, process
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.data.draw(self.batch, np.random.default_rng((self.seed, i, self.process)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Put the arrays of the data into one unnamed file, which all processes map instead of holding copies."""
-        if "_file" not in self.__dict__:
-            arrays: list[pickle.PickleBuffer] = []
-            self._rest = pickle.dumps(self.data, protocol=5, buffer_callback=arrays.append)
-            self._ends = np.cumsum([array.raw().nbytes for array in arrays], dtype=np.int64).tolist()
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the training)
-            for array in arrays:
-                self._file.write(array.raw())
-            self._file.flush()
-        state = {k: v for k, v in self.__dict__.items() if k not in ("data", "_file")}
-        return state | {"file": DupFd(self._file.fileno())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        file, rest, ends = state.pop("file").detach(), state.pop("_rest"), state.pop("_ends")
-        shared = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY) if ends and ends[-1] else b"")
-        os.close(file)
-        arrays = [shared[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        self.__dict__.update(state, data=pickle.loads(rest, buffers=arrays))
 
 
 class _Termination:
-    """Notes SIGTERM while training, so that the loop can checkpoint at the end of the iteration."""
+    """A context that notes SIGTERM, so that the loop can write a checkpoint at the end of the iteration."""
 
     asked = False
 
@@ -652,7 +509,7 @@ class _Termination:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """MB: the most that tensors took on a GPU; elsewhere the most that this process has had resident."""
+    """Measure MB: the most that tensors took on a GPU; elsewhere the most that this process has had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
@@ -662,5 +519,5 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several integers (NumPy's SeedSequence)."""
+    """Mix several integers into one 63-bit seed (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

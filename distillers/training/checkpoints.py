@@ -1,0 +1,93 @@
+"""The checkpoints of a run folder: checkpoints/NNNNNNNN/{state.pt, about.json}, and best.pt of a watched training.
+
+A checkpoint is written beside and renamed, so it is whole or absent, and the two newest are kept. Only the main process
+writes; every process reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distillers.errors import BadInput
+
+KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        out: the run folder.
+        description: of the run, as JSON; a checkpoint of another description is refused.
+    """
+
+    def __init__(self, out: Path, description: dict[str, Any]) -> None:
+        self.out, self.folder = out, out / "checkpoints"
+        self.description = json.loads(json.dumps(description))  # as a checkpoint gives it back
+
+    def save(self, iteration: int, state: dict[str, Any], about: dict[str, Any]) -> None:
+        """Write checkpoints/NNNNNNNN: `state` by torch.save, `about` as JSON. Older checkpoints are pruned."""
+        self.folder.mkdir(exist_ok=True)
+        temporary, final = self.folder / f".{iteration:08d}", self.folder / f"{iteration:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        entries = {"iteration": iteration, "description": self.description, **about}
+        (temporary / "about.json").write_text(json.dumps(entries))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        self.prune()
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Read the newest checkpoint: (state, about), None if there is none.
+
+        Raises:
+            BadInput: it belongs to a run of another description.
+        """
+        newest = newest_checkpoint(self.out)
+        if newest is None:
+            return None
+        about = json.loads((newest / "about.json").read_text())
+        if about["description"] != self.description:
+            allowed = "an empty folder, or the recipe that began there"
+            raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
+        return torch.load(newest / "state.pt", map_location=device, weights_only=True), about
+
+    def prune(self) -> None:
+        """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
+        kept = whole_checkpoints(self.out)[-KEPT:]
+        for old in {*self.folder.glob("[0-9]*"), *self.folder.glob(".[0-9]*")} - {*kept}:
+            shutil.rmtree(old)
+
+    def save_best(self, averages: dict[str, nn.Module]) -> None:
+        """Write best.pt, the averaged weights that the watch found best so far."""
+        torch.save({name: net.state_dict() for name, net in averages.items()}, self.out / "best.pt.new")
+        (self.out / "best.pt.new").rename(self.out / "best.pt")
+
+    def load_best(self, averages: dict[str, nn.Module]) -> None:
+        """Load best.pt into the averages. Raises BadInput if there is none."""
+        file = self.out / "best.pt"
+        if not file.is_file():
+            raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
+        for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
+            averages[name].load_state_dict(values)
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """List the whole checkpoints of a run folder, the newest last."""
+    return sorted(p for p in out.glob("checkpoints/[0-9]*") if (p / "about.json").is_file())
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """Find the newest whole checkpoint of a run folder; None if there is none."""
+    return next(reversed(whole_checkpoints(out)), None)
