@@ -29,9 +29,9 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM
 from distillers.teacher import Teacher
-from distillers.training.discriminator import Discriminator, Heads, standing_still
+from distillers.training.discriminator import Discriminator, Heads, frozen_gradients
 from distillers.training.distiller import Networks
-from distillers.training.losses import consistency_function, drawn, judged_fake, judged_real
+from distillers.training.losses import consistency_function, gan_loss, sample_student
 from distillers.training.toy import StudentNetwork, exact_teacher, ring
 from distillers.training.trainer import Run
 
@@ -81,9 +81,9 @@ def test_nothing_of_the_learning_encoder_is_unused_or_the_teachers(kind: str) ->
     denoiser, judge = discriminator_of(kind, views=2)
     denoiser.requires_grad_(False)
     x, cond = samples(kind, 4)
-    logits = judge(judge.see(x, torch.tensor(900.0), cond), judge.see(x.flip(0), torch.tensor(0.0), cond))
+    logits = judge(judge.encode(x, torch.tensor(900.0), cond), judge.encode(x.flip(0), torch.tensor(0.0), cond))
     assert logits.shape == (4,) and logits.dtype == torch.float32
-    judged_real(logits).backward()
+    gan_loss(logits, real=True).backward()
     assert all(p.requires_grad and p.grad is not None for p in judge.parameters())
     theirs, ours = dict(denoiser.named_parameters()), dict(judge.encoder.named_parameters())
     assert not {id(p) for p in theirs.values()} & {id(p) for p in ours.values()}
@@ -114,7 +114,7 @@ def test_its_views_are_the_teachers_features(kind: str) -> None:
     x, cond = samples(kind, 3)
     t = torch.tensor([0.0, 300.0, 999.0])
     with torch.no_grad():
-        for ours, theirs in zip(judge.see(x, t, cond), denoiser.features(x, t, cond, KINDS[kind][1]), strict=True):
+        for ours, theirs in zip(judge.encode(x, t, cond), denoiser.features(x, t, cond, KINDS[kind][1]), strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -125,12 +125,12 @@ def test_it_learns_to_tell_real_from_fake(kind: str) -> None:
     optimizer, clean = torch.optim.Adam(judge.parameters(), lr=5e-3), torch.tensor(0.0)
 
     def logits() -> tuple[Tensor, Tensor]:
-        return judge(judge.see(real, clean, cond)), judge(judge.see(fake, clean, cond))
+        return judge(judge.encode(real, clean, cond)), judge(judge.encode(fake, clean, cond))
 
     for _ in range(15):
         yes, no = logits()
         optimizer.zero_grad()
-        (judged_real(yes) + judged_fake(no)).backward()
+        (gan_loss(yes, real=True) + gan_loss(no, real=False)).backward()
         optimizer.step()
     yes, no = logits()
     assert bool((yes > 0).all()) and bool((no < 0).all())
@@ -140,7 +140,7 @@ def test_views_are_told_apart() -> None:
     """(a, b) is another question than (b, a): noisy input and candidate are not a set."""
     _, judge = discriminator_of("unet", views=2)
     x, cond = samples("unet", 4)
-    a, b = (judge.see(x, torch.tensor(t), cond) for t in (0.0, 900.0))
+    a, b = (judge.encode(x, torch.tensor(t), cond) for t in (0.0, 900.0))
     assert not torch.allclose(judge(a, b), judge(b, a))
 
 
@@ -159,7 +159,7 @@ def test_standing_still_is_for_the_block_only_even_if_it_fails() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     net[0].requires_grad_(False)
     x = torch.randn(3, 2, requires_grad=True)
-    with pytest.raises(RuntimeError, match="x"), standing_still(net):
+    with pytest.raises(RuntimeError, match="x"), frozen_gradients(net):
         net(x).sum().backward()
         raise RuntimeError("x")
     assert x.grad is not None and all(p.grad is None for p in net.parameters())
@@ -256,8 +256,8 @@ def test_the_student_is_pulled_to_where_the_judge_says_real(name: str, shapes: I
         assert student_loss(2.0) - student_loss(1.0) < opinion
         mirrored = mutated(
             module,
-            "judged_real(opinion)" if name != "refine" else "strength * judged_real(",
-            "judged_fake(opinion)" if name != "refine" else "strength * judged_fake(",
+            "gan_loss(fake_logits, real=True)",
+            "gan_loss(fake_logits, real=False)",
         )
         assert student_loss(1.0, mirrored) != student_loss(1.0)
 
@@ -283,10 +283,11 @@ def test_real_is_the_picture_or_the_targets_answer(shapes: ImageData) -> None:
     with torch.no_grad():
         y = consistency_function(nets["target"], schedule.step(x_t, nets["teacher"](x_t, t, cond), t, s), s, cond)
         made = consistency_function(student, x_t, t, cond)
-        given = judge.see(x_t, t, cond)
-        fake = judged_fake(judge(given, judge.see(made, clean, cond)))
+        given = judge.encode(x_t, t, cond)
+        fake = gan_loss(judge(given, judge.encode(made, clean, cond)), real=False)
         expected = {
-            k: fake + judged_real(judge(given, judge.see(v, clean, cond))) for k, v in (("data", x0), ("target", y))
+            k: fake + gan_loss(judge(given, judge.encode(v, clean, cond)), real=True)
+            for k, v in (("data", x0), ("target", y))
         }
     assert abs(float(expected["data"] - expected["target"])) > 1e-4
     for real, loss in expected.items():
@@ -367,7 +368,7 @@ def test_what_is_judged_is_what_is_served(schedule: Any, shapes: ImageData) -> N
         k = method.steps[int(torch.randint(3, ()))]
         last = int(torch.randint(k, ()))
         torch.manual_seed(seed)
-        made = drawn(nets["student"], noise, cond, method.steps)
+        made = sample_student(nets["student"], noise, cond, method.steps)
         assert made.requires_grad
         if last < k - 1:
             continue
@@ -387,10 +388,13 @@ def test_refines_judge_calls_the_picture_real_and_the_draw_fake(shapes: ImageDat
     torch.manual_seed(0)
     player, loss = next(method.step(nets, batch, 0.9))
     torch.manual_seed(0)
-    judge, made = nets["discriminator"], drawn(nets["student"], torch.randn_like(batch["x0"]), cond, method.steps)
-    fake, real = (judge(judge.see(x, torch.tensor(0.0), cond)) for x in (made, batch["x0"]))
+    judge, made = (
+        nets["discriminator"],
+        sample_student(nets["student"], torch.randn_like(batch["x0"]), cond, method.steps),
+    )
+    fake, real = (judge(judge.encode(x, torch.tensor(0.0), cond)) for x in (made, batch["x0"]))
     assert player == "discriminator" and abs(float((real - fake).mean().detach())) > 1e-4
-    torch.testing.assert_close(loss, judged_fake(fake) + judged_real(real), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, gan_loss(fake, real=False) + gan_loss(real, real=True), atol=1e-6, rtol=0)
 
 
 def refine_loss(made: Tensor, truth: Tensor, shapes: ImageData, **options: Any) -> float:

@@ -29,7 +29,7 @@ from distillers.models.schedule import Trigonometric
 from distillers.teacher import Teacher
 from distillers.training import losses
 from distillers.training.distiller import Networks, new_student
-from distillers.training.losses import denoising, drawn, noised, ratio_weight, score_identity
+from distillers.training.losses import denoising, diffuse, ratio_weight, sample_student, score_identity
 from distillers.training.toy import GaussianMixture, Points, StudentNetwork, energy_distance, exact_teacher, ring
 from distillers.training.trainer import begin
 
@@ -266,7 +266,7 @@ def test_pairs_tie_a_noise_to_what_the_teacher_makes_of_it() -> None:
     *_, (_, value) = played(method, nets, toy_batch())
     noise, x0 = nets["pairs"].noise, nets["pairs"].x0
     with torch.no_grad():
-        distances = (drawn(nets["student"], noise) - x0).square().mean(1)
+        distances = (sample_student(nets["student"], noise) - x0).square().mean(1)
     assert distances.min() <= float(value) <= distances.max() and value > 0.1 * distances.mean()
 
 
@@ -336,8 +336,8 @@ def test_the_path_goes_from_the_teacher_to_the_students_own_score() -> None:
         path.load(k, node)
         with torch.no_grad():
             torch.manual_seed(1)
-            made = drawn(start_of_student, torch.randn(4000, 2))
-            t, x_t = noised(mixture.schedule, made)
+            made = sample_student(start_of_student, torch.randn(4000, 2))
+            t, x_t = diffuse(mixture.schedule, made)
             errors.append(float(denoising(node, x_t, t, made, None)))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0], errors
 
@@ -391,7 +391,7 @@ def test_the_critic_starts_the_way_back_where_its_targets_are_near() -> None:
     run.nets["path"].load(4, critic)
     with torch.no_grad():
         torch.manual_seed(2)
-        t, x_t = noised(mixture.schedule, drawn(student, torch.randn(4000, 2)))
+        t, x_t = diffuse(mixture.schedule, sample_student(student, torch.randn(4000, 2)))
         run.nets["path"].load(3, run.nets["target"])
         near = (critic(x_t, t) - run.nets["target"](x_t, t)).abs().mean()
         far = (critic(x_t, t) - mixture(x_t, t)).abs().mean()

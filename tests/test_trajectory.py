@@ -42,7 +42,7 @@ from distillers.models.lora import lora_rank, set_lora_scale
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
-from distillers.training.losses import consistency_function, judged_fake, judged_real, per_sample_mse, sampling_times
+from distillers.training.losses import consistency_function, gan_loss, per_sample_mse, sampling_times
 from distillers.training.toy import GaussianMixture, exact_teacher, gaussian_flow_map, ring
 from distillers.weights.manifest import ADAPTER, Info
 
@@ -468,7 +468,7 @@ def test_feedback_raises_the_reward_and_stops_at_the_margin(shapes: ImageData) -
     def drawn(nets: Any) -> Tensor:
         torch.manual_seed(1)
         with torch.no_grad():
-            return hyper_sd.drawn(nets["student"], torch.randn(8, 3, 8, 8))
+            return hyper_sd.sample_student(nets["student"], torch.randn(8, 3, 8, 8))
 
     for margin, moves in ((5.0, True), (-5.0, False)):
         method = HyperSD(
@@ -505,8 +505,10 @@ def test_heads_call_the_target_real_and_the_student_wants_to_be_called_that(shap
     nets["target"] = nets["student"]  # so that nothing follows
     alone, played = losses(0.0), losses(2.0)
     fake, real, again = (heads(backbone.denoiser.features(x, t, None)) for x, t in backbone.views)
-    torch.testing.assert_close(played["discriminator"], judged_fake(fake) + judged_real(real))
-    torch.testing.assert_close(played["student"] - alone["student"], 2 * judged_real(again), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(played["discriminator"], gan_loss(fake, real=False) + gan_loss(real, real=True))
+    torch.testing.assert_close(
+        played["student"] - alone["student"], 2 * gan_loss(again, real=True), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_score_term_pulls_from_the_critics_estimate_to_the_teachers() -> None:
@@ -608,7 +610,7 @@ def test_the_one_step_sample_is_the_generators(shapes: ImageData) -> None:
         noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             leaving = method.generator(nets, teacher)(noise, steps=1)
-            torch.testing.assert_close(hyper_sd.drawn(nets["student"], noise), leaving)
+            torch.testing.assert_close(hyper_sd.sample_student(nets["student"], noise), leaving)
 
 
 def test_a_lora_is_all_that_moves_and_all_that_its_folder_adds(shapes: ImageData, tmp_path: Path) -> None:

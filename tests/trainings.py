@@ -21,7 +21,7 @@ from distillers.training.distiller import (
     Networks,
     Turn,
     follow,
-    labels_and_images,
+    split_batch,
     slow_copy,
     trainable_copy,
 )
@@ -79,7 +79,7 @@ class Regression(Distiller):
         return Networks({"student": student, "target": slow_copy(student)})
 
     def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         return per_sample_mse(net(x0, torch.full((len(x0),), 500.0), cond), x0).mean()
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
@@ -108,7 +108,7 @@ class Duel(Regression):
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         t = torch.full((len(batch["x0"]),), 300.0)
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         for player, other in (("critic", "student"), ("critic", "student"), ("student", "critic")):
             loss = per_sample_mse(nets["critic"](nets["student"](x0, t, cond), t, cond), x0).mean()
             own = torch.autograd.grad(loss, list(nets[player].parameters()), retain_graph=True)

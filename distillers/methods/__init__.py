@@ -1,4 +1,4 @@
-"""The folder is the registry: every file is one paper and one Distiller; the file's name is the method's name."""
+"""The folder is the registry of methods: each file implements one paper, and its name is the method's name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from distillers.training.distiller import Distiller
 
 
 def names() -> list[str]:
-    """All methods, by file name."""
+    """List all methods, by file name."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def find(name: str) -> type[Distiller]:
-    """The Distiller that file `name` defines. Raises BadInput listing what there is."""
+    """Import the Distiller that file `name` defines. Raises BadInput for any other name, with a list of all."""
     if name not in names():
         raise BadInput("method", name, ", ".join(names()))
     module = importlib.import_module(f"{__name__}.{name}")

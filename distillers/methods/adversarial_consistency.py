@@ -1,4 +1,4 @@
-"""Adversarial consistency distillation, the few-step SAR-to-optical translator.
+"""Adversarial consistency distillation (ACD) trains few-step SAR-to-optical translators.
 
 Bai and Xu, "Accelerating Diffusion for SAR-to-Optical Image Translation via Adversarial Consistency Distillation",
 2024 (released code at commit 0bf8125).
@@ -20,7 +20,7 @@ import torch
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.teacher import Teacher
-from distillers.training.discriminator import Discriminator, standing_still
+from distillers.training.discriminator import Discriminator, frozen_gradients
 from distillers.training.distiller import (
     Batch,
     Distiller,
@@ -28,8 +28,8 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
-    labels_and_images,
     slow_copy,
+    split_batch,
     trainable_copy,
 )
 from distillers.training.losses import (
@@ -38,8 +38,8 @@ from distillers.training.losses import (
     check_steps,
     consistency_function,
     consistency_generator,
-    judged_fake,
-    judged_real,
+    discriminator_loss,
+    gan_loss,
     neighbours,
     per_sample_mse,
     pseudo_huber,
@@ -67,8 +67,8 @@ class AdversarialConsistency(Distiller):
 
     def __post_init__(self) -> None:
         if self.points < 2 or self.colour_pixels < 1:
-            given = (self.points, self.colour_pixels)
-            raise BadInput("adversarial_consistency.points, colour_pixels", given, "2 or more; 1 or more")
+            wrong = (self.points, self.colour_pixels)
+            raise BadInput("adversarial_consistency.points, colour_pixels", wrong, "2 or more; 1 or more")
         if not 0 <= self.target_decay < 1:
             raise BadInput("adversarial_consistency.target_decay", self.target_decay, "0 up to, not including, 1")
         check_steps("adversarial_consistency.steps", self.steps)
@@ -89,7 +89,7 @@ class AdversarialConsistency(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
         schedule = student.schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         eps = torch.randn_like(x0)
 
         # consistency distillation: n ~ U{1..N-1}, t = t_{n+1}, s = t_n
@@ -98,21 +98,22 @@ class AdversarialConsistency(Distiller):
         x_s = teacher_step(nets["teacher"], x_t, t, s, cond, self.solver)
         with torch.no_grad():  # sg f-(x_s, s)
             y = consistency_function(target, x_s, s, cond)
-        made = consistency_function(student, x_t, t, cond)
-        loss = pseudo_huber(made, y).mean()
+        f = consistency_function(student, x_t, t, cond)
+        loss = pseudo_huber(f, y).mean()
 
         strength = self.adversarial_weight * ramp(progress, self.adversarial_start, self.adversarial_ramp)
         if strength > 0:
-            judge, clean = nets["discriminator"], torch.tensor(schedule.t_min, device=x0.device)
-            # the discriminator's turn; the student's picture is only looked at
-            given, real = judge.see(x_t, t, cond), x0 if self.real == "data" else y
-            fake = judge(given, judge.see(made.detach(), clean, cond))
-            yield "discriminator", judged_fake(fake) + judged_real(judge(given, judge.see(real, clean, cond)))
-            with standing_still(judge):
-                opinion = judge(judge.see(x_t, t, cond), judge.see(made, clean, cond))
-            loss = loss + strength * judged_real(opinion)
+            # D(x_t, x) sees the noisy input at t and the candidate at t_min
+            D, t_min = nets["discriminator"], torch.tensor(schedule.t_min, device=x0.device)
+            noisy, real = D.encode(x_t, t, cond), x0 if self.real == "data" else y
+            fake_logits = D(noisy, D.encode(f.detach(), t_min, cond))
+            real_logits = D(noisy, D.encode(real, t_min, cond))
+            yield "discriminator", discriminator_loss(fake_logits, real_logits)
+            with frozen_gradients(D):
+                fake_logits = D(D.encode(x_t, t, cond), D.encode(f, t_min, cond))
+            loss = loss + strength * gan_loss(fake_logits, real=True)
         if self.colour_weight:
-            colours = [blurred(nets["codec"].decode(x), self.colour_pixels) for x in (made, x0)]
+            colours = [blurred(nets["codec"].decode(x), self.colour_pixels) for x in (f, x0)]
             loss = loss + self.colour_weight * per_sample_mse(*colours).mean()
         yield "student", loss
 
@@ -120,5 +121,5 @@ class AdversarialConsistency(Distiller):
             follow(target, student, self.target_decay)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        # The averaged student, never the target network (which the released code saves).
+        # the averaged student, never the target network (which the released code saves).
         return consistency_generator(nets["student"], teacher, self.steps)

@@ -1,9 +1,9 @@
-"""A variational autoencoder with few, almost undisturbed latents: how the space of latent diffusion is trained.
+"""A variational autoencoder with a weak KL term makes the latent space that latent diffusion models work in.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, sec. 3.1 and appendix G; the
 adaptive weight of its adversary: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, eq. 7;
-judged by patches: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017; the distance
-of features: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, eq. 1.
+its patch discriminator: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017; the
+distance of features: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from distillers.evaluation.features import EFFICIENTNET, EfficientNetFeatures
 from distillers.generator import Generator
 from distillers.models.codec import Vae
 from distillers.teacher import Teacher
-from distillers.training.discriminator import PatchDiscriminator, standing_still
+from distillers.training.discriminator import PatchDiscriminator, frozen_gradients
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen
-from distillers.training.losses import judged_fake, judged_real, perceptual_distance
+from distillers.training.losses import gan_loss, perceptual_distance
 from distillers.weights.manifest import AUTOENCODER
 
 
@@ -69,12 +69,12 @@ class Autoencoder(Distiller):
 
     @property
     def factor(self) -> int:
-        """Pixels a side that become one position of the latents."""
+        """Count the pixels a side that become one position of the latents."""
         return 2 ** (len(self.channels) - 1)
 
     @property
     def groups(self) -> int:
-        """Groups of the normalisation: four channels each at the narrowest, as Rombach et al. have it.
+        """Count the groups of the normalisation: four channels each at the narrowest, as Rombach et al. have it.
 
         A group forgets its mean, and with it the colour of a flat ground: at two channels each too much is forgotten.
         """
@@ -88,11 +88,16 @@ class Autoencoder(Distiller):
         if side % self.factor:
             raise BadInput("data.size", side, f"a multiple of {self.factor}: autoencoder.channels halve it so far")
         vae: nn.Module = AutoencoderKL(  # type: ignore[assignment]
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=self.channels, layers_per_block=self.layers, latent_channels=self.latent_channels,
-            norm_num_groups=self.groups, mid_block_add_attention=False, sample_size=side,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=self.channels,
+            layers_per_block=self.layers,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.groups,
+            mid_block_add_attention=False,
+            sample_size=side,
             scaling_factor=1.0,
-        )  # fmt: skip
+        )
         nets = Networks({"autoencoder": vae})
         if self.adversarial_weight:
             nets["discriminator"] = PatchDiscriminator(self.discriminator_channels)
@@ -103,36 +108,36 @@ class Autoencoder(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         vae, x = nets["autoencoder"], batch["x0"]
         posterior = vae.encode(x).latent_dist
-        made = vae.decode(posterior.sample()).sample.float()
-        reconstruction = (made - x).abs().mean()
+        x_rec = vae.decode(posterior.sample()).sample.float()
+        reconstruction = (x_rec - x).abs().mean()
         if self.perceptual_weight:
-            reconstruction = reconstruction + self.perceptual_weight * perceptual_distance(
-                nets["perceptual"], made, x
-            ).mean()  # fmt: skip
+            distance = perceptual_distance(nets["perceptual"], x_rec, x).mean()
+            reconstruction = reconstruction + self.perceptual_weight * distance
         prior = divergence(posterior.mean, posterior.logvar).mean() / x[0].numel()
         loss = reconstruction + self.kl_weight * prior
         if not self.adversarial_weight or progress < self.adversarial_start:
             yield "autoencoder", loss
             return
-        judge = nets["discriminator"]
-        with standing_still(judge):
-            adversary = self._fooled(judge(made))
+        D = nets["discriminator"]
+        with frozen_gradients(D):
+            adversary = self._generator_loss(D(x_rec))
         weight = adaptive_weight(reconstruction, adversary, vae.decoder.conv_out.weight)
         yield "autoencoder", loss + self.adversarial_weight * weight * adversary
-        yield "discriminator", self._told(judge(x), judge(made.detach()))
+        yield "discriminator", self._discriminator_loss(D(x), D(x_rec.detach()))
 
-    def _fooled(self, fake: Tensor) -> Tensor:
-        return -fake.mean() if self.adversarial_loss == "hinge" else judged_real(fake)
+    def _generator_loss(self, fake: Tensor) -> Tensor:
+        """Compute L_adv of the logits of reconstructions."""
+        return -fake.mean() if self.adversarial_loss == "hinge" else gan_loss(fake, real=True)
 
-    def _told(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Half the sum over both kinds, as Esser et al. have it for either loss."""
+    def _discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Average the losses of real and fake logits, as Esser et al. do for either loss."""
         if self.adversarial_loss == "hinge":
             return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-        return (judged_real(real) + judged_fake(fake)) / 2
+        return (gan_loss(real, real=True) + gan_loss(fake, real=False)) / 2
 
     def generator(self, nets: Networks, teacher: Teacher) -> Product:
-        seen = [EFFICIENTNET] if self.perceptual_weight else []
-        info = replace(teacher.info, codec=Vae.kind, patch=self.factor, trained_with=seen)
+        trained_with = [EFFICIENTNET] if self.perceptual_weight else []
+        info = replace(teacher.info, codec=Vae.kind, patch=self.factor, trained_with=trained_with)
         return Product(Vae(copy.deepcopy(nets["autoencoder"])), info)  # a copy, for a codec is frozen
 
     def finish(self, made: Generator | Product, data: ImageData) -> Product:
@@ -150,15 +155,15 @@ def spread(data: ImageData, pictures: int = 4096, batch: int = 64) -> Iterator[T
 
 
 def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each sample, summed over its latents. (B, ...), (B, ...) -> (B,)."""
+    """Compute KL(N(mean, exp(logvar)) || N(0, I)) of each sample, a sum over its latents (B, ...) -> (B,)."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
 def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> Tensor:
-    """lambda = ||d reconstruction / d last|| / (||d adversary / d last|| + 1e-6), at most 1e4, without a gradient.
+    """Compute lambda = ||d reconstruction / d last|| / (||d adversary / d last|| + 1e-6), at most 1e4, detached.
 
     Both losses pull the decoder's last layer equally hard then (Esser et al. 2021, eq. 7; the bound is their code's).
     """
-    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversary)]
-    return (pulls[0] / (pulls[1] + 1e-6)).clamp(max=1e4).detach()
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversary)]
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4).detach()

@@ -1,11 +1,11 @@
-"""BOOT: distillation from noise alone, without data.
+"""BOOT distils from noise alone, without data.
 
 Gu, Zhai, Zhang, Liu and Susskind, "BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
 2023.
 
 On the trajectory that begins at the noise eps, x_t = alpha y_t + sigma eps: the noise stays, and only the signal y_t
-changes. The student y_theta(eps, t) reads the noise and a time and predicts that signal. What it says at t, carried
-one step of the teacher down to s, is what it should say at s; at t_max it should say what the teacher says. No
+changes. The student y_theta(eps, t) reads the noise and a time and predicts that signal. Its prediction at t, carried
+one teacher step down to s, is its target at s; at t_max the target is the teacher's prediction. It has no
 consistency head: near t = 0 that would return the input, which here is the noise.
 """
 
@@ -24,7 +24,7 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import like
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
 from distillers.training.losses import Solver, per_sample_mse, teacher_step
 
 SIGNAL_LEFT = 0.05  # alpha(t_max) / sigma(t_max) above which the start is visibly not noise
@@ -44,16 +44,15 @@ class Boot(Distiller):
         if not 0 < self.delta < 1:
             raise BadInput("boot.delta", self.delta, "between 0 and 1")
         if not 0 < self.boundary_share <= 1 or self.boundary_weight < 0 or self.guidance_scale < 0:
-            given = (self.boundary_share, self.boundary_weight, self.guidance_scale)
-            raise BadInput(
-                "boot.boundary_share, boundary_weight, guidance_scale", given, "0 to 1; 0 or more; 0 or more"
-            )
+            wrong = (self.boundary_share, self.boundary_weight, self.guidance_scale)
+            allowed = "0 to 1; 0 or more; 0 or more"
+            raise BadInput("boot.boundary_share, boundary_weight, guidance_scale", wrong, allowed)
 
     def networks(self, teacher: Teacher) -> Networks:
-        if teacher.denoiser.prediction == "flow":  # stock flow schedulers draw flow only, and the signal is none
+        if teacher.denoiser.prediction == "flow":  # stock flow schedulers sample flow only, and the signal is none
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
         student = trainable_copy(teacher.denoiser)
-        student.prediction = "x0"  # a free head: what the network says is the signal, whatever it said before
+        student.prediction = "x0"  # a free head: the output is the signal, whatever the teacher's was
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))
         if left > SIGNAL_LEFT:
             warnings.warn(
@@ -65,7 +64,7 @@ class Boot(Distiller):
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, teacher, schedule = nets["student"], nets["teacher"], nets["student"].schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         eps = torch.randn_like(x0)  # the data give the shape and the conditions, nothing else
 
         # t ~ U on the range above delta, s = t - delta
@@ -86,13 +85,13 @@ class Boot(Distiller):
             y_top = teacher(schedule.start(eps[:k], top), top, first)
 
         both = {name: torch.cat([value, value[:k]]) for name, value in cond.items()} if cond else None
-        said = signal(student, torch.cat([eps, eps[:k]]), torch.cat([s, top]), both)
-        bootstrap = (per_sample_mse(said[:-k], y_s) / (1 - rho).to(x0) ** 2).mean()
-        boundary = per_sample_mse(said[-k:], y_top).mean()
+        y = signal(student, torch.cat([eps, eps[:k]]), torch.cat([s, top]), both)
+        bootstrap = (per_sample_mse(y[:-k], y_s) / (1 - rho).to(x0) ** 2).mean()
+        boundary = per_sample_mse(y[-k:], y_top).mean()
         yield "student", bootstrap + self.boundary_weight * boundary
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        # One step only: the student answers at t_min for any noise, and knows no x_t to go on from.
+        # one step only: the student answers at t_min for any noise, and has no x_t to go on from
         info = replace(
             teacher.info,
             sampler="ddim",
@@ -104,5 +103,5 @@ class Boot(Distiller):
 
 
 def signal(student: Denoiser, eps: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-    """y_theta(eps, t): the network reads the noise itself, not x_t."""
+    """Evaluate y_theta(eps, t): the network reads the noise itself, not x_t."""
     return student(student.schedule.start(eps, t), t, cond)

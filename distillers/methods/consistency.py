@@ -1,4 +1,4 @@
-"""Consistency distillation, and easy consistency tuning as its teacher-free variant.
+"""Consistency distillation, and easy consistency tuning (ECT) as its teacher-free variant.
 
 Song, Dhariwal, Chen and Sutskever, "Consistency Models", 2023 (Algorithm 2); pseudo-Huber distance: Song and Dhariwal,
 "Improved Techniques for Training Consistency Models", 2023; on a frozen teacher's discrete times with DDIM steps: Luo
@@ -30,8 +30,8 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
-    labels_and_images,
     slow_copy,
+    split_batch,
     trainable_copy,
 )
 from distillers.training.losses import (
@@ -59,8 +59,8 @@ class Consistency(Distiller):
     first_points: int = 0  # N at the start, doubled over the training until it is N; 0 = N throughout
     target_decay: float = 0.95  # mu of the target network; 0 = the student itself
     distance: Literal["pseudo-huber", "l2", "lpips"] = "pseudo-huber"  # d; lpips needs torchvision
-    guidance_scale: float = 1.0  # w of the teacher, and of what leaves; 1 = none (LCM counts from 0)
-    guidance_range: tuple[float, float] | None = None  # w ~ U[low, high] in training, told to the student (LCM)
+    guidance_scale: float = 1.0  # w of the teacher, and of the published student; 1 = none (LCM counts from 0)
+    guidance_range: tuple[float, float] | None = None  # w ~ U[low, high] in training, an input of the student (LCM)
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts the generator is published with
     # easy consistency tuning (source = data)
     ratio_base: float = 2.0  # q: r/t approaches 1 - 1/q^(k+1)
@@ -77,9 +77,9 @@ class Consistency(Distiller):
             raise BadInput("consistency.target_decay", self.target_decay, "0 up to, not including, 1")
         check_steps("consistency.steps", self.steps)
         if self.ratio_base <= 1 or self.stages < 1 or self.log_std <= 0 or self.guidance_scale < 0:
-            given = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
+            wrong = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
             allowed = "above 1; 1 or more; above 0; 0 or more"
-            raise BadInput("consistency.ratio_base, stages, log_std, guidance_scale", given, allowed)
+            raise BadInput("consistency.ratio_base, stages, log_std, guidance_scale", wrong, allowed)
         low, high = self.guidance_range or (self.guidance_scale, self.guidance_scale)
         if self.guidance_range and (self.source == "data" or not 0 <= low <= self.guidance_scale <= high):
             allowed = f"low <= guidance_scale = {self.guidance_scale} <= high, from a teacher: tuning has none to guide"
@@ -100,16 +100,14 @@ class Consistency(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
         schedule: NoiseSchedule = student.schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         eps = torch.randn_like(x0)
 
         if self.source == "teacher":
             # n ~ U{1..N-1}: t = t_{n+1}, s = t_n
             t, s = neighbours(schedule, self.grid_points(progress), len(x0), x0.device)
             x_t = schedule.add_noise(x0, eps, t)
-            if (
-                self.guidance_range
-            ):  # w ~ U[low, high], for the teacher's step and told to the student (Luo et al. 2023)
+            if self.guidance_range:  # w ~ U[low, high] guides the teacher's step and is embedded by the student (LCM)
                 low, high = self.guidance_range
                 cond = {**(cond or {}), "guidance": low + (high - low) * torch.rand(len(x0), device=x0.device)}
             x_s = teacher_step(nets["teacher"], x_t, t, s, cond, self.solver)
@@ -128,7 +126,7 @@ class Consistency(Distiller):
             follow(target, student, self.target_decay)
 
     def grid_points(self, progress: float) -> int:
-        """N: doubled at even intervals from first_points until it is `points` (Song and Dhariwal 2023, sec. 3.4)."""
+        """Compute N, doubled at even intervals from first_points until it is `points` (Song and Dhariwal 2023)."""
         first = self.first_points or self.points
         doublings = math.ceil(math.log2(self.points / first))
         return min(self.points, first * 2 ** int(progress * (doublings + 1)))
@@ -136,7 +134,7 @@ class Consistency(Distiller):
     def tuning_times(
         self, schedule: NoiseSchedule, count: int, progress: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """t lognormal, r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, as ratios sigma/alpha (Geng et al. 2024)."""
+        """Sample t lognormal and r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, as sigma/alpha (Geng et al. 2024)."""
         ratio = (self.log_mean + self.log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
         ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], device=device))
         ratio = ratio.clamp(2 * ends[0], ends[1])
@@ -145,9 +143,9 @@ class Consistency(Distiller):
         return schedule.time_at_ratio(ratio), schedule.time_at_ratio(below.clamp_min(0))
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        # Never the target network: it is a lagging copy that exists for the loss.
+        # never the target network: it is a lagging copy that exists for the loss
         student = nets["student"]
-        if self.guidance_range:  # told one scale, it is a stock network again
+        if self.guidance_range:  # with one scale folded in, it is a stock network again
             student = copy.deepcopy(student)
             fold_guidance(student.network, self.guidance_scale)
         return consistency_generator(student, teacher, self.steps)

@@ -1,4 +1,4 @@
-"""Denoising score matching: how a teacher is trained. The degenerate distiller: it learns from data alone.
+"""Denoising score matching trains a teacher: the degenerate distiller, which learns from data alone.
 
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", 2020; the SNR + 1 weight: Salimans and Ho,
 "Progressive Distillation", 2022, sec. 4; its cap: Hang et al., "Min-SNR Weighting", 2023; label dropout for guidance:
@@ -17,7 +17,7 @@ import torch
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, labels_and_images, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, split_batch, trainable_copy
 from distillers.training.losses import SNR_CAP, denoising
 
 
@@ -48,7 +48,7 @@ class Diffusion(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         denoiser = nets["student"]
         schedule = denoiser.schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         if cond and "label" in cond:
             null = denoiser.network.config.num_class_embeds - 1
             dropped = torch.rand(len(x0), device=x0.device) < self.label_dropout

@@ -1,14 +1,14 @@
-"""DisBack: distribution matching along the way that leads back from the student to the teacher.
+"""DisBack is distribution matching along the path that leads back from the student to the teacher.
 
 Zhang et al., "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation", 2024.
 
 At first the student's samples are nothing like the teacher's, and the teacher's score there says little. So, stage 1
-(degradation): a copy of the teacher learns to denoise what the untouched student draws, and leaves its state behind at
-every node of its way, from the teacher P0 to P_N, the score of the student's own samples. Stage 2 (backtracking): the
+(degradation): a copy of the teacher learns to denoise samples of the untrained student, and its states are recorded
+along the path from the teacher P_0 to P_N, the score of the student's own samples. Stage 2 (backtracking): the
 student matches P_{N-1}, then P_{N-2}, ..., and at last the teacher itself; the critic begins as P_N. Each of these
 targets is close to where the student is.
 
-Stage 1 moves nobody but the critic, so its path is the critic's own. The loss is that of DMD2, means over samples and
+Stage 1 trains the critic alone, so the path is the critic's own. The loss is that of DMD2, means over samples and
 elements with a per-sample normaliser.
 """
 
@@ -31,12 +31,12 @@ from distillers.training.distiller import (
     Networks,
     Turn,
     frozen,
-    labels_and_images,
     new_student,
     slow_copy,
+    split_batch,
     trainable_copy,
 )
-from distillers.training.losses import consistency_generator, denoising, distribution_matching, drawn, noised
+from distillers.training.losses import consistency_generator, denoising, diffuse, distribution_matching, sample_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,39 +71,41 @@ class DisBack(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, critic, path = nets["student"], nets["critic"], nets["path"]
         schedule = student.schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
 
         # P_1, ..., P_N at even times of stage 1
         while path.recorded < min(self.nodes, int(self.nodes * progress / self.record)):
             path.record(critic)
         if progress < self.record:
             with torch.no_grad():
-                made = drawn(student, torch.randn_like(x0), cond)
-            t, x_t = noised(schedule, made)
-            yield "critic", denoising(critic, x_t, t, made, cond)
+                x = sample_student(student, torch.randn_like(x0), cond)
+            t, x_t = diffuse(schedule, x)
+            yield "critic", denoising(critic, x_t, t, x, cond)
             return
 
         target = self.target(nets, progress)
-        made = drawn(student, torch.randn_like(x0), cond)
+        x = sample_student(student, torch.randn_like(x0), cond)
+        # the critic denoises samples of the student (Yin et al. 2024, eq. 6); its last turn takes x itself
         for turn in range(self.critic_turns):
-            seen = made.detach()
+            fake_x0 = x.detach()
             if turn + 1 < self.critic_turns:
                 with torch.no_grad():
-                    seen = drawn(student, torch.randn_like(x0), cond)
-            t, x_t = noised(schedule, seen)
-            yield "critic", denoising(critic, x_t, t, seen, cond)
+                    fake_x0 = sample_student(student, torch.randn_like(x0), cond)
+            t, x_t = diffuse(schedule, fake_x0)
+            yield "critic", denoising(critic, x_t, t, fake_x0, cond)
+        # the score difference of critic and P_k at a diffused sample (eq. 7)
         with torch.no_grad():
-            t, x_t = noised(schedule, made)
+            t, x_t = diffuse(schedule, x)
             real, fake = target(x_t, t, cond), critic(x_t, t, cond)
-        yield "student", distribution_matching(made, real, fake)
+        yield "student", distribution_matching(x, real, fake)
         if self.advance == "plateau":
             path.watch((fake - real).abs().mean(), self.patience)
 
     def target(self, nets: Networks, progress: float) -> nn.Module:
-        """Who is matched now: the node of this moment, the teacher itself from `back` on."""
+        """Return the network to match now: P_k of this moment, the teacher itself from `back` on."""
         path = nets["path"]
-        walked = (progress - self.record) / (self.back - self.record)
-        node = max(0, self.nodes - 1 - int(walked * (self.nodes - 1))) if self.advance == "interval" else int(path.node)
+        done = (progress - self.record) / (self.back - self.record)
+        node = max(0, self.nodes - 1 - int(done * (self.nodes - 1))) if self.advance == "interval" else int(path.node)
         if node == 0 or progress >= self.back:
             return nets["teacher"]
         if path.loaded != node:
@@ -115,7 +117,7 @@ class DisBack(Distiller):
 
 
 class Path(nn.Module):
-    """The states of a network at the nodes of its way, P_0 first, and where on it the target stands.
+    """A path holds the states P_0 .. P_N of a network, and which of them is the target.
 
     They stay on the CPU when the networks move to an accelerator: N + 1 times the parameters, float32.
     """
@@ -123,7 +125,7 @@ class Path(nn.Module):
     states: Tensor  # (N + 1, parameters)
     recorded: Tensor  # nodes after P_0
     loaded: Tensor  # the node whose state the target network has
-    node: Tensor  # where the walk stands (advance = plateau)
+    node: Tensor  # the current target (advance = plateau)
     gap: Tensor  # running mean of |critic - target|
     best: Tensor
     waited: Tensor
@@ -144,12 +146,12 @@ class Path(nn.Module):
         return self  # no device but the CPU, no other precision
 
     def record(self, network: nn.Module) -> None:
-        """The next node is what the network is now."""
+        """Record the network's state as the next node."""
         self.recorded += 1
         self.states[self.recorded] = parameters_to_vector(network.parameters()).detach().cpu()
 
     def load(self, node: int, network: nn.Module) -> None:
-        """Give the network the state of a node, every parameter of it."""
+        """Load a node's state into the network, every parameter of it."""
         own = list(network.parameters())
         state = self.states[node].to(own[0].device)
         assert len(state) == sum(p.numel() for p in own), "the path is another network's"
@@ -158,8 +160,8 @@ class Path(nn.Module):
         self.loaded.fill_(node)
 
     def watch(self, gap: Tensor, patience: int) -> None:
-        """On to the next node once the gap, averaged over ten iterations or so, has stopped to fall."""
-        if torch.distributed.is_initialized():  # all processes walk together
+        """Advance to the next node once the gap, averaged over about ten iterations, no longer falls."""
+        if torch.distributed.is_initialized():  # all processes advance together
             torch.distributed.all_reduce(gap)
         now = gap.cpu()
         self.gap.copy_(now if self.gap.isnan() else torch.lerp(self.gap, now, 0.1))

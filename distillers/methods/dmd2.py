@@ -1,13 +1,13 @@
-"""Distribution matching: the student's samples shall be distributed as the teacher's, wherever each one comes from.
+"""Distribution matching distillation (DMD2) makes the student's samples distributed as the teacher's.
 
 Yin, Gharbi, Park, Zhang, Shechtman, Durand and Freeman, "Improved Distribution Matching Distillation for Fast Image
 Synthesis", 2024 (DMD2), after "One-step Diffusion with Distribution Matching Distillation", 2024 (DMD), whose
 regression pairs are an option; the other losses: Zhou et al., "Score identity Distillation", 2024 (SiD), and Xu, Nie
 and Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025.
 
-The gradient of KL(student || teacher) at a noised sample is the difference of two scores. The teacher knows one; a
-critic, which learns to denoise what the student draws, has to keep up with the other, so it takes several turns for
-each of the student's. No trajectory is followed: nothing ties a noise to the picture that the teacher makes of it.
+The gradient of KL(student || teacher) at a diffused sample is the difference of two scores. The teacher has one; a
+critic, which learns to denoise the student's samples, approximates the other, so it takes several turns for each of the
+student's. No trajectory is followed: a noise need not become the picture that the teacher makes of it.
 
 Reductions are part of the method: every term is a mean over samples and elements, and the matching term is divided by
 mean|x - x0_teacher| of each sample, so the weights of the adversarial terms do not depend on the picture's size.
@@ -27,15 +27,15 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.conditions import Cond
 from distillers.teacher import Teacher
-from distillers.training.discriminator import Heads, standing_still
+from distillers.training.discriminator import Heads, frozen_gradients
 from distillers.training.distiller import (
     Batch,
     Distiller,
     Networks,
     Turn,
     frozen,
-    labels_and_images,
     new_student,
+    split_batch,
     trainable_copy,
 )
 from distillers.training.losses import (
@@ -44,13 +44,13 @@ from distillers.training.losses import (
     check_steps,
     consistency_generator,
     denoising,
+    diffuse,
+    discriminator_loss,
     distribution_matching,
-    drawn,
-    judged_fake,
-    judged_real,
-    noised,
+    gan_loss,
     per_sample_mse,
     ratio_weight,
+    sample_student,
     score_identity,
     teacher_step,
 )
@@ -58,7 +58,7 @@ from distillers.training.losses import (
 
 @dataclass(frozen=True, kw_only=True)
 class Dmd2(Distiller):
-    """grad L = E (x0_critic(x_t) - x0_teacher(x_t)) / mean|x - x0_teacher(x_t)| dx/dtheta, x_t a noised sample x."""
+    """grad L = E (x0_critic(x_t) - x0_teacher(x_t)) / mean|x - x0_teacher(x_t)| dx/dtheta, x_t a diffused sample x."""
 
     steps: tuple[int, ...] = (1,)  # step counts trained for, by backward simulation, and published
     start: str | None = None  # absent: the teacher's weights; "untrained"; or a folder of the same network
@@ -74,9 +74,9 @@ class Dmd2(Distiller):
     gan_features: Literal["critic", "teacher"] = "critic"  # whose features the heads read
     layers: tuple[str, ...] = ("mid_block",)  # which
     # regression term (DMD)
-    pairs: int = 0  # noises whose trajectories the teacher follows before the training; 0 = none
+    pairs: int = 0  # pairs (noise, the teacher's sample of it) for the regression; 0 = none
     pair_steps: int = 20  # of its solver (Heun)
-    regression_weight: float = 0.25  # of the distance to what the teacher makes of them
+    regression_weight: float = 0.25  # of the distance to the teacher's samples
     distance: Literal["l2", "lpips"] = "l2"  # lpips (the paper's) needs torchvision
 
     def __post_init__(self) -> None:
@@ -113,50 +113,51 @@ class Dmd2(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, teacher, critic = nets["student"], nets["teacher"], nets["critic"]
         schedule = student.schedule
-        x0, cond = labels_and_images(batch)
-        made = drawn(student, torch.randn_like(x0), cond, self.steps)
+        x0, cond = split_batch(batch)
+        x = sample_student(student, torch.randn_like(x0), cond, self.steps)
 
-        # the critic learns to denoise what the student draws; last, the very samples that it is then asked about
+        # the critic denoises samples of the student (DMD eq. 6); its last turn takes x itself
         for turn in range(self.critic_turns):
-            seen = made.detach()
+            fake_x0 = x.detach()
             if turn + 1 < self.critic_turns:
                 with torch.no_grad():
-                    seen = drawn(student, torch.randn_like(x0), cond, self.steps)
-            t, x_t = noised(schedule, seen)
-            loss = denoising(critic, x_t, t, seen, cond)
+                    fake_x0 = sample_student(student, torch.randn_like(x0), cond, self.steps)
+            t, x_t = diffuse(schedule, fake_x0)
+            loss = denoising(critic, x_t, t, fake_x0, cond)
             if self.gan_weight:
                 real_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-                told = judged_fake(self.logits(nets, x_t, t, cond)) + judged_real(self.logits(nets, real_t, t, cond))
+                fake_logits, real_logits = (self.logits(nets, sample, t, cond) for sample in (x_t, real_t))
+                gan = discriminator_loss(fake_logits, real_logits)
                 if self.gan_features == "critic":
-                    loss = loss + self.discriminator_weight * told
+                    loss = loss + self.discriminator_weight * gan
                 else:
-                    yield "discriminator", told
+                    yield "discriminator", gan
             yield "critic", loss
 
-        # down the difference of the two scores at a noised sample
-        t, x_t = noised(schedule, made)
+        # the student descends the difference of the two scores at a diffused sample (DMD eq. 7)
+        t, x_t = diffuse(schedule, x)
         weight = None
         if self.gan_weight:
-            with standing_still(nets["critic" if self.gan_features == "critic" else "discriminator"]):
+            with frozen_gradients(nets["critic" if self.gan_features == "critic" else "discriminator"]):
                 logits = self.logits(nets, x_t, t, cond)
             weight = ratio_weight(logits, self.divergence)
         if self.loss == "sid":
-            with standing_still(critic):
-                loss = score_identity(made, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)
+            with frozen_gradients(critic):
+                loss = score_identity(x, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)
         else:
             with torch.no_grad():
                 real, fake = teacher(x_t, t, cond), critic(x_t, t, cond)
-            loss = distribution_matching(made, real, fake, weight)
+            loss = distribution_matching(x, real, fake, weight)
         if self.gan_weight:
-            loss = loss + self.gan_weight * judged_real(logits)
-        if self.pairs:  # what the teacher makes of a noise, the student shall make of it, too
-            noise, told, which = nets["pairs"](teacher, len(x0))
+            loss = loss + self.gan_weight * gan_loss(logits, real=True)
+        if self.pairs:  # regression to the teacher's samples of the same noises (DMD eq. 9)
+            noise, target, pair_cond = nets["pairs"](teacher, len(x0))
             d = nets["lpips"] if self.distance == "lpips" else per_sample_mse
-            loss = loss + self.regression_weight * d(drawn(student, noise, which), told).mean()
+            loss = loss + self.regression_weight * d(sample_student(student, noise, pair_cond), target).mean()
         yield "student", loss
 
     def logits(self, nets: Networks, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        """How real a noised sample looks, (B,)."""
+        """Compute the discriminator's logits (B,) of diffused samples."""
         if self.gan_features == "critic":
             return nets["critic"].heads(nets["critic"].features(x_t, t, cond, self.layers))
         return nets["discriminator"](nets["backbone"].features(x_t, t, cond, self.layers))
@@ -166,9 +167,9 @@ class Dmd2(Distiller):
 
 
 class Pairs(nn.Module):
-    """Noises and what the teacher's flow makes of them, with labels in turn. Drawn at the first call, then kept.
+    """Pairs holds noises and the teacher's samples of them, with labels in turn. They are made at the first call.
 
-    Of all classes, whatever the batches hold: a student of few classes loses modes on filtered pairs.
+    They are of all classes, whatever the batches hold: a student of few classes loses modes on filtered pairs.
     """
 
     noise: Tensor
@@ -186,7 +187,7 @@ class Pairs(nn.Module):
 
     @torch.no_grad()
     def forward(self, teacher: nn.Module, n: int) -> tuple[Tensor, Tensor, Cond | None]:
-        """n noises (n, ...), the teacher's pictures of them, their condition."""
+        """Choose n pairs: noises (n, ...), the teacher's samples of them, their condition."""
         if not self.ready:
             self.noise.normal_()
             for part in torch.arange(len(self.noise), device=self.noise.device).split(64):

@@ -1,4 +1,4 @@
-"""Hyper-SD: consistency in ever longer segments of the trajectory, then feedback and score distillation for one step.
+"""Hyper-SD trains consistency in ever longer segments, then feedback and score distillation for one step.
 
 Ren, Xia, Lu, Zhang, Wu, Xie, Wang and Xiao, "Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image
 Synthesis", 2024. Its training code was never released; the segment's target and the adversarial heads follow Wang et
@@ -6,8 +6,8 @@ al., "Phased Consistency Models", 2024 (eq. 8-9), the score term Yin et al., "On
 Matching Distillation", 2024, feedback Xu et al., "ImageReward", 2023.
 
 With k segments the student carries x_t to the lower end of its segment: G(x_t, t -> b). Eight short jumps are easily
-learnt, and each stage (8, 4, 2, 1) starts where the last one ended. The paper draws the target's time between the
-segment's lower end and x_m; a network that is not told where to jump cannot learn that, so ours is the lower end. The
+learnt, and each stage (8, 4, 2, 1) starts where the last one ended. The paper samples the target's time between the
+segment's lower end and x_m; a network without that time as an input cannot learn it, so ours is the lower end. The
 last stage, k = 1, is a consistency model, so one network - or one LoRA on the teacher - serves any number of steps.
 Feedback and scores act in that stage, on one-step samples, beside the consistency term, which is what keeps them at the
 teacher's pictures.
@@ -28,7 +28,7 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.teacher import Teacher
-from distillers.training.discriminator import Heads, standing_still
+from distillers.training.discriminator import Heads, frozen_gradients
 from distillers.training.distiller import (
     Batch,
     Distiller,
@@ -36,8 +36,8 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
-    labels_and_images,
     slow_copy,
+    split_batch,
     trainable_copy,
 )
 from distillers.training.losses import (
@@ -45,13 +45,13 @@ from distillers.training.losses import (
     check_steps,
     consistency_generator,
     denoising,
+    diffuse,
+    discriminator_loss,
     distribution_matching,
-    drawn,
-    judged_fake,
-    judged_real,
-    noised,
+    gan_loss,
     per_sample_mse,
     pseudo_huber,
+    sample_student,
     teacher_step,
 )
 from distillers.training.reward import Reward, load_reward
@@ -77,7 +77,7 @@ class HyperSD(Distiller):
     # one-step score distillation, in the last stage
     score_weight: float = 0.0  # of the distribution matching term; 0 = none
     critic_turns: int = 2  # of the score network for one of the student's (DMD2: 5)
-    # what leaves
+    # what is published
     lora_rank: int | None = None  # train a LoRA of this rank on the teacher's network; absent = the whole network
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts published when the last stage is k = 1
 
@@ -124,14 +124,14 @@ class HyperSD(Distiller):
         return nets
 
     def stage(self, progress: float) -> tuple[int, float]:
-        """k and lambda at this point of the training."""
+        """Return k and lambda at this point of the training."""
         i = min(int(progress * len(self.segments)), len(self.segments) - 1)
         return self.segments[i], self.adversarial_weights[i]
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
         schedule = student.schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         k, adversarial_weight = self.stage(progress)
         d = pseudo_huber if self.distance == "pseudo-huber" else per_sample_mse
 
@@ -144,25 +144,23 @@ class HyperSD(Distiller):
         x_m = teacher_step(nets["teacher"], x_t, t, m, cond, self.solver)
         with torch.no_grad():  # sg G-(x_m, m -> b), which is x_m itself where m = b
             y = jump(target, x_m, m, b, cond)
-        made = jump(student, x_t, t, b, cond)
-        loss = d(made, y).mean()
+        x_b = jump(student, x_t, t, b, cond)
+        loss = d(x_b, y).mean()
 
         if adversarial_weight:
-            # both taken to one random time above b in the segment, and judged there (Wang et al. 2024, eq. 8-9)
+            # both are diffused to one random time above b in the segment, where D compares them (PCM, eq. 8-9)
             u, eps = grid[first + torch.randint_like(n, length + 1)], torch.randn_like(x0)
 
-            def seen(x_b: Tensor) -> list[Tensor]:
-                features: list[Tensor] = nets["backbone"].features(
-                    schedule.renoise(x_b, eps, b, u), u, cond, self.layers
-                )
-                return features
+            def features(x: Tensor) -> list[Tensor]:
+                x_u: Tensor = schedule.renoise(x, eps, b, u)
+                return nets["backbone"].features(x_u, u, cond, self.layers)
 
             heads = nets["discriminator"]
             with torch.no_grad():
-                fake, real = seen(made.detach()), seen(y)
-            yield "discriminator", judged_fake(heads(fake)) + judged_real(heads(real))
-            with standing_still(heads):
-                loss = loss + adversarial_weight * judged_real(heads(seen(made)))
+                fake, real = features(x_b.detach()), features(y)
+            yield "discriminator", discriminator_loss(heads(fake), heads(real))
+            with frozen_gradients(heads):
+                loss = loss + adversarial_weight * gan_loss(heads(features(x_b)), real=True)
 
         if k == 1 and self.score_weight:
             yield from self.critic_turn(nets, x0, cond)
@@ -174,25 +172,25 @@ class HyperSD(Distiller):
             follow(target, student, self.target_decay)
 
     def critic_turn(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Iterator[Turn]:
-        """The critic learns to denoise what the student draws in one step (Yin et al. 2024, eq. 6)."""
+        """Train the critic to denoise the student's one-step samples (Yin et al. 2024, eq. 6)."""
         critic, schedule = nets["critic"], nets["critic"].schedule
         for _ in range(self.critic_turns):
             with torch.no_grad():
-                made = drawn(nets["student"], torch.randn_like(x0), cond)
-            t, x_t = noised(schedule, made)
-            yield "critic", denoising(critic, x_t, t, made, cond)
+                x = sample_student(nets["student"], torch.randn_like(x0), cond)
+            t, x_t = diffuse(schedule, x)
+            yield "critic", denoising(critic, x_t, t, x, cond)
 
     def one_step_terms(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
-        """Score distillation and feedback, both on the same one-step sample, which is predicted as x0."""
-        made = drawn(nets["student"], torch.randn_like(x0), cond)
+        """Compute score distillation and feedback, both on the same one-step sample x."""
+        x = sample_student(nets["student"], torch.randn_like(x0), cond)
         loss = x0.new_zeros(())
         if self.score_weight:
             with torch.no_grad():
-                t, x_t = noised(nets["student"].schedule, made)
+                t, x_t = diffuse(nets["student"].schedule, x)
                 real, fake = nets["teacher"](x_t, t, cond), nets["critic"](x_t, t, cond)
-            loss = loss + self.score_weight * distribution_matching(made, real, fake)
+            loss = loss + self.score_weight * distribution_matching(x, real, fake)
         if self.reward:
-            loss = loss + self.reward_weight * (self.reward_margin - nets["reward"](made, cond)).relu().mean()
+            loss = loss + self.reward_weight * (self.reward_margin - nets["reward"](x, cond)).relu().mean()
         return loss
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
@@ -207,5 +205,5 @@ class HyperSD(Distiller):
 
 
 def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-    """G(x_t, t -> s) = alpha_s x0hat + sigma_s epshat: DDIM on the network's own estimates; the identity at s = t."""
+    """Evaluate G(x_t, t -> s) = alpha_s x0hat + sigma_s epshat: DDIM on the network's own estimates."""
     return denoiser.schedule.step(x_t, denoiser(x_t, t, cond), t, s)

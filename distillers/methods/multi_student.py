@@ -1,12 +1,12 @@
-"""Multi-student distillation: the classes are shared out, and each share has a student of its own.
+"""Multi-student distillation (MSD) partitions the classes and trains one student for each share.
 
 Song, Lorraine, Nie, Kreis and Lucas, "Multi-student Diffusion Distillation for Better One-step Generators", 2025; no
 code was released.
 
 G_k = Distill(teacher, data of V_k), k = 0 .. K-1, where V_k are disjoint shares of the classes, as equal in size as can
-be. A picture's class says which student draws it, so a picture costs one student's pass: capacity grows with K, latency
-does not. How a student learns is another method's business (`base`); one job trains one student. What is new here is
-the first stage of a student that cannot start as its teacher, because it is smaller: teacher score matching.
+be. A picture's class selects its student, so a picture costs one student's pass: capacity grows with K, latency does
+not. A student learns by another method (`base`); one training makes one student. What is new here is the first stage of
+a student that cannot start as its teacher, because it is smaller: teacher score matching.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from distillers.data import ImageData, Part
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, labels_and_images
-from distillers.training.losses import denoising, noised
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, split_batch
+from distillers.training.losses import denoising, diffuse
 from distillers.training.options import checked
 
 NAME = "multi_student"
@@ -68,18 +68,19 @@ class MultiStudent(Distiller):
 
     @cached_property
     def method(self) -> Distiller:
-        """The base method, told how its student starts."""
+        """Build the base method with this student's start and network."""
         kind, start = methods.find(self.base), {"start": self.start, "network": self.network}
         options = {**self.options, **{name: value for name, value in start.items() if value}}
         return kind(**checked(kind, options, f"{NAME}.options"))
 
     @property
     def untrained(self) -> bool:
+        """Say whether the student starts with random weights."""
         return bool(self.network) or self.start == "untrained"
 
     @property
     def matched(self) -> float:
-        """Where in the training, 0 to 1, the base method takes over."""
+        """Return the share of the training, 0 to 1, after which the base method takes over."""
         return (0.3 if self.untrained else 0.0) if self.matching is None else self.matching
 
     def parts(self) -> list[dict[str, Any]]:
@@ -87,9 +88,9 @@ class MultiStudent(Distiller):
             return [{}]
         return [{"student": k} for k in (range(self.students) if self.student is None else [self.student])]
 
-    # --- who learns what ---------------------------------------------------------------------------------------------
+    # --- shares ------------------------------------------------------------------------------------------------------
     def shares(self, teacher: Teacher) -> list[list[int]]:
-        """V_0 .. V_{K-1}: the labels of each student. BadInput where there are fewer labels than students."""
+        """Partition the labels: V_0 .. V_{K-1}. Raises BadInput for fewer labels than students."""
         classes = len(teacher.info.labels)
         if self.students > classes:
             raise BadInput(f"{NAME}.students", self.students, f"1 to {classes}, a class or more for each")
@@ -98,7 +99,7 @@ class MultiStudent(Distiller):
         return [part.tolist() for part in np.array_split(np.arange(classes), self.students)]
 
     def share(self, teacher: Teacher) -> list[int]:
-        """V_k. BadInput where it is not said which student this job trains."""
+        """Return the labels V_k of this student. Raises BadInput if there are several and none is chosen."""
         shares = self.shares(teacher)
         if self.student is None and self.students > 1:
             raise BadInput(f"{NAME}.student", None, f"0 to {self.students - 1}: one training makes one student")
@@ -122,25 +123,25 @@ class MultiStudent(Distiller):
             yield from self.method.step(nets, batch, (progress - self.matched) / (1 - self.matched))
 
     def match(self, nets: Networks, batch: Batch) -> Iterator[Turn]:
-        """Stage 0: the student learns what the teacher answers at noised data, not the data themselves."""
+        """Stage 0, teacher score matching: the target is the teacher's x0 at diffused data, not the data."""
         student, teacher = nets["student"], nets["teacher"]
-        x0, cond = labels_and_images(batch)
-        t, x_t = noised(student.schedule, x0)
+        x0, cond = split_batch(batch)
+        t, x_t = diffuse(student.schedule, x0)
         with torch.no_grad():
-            told = teacher(x_t, t, cond)
-        yield "student", denoising(student, x_t, t, told, cond)
+            x0_teacher = teacher(x_t, t, cond)
+        yield "student", denoising(student, x_t, t, x0_teacher, cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        made = self.method.generator(nets, teacher)
-        assert isinstance(made, Generator)  # a method for classes draws
+        generator = self.method.generator(nets, teacher)
+        assert isinstance(generator, Generator)  # a method for classes makes no autoencoder
         if self.students > 1:
-            made.info = replace(made.info, shares=[self.share(teacher)])
-        return made
+            generator.info = replace(generator.info, shares=[self.share(teacher)])
+        return generator
 
 
-# --- which classes belong together -----------------------------------------------------------------------------------
+# --- clusters of classes ---------------------------------------------------------------------------------------------
 def class_embeddings(teacher: Teacher) -> Tensor:
-    """What the teacher's network makes of each class, (N, d): the first embedding that it has for its classes."""
+    """Return the teacher's class embeddings (N, d), the first that its network has. Raises BadInput if it has none."""
     count = len(teacher.info.labels)
     for module in teacher.denoiser.network.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings in (count, count + 1):  # with the null class
@@ -150,11 +151,11 @@ def class_embeddings(teacher: Teacher) -> Tensor:
 
 
 def equal_clusters(embeddings: Tensor, clusters: int, rounds: int = 100) -> list[list[int]]:
-    """K-means whose clusters are equal in size, to within one: points (N, d) -> the members of each, ascending.
+    """Run k-means with clusters of equal size, to within one: points (N, d) -> the members of each, ascending.
 
     Every cluster has N / K seats, and each round seats all points at the least total squared distance. The first
-    centre is the point farthest from the mean, each next one the farthest from those before it: nothing is drawn, the
-    same points give the same clusters. Clusters stand in the order of their first members. Memory grows with N^2.
+    centre is the point farthest from the mean, each next one the farthest from those before it, without randomness.
+    Clusters are in the order of their first members. Memory grows with N^2.
     """
     points = embeddings.double().cpu()
     chosen = [int((points - points.mean(0)).norm(dim=1).argmax())]

@@ -1,10 +1,10 @@
-"""PSO: a few-step generator is tuned to what is preferred, in pairs, without unlearning its few steps.
+"""Pairwise sample optimization (PSO) tunes a few-step generator to preferences and keeps its few steps.
 
 Miao, Yang, Lin, Wang, Liu, Wang and Qiu, "Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample
 Optimization", 2024. The recipe's teacher is the generator to tune: a LoRA learns on it, and the reference is the same
 network with the LoRA off. Plain fine-tuning of such a generator would make it a denoiser again, and blurred.
 
-Offline, the winners are data and the losers what the reference draws: under one noise, at one of the times that the
+Offline, the winners are data and the losers samples of the reference: under one noise, at one of the times that the
 sampler visits, the error on the winner has to fall against that on the loser, both measured from the reference.
 Online, a reward judges two rollouts of the re-noising sampler, and the winner's steps have to become likelier than the
 loser's. The step that ends in the picture adds no noise and has no likelihood, so it is left out; a generator of one
@@ -33,7 +33,7 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora, without_lora
 from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
 from distillers.training.losses import per_sample_mse
 from distillers.training.reward import Reward, load_reward
 from distillers.weights.network import guided
@@ -89,7 +89,7 @@ class Pso(Distiller):
         return nets
 
     def doubts(self) -> Iterator[str]:
-        """What we measured to go wrong with these settings."""
+        """Yield warnings about settings that went wrong in our measurements."""
         room = 2 * self.beta * math.log1p(self.clip)
         if self.mode == "online" and room < SAFE:
             yield f"pso: 2 beta ln(1 + clip) = {room:.2f}, below {SAFE}: samples may leave the data (toy measurements)"
@@ -99,7 +99,7 @@ class Pso(Distiller):
             yield "pso: steps = 1 is experimental: on toy problems the one-step output did not reach the target"
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         if self.mode == "online":
             yield "student", self.online(nets, x0, cond)
         else:
@@ -107,7 +107,7 @@ class Pso(Distiller):
 
     # --- pairs of pictures -------------------------------------------------------------------------------------------
     def offline(self, nets: Networks, winner: Tensor, loser: Tensor | None, cond: Cond | None) -> Tensor:
-        """The loss of winners and losers (B, ...); None for losers drawn from the reference."""
+        """Compute the offline loss of winners and losers (B, ...); with None, losers are sampled from the reference."""
         student, sampler = nets["student"], nets["sampler"]
         if loser is None and self.mode != "finetune":
             with without_lora(student.network):
@@ -134,10 +134,10 @@ class Pso(Distiller):
 
     # --- pairs of rollouts -------------------------------------------------------------------------------------------
     def online(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
-        """L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs; x0 only gives the shape.
+        """Compute L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs.
 
-        h = +1 for the winner, -1 for the loser. A tie has h = 0 and teaches nothing; the official code takes the second
-        for the winner.
+        x0 only gives the shape. h = +1 for the winner, -1 for the loser. A tie has h = 0 and no gradient; the official code
+        takes the second for the winner.
         """
         student, sampler = nets["student"], nets["sampler"]
         a, b = (sampler.rollout(student, torch.randn_like(x0), cond) for _ in range(2))
@@ -152,7 +152,7 @@ class Pso(Distiller):
         return -F.logsigmoid(self.beta * torch.stack(margins)).mean()
 
     def log_ratio(self, nets: Networks, path: list[Tensor], j: int, cond: Cond | None) -> Tensor:
-        """ln p(x_{j+1} | x_j) / p_ref(x_{j+1} | x_j), a mean over elements, clipped to [1 - eps, 1 + eps]. (B,)."""
+        """Compute ln p(x_{j+1} | x_j) / p_ref(x_{j+1} | x_j) (B,), a mean over elements, clipped at 1 -+ eps."""
         student, sampler = nets["student"], nets["sampler"]
         scale, std = self.gaussian(sampler, student.schedule, j)
         t = torch.tensor(sampler.times[j], dtype=torch.float64, device=path[j].device)
@@ -166,14 +166,14 @@ class Pso(Distiller):
         return ln_r.clamp(math.log1p(-self.clip), math.log1p(self.clip))
 
     def gaussian(self, sampler: Sampler, schedule: NoiseSchedule, j: int) -> tuple[float, float]:
-        """Scale and std of x_{j+1} ~ N(scale x0_theta(x_j), std^2); std is 0 where the step adds no noise."""
+        """Return scale and std of x_{j+1} ~ N(scale x0_theta(x_j), std^2); std is 0 where the step adds no noise."""
         if j + 1 == len(sampler.times):
             return 1.0, self.policy_std
         s = torch.tensor(sampler.times[j + 1], dtype=torch.float64)
         return float(schedule.alpha(s)), float(schedule.sigma(s)) if sampler.renoises else 0.0
 
     def noisy_steps(self, sampler: Sampler, schedule: NoiseSchedule) -> list[int]:
-        """The steps that have a likelihood."""
+        """List the steps that have a likelihood."""
         return [j for j in range(len(sampler.times)) if self.gaussian(sampler, schedule, j)[1] > 0]
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
@@ -181,7 +181,7 @@ class Pso(Distiller):
 
 
 class Sampler(nn.Module):
-    """How the base is sampled, without its network: at which times, with noise between them or none, how guided."""
+    """The sampler of the base, without its network: its times, guidance, and whether it adds noise between steps."""
 
     def __init__(self, base: Generator, steps: int) -> None:
         super().__init__()
@@ -189,13 +189,13 @@ class Sampler(nn.Module):
         self.renoises = base.info.sampler == "consistency"
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        """x0 as it is predicted while sampling."""
+        """Predict x0 as it is predicted while sampling."""
         x0: Tensor = guided(denoiser, self.info, self.info.guidance_scale)(x_t, t, cond)
         return x0
 
     @torch.no_grad()
     def rollout(self, denoiser: Denoiser, noise: Tensor, cond: Cond | None) -> list[Tensor]:
-        """x_t at each time, then the picture: steps + 1 tensors, the last one what `Generator` draws."""
+        """Sample x_t at each time, then x0: steps + 1 tensors, the last one as `Generator` makes it."""
         schedule, times = denoiser.schedule, torch.tensor(self.times, dtype=torch.float64, device=noise.device)
         path = [schedule.start(noise, times[0])]
         for t, s in pairwise(times):

@@ -1,8 +1,8 @@
-"""Continuous-time consistency distillation (sCD).
+"""Continuous-time consistency distillation (sCD) trains few-step students by the tangent of the trajectory.
 
 Lu and Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024 (eq. 6 and 8, Algorithm 1).
 
-In the limit of neighbouring times, consistency says that f(x_t, t) stands still along the teacher's trajectory:
+In the limit of adjacent times, consistency says that f(x_t, t) is constant along the teacher's trajectory:
 df/dt = 0. That derivative is one forward-mode product (JVP) through the student, taken here through stock diffusers
 networks. Written with the angle phi = atan(sigma/alpha), in which every schedule is the paper's TrigFlow, and with f
 itself rather than its velocity F = (cos phi x - f)/sin phi, so that networks of any prediction can be trained; data are
@@ -30,7 +30,7 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser, uncompiled
 from distillers.models.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, labels_and_images, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
 from distillers.training.losses import (
     check_steps,
     consistency_function,
@@ -60,8 +60,8 @@ class ContinuousConsistency(Distiller):
             if not getattr(self, name) > 0:
                 raise BadInput(f"scm.{name}", getattr(self, name), "a number above 0")
         if not 0 <= self.tangent_step < 1 or not 0 <= self.tangent_warmup <= 1 or self.guidance_scale < 0:
-            given = (self.tangent_step, self.tangent_warmup, self.guidance_scale)
-            raise BadInput("scm.tangent_step, tangent_warmup, guidance_scale", given, "0 to 1; 0 to 1; 0 or more")
+            wrong = (self.tangent_step, self.tangent_warmup, self.guidance_scale)
+            raise BadInput("scm.tangent_step, tangent_warmup, guidance_scale", wrong, "0 to 1; 0 to 1; 0 or more")
 
     def networks(self, teacher: Teacher) -> Networks:
         return Networks(
@@ -73,7 +73,7 @@ class ContinuousConsistency(Distiller):
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, schedule = nets["student"], nets["student"].schedule
-        x0, cond = labels_and_images(batch)
+        x0, cond = split_batch(batch)
         # ln(sigma/alpha) ~ N(P_mean, P_std^2)
         ratio = (self.log_mean + self.log_std * torch.randn(len(x0), device=x0.device, dtype=torch.float64)).exp()
         t = schedule.time_at_ratio(ratio)
@@ -87,15 +87,15 @@ class ContinuousConsistency(Distiller):
             towards = cos**2 * (f - x0_teacher) / sin
             g = towards + ramp(progress, 0.0, self.tangent_warmup) * (cos * df - towards)
 
-        made = consistency_function(student, x_t, t, cond)
-        y = made.detach() - sin * self.tamed(g)  # from the very value that is trained: in half precision f differs
+        f = consistency_function(student, x_t, t, cond)
+        y = f.detach() - sin * self.normalised(g)  # of the very f that is trained: half precision differs from above
         weight = (1 / sin.flatten() ** 2).clamp(max=self.weight_cap)
-        yield "student", (weight * per_sample_mse(made, y)).mean()
+        yield "student", (weight * per_sample_mse(f, y)).mean()
 
     def derivative(
         self, student: Denoiser, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None
     ) -> tuple[Tensor, Tensor]:
-        """f(x_t, t) and df/dphi along the teacher's trajectory."""
+        """Compute f(x_t, t) and df/dphi along the teacher's trajectory."""
         if not self.tangent_step:
             return derivative_along(student, x_t, t, x0, cond)
         schedule = student.schedule
@@ -107,8 +107,8 @@ class ContinuousConsistency(Distiller):
             f, below = consistency_function(student, x_t, t, cond), consistency_function(student, x_s, s, cond)
         return f, (f - below) / like(step.clamp_min(1e-6), x_t)
 
-    def tamed(self, g: Tensor) -> Tensor:
-        """The tangent without its bursts (Lu and Song 2024, sec. 4.2)."""
+    def normalised(self, g: Tensor) -> Tensor:
+        """Normalise or clip the tangent (Lu and Song 2024, sec. 4.2)."""
         if self.tangent == "clipped":
             return g.clamp(-1, 1)
         return g / (like(g.flatten(1).norm(dim=1), g) + self.tangent_constant)
@@ -118,7 +118,7 @@ class ContinuousConsistency(Distiller):
 
 
 def sin_cos(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """sin and cos of phi = atan(sigma/alpha), float64."""
+    """Compute sin and cos of phi = atan(sigma/alpha), float64."""
     a, s = schedule.alpha(t), schedule.sigma(t)
     size = torch.hypot(a, s)
     return s / size, a / size
@@ -127,9 +127,10 @@ def sin_cos(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 def derivative_along(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None
 ) -> tuple[Tensor, Tensor]:
-    """f(x_t, t) and df/dphi along the probability-flow ODE whose clean estimate at x_t is x0. No graph is kept.
+    """Compute f(x_t, t) and df/dphi along the probability-flow ODE whose clean estimate at x_t is x0.
 
-    One forward-mode pass, float32. Attention runs in its plain form: fused kernels have no forward derivative.
+    This is one forward-mode pass in float32, without a graph. Attention runs in its plain form: fused kernels have no
+    forward derivative.
     """
     schedule = denoiser.schedule
     one = torch.ones_like(t)
@@ -145,12 +146,14 @@ def derivative_along(
 
     norms = [m for m in denoiser.modules() if isinstance(m, nn.GroupNorm)]
     # torch's forward derivative of GroupNorm takes contiguous maps only, and attention leaves others
-    hooks = [m.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),)) for m in norms]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for m in norms]
     try:
         with (
-            torch.no_grad(), torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH),
+            torch.no_grad(),
+            torch.autocast(x_t.device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),
             uncompiled(denoiser),  # compiled code has no forward derivative
-        ):  # fmt: skip
+        ):
             return _value_and_slope(f, (x_t, t), (dx, dt))
     finally:
         for hook in hooks:
@@ -160,5 +163,6 @@ def derivative_along(
 def _value_and_slope(
     function: Callable[..., Tensor], at: tuple[Tensor, ...], towards: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
+    """Compute a function's value and its directional derivative by forward-mode differentiation."""
     value, slope = jvp(function, at, towards)[:2]
     return value, slope

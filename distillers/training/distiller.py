@@ -1,4 +1,4 @@
-"""The contract of a method: which networks it needs, and one training step as a generator of turns.
+"""A distiller is the contract of a method: which networks it needs, and one training step as a generator of turns.
 
 A turn is `yield player, loss`. The loop zeroes that player's gradients, runs backward, clips, moves that player only,
 and resumes the generator. One-network training is one yield; a critic is `yield "critic", ...` before `yield
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Networks(nn.ModuleDict):
-    """The networks of a method by name: denoisers, critics, discriminator heads."""
+    """Networks holds the networks of a method by name: denoisers, critics, discriminator heads."""
 
     if TYPE_CHECKING:  # torch types every submodule as Tensor | Module
 
@@ -42,7 +42,7 @@ class Networks(nn.ModuleDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Distiller(ABC):
-    """One paper. Fields are its hyper-parameters with the paper's values as defaults."""
+    """A distiller implements one paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
     tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
     # what a job starts from: a teacher's folder, the untrained network of a [model] table, or the data alone
@@ -81,12 +81,12 @@ class Distiller(ABC):
 
 
 def frozen(module: M) -> M:
-    """The module itself, in evaluation mode, without gradients."""
+    """Put a module into evaluation mode, without gradients, and return it."""
     return module.eval().requires_grad_(False)
 
 
 def trainable_copy(module: M) -> M:
-    """A deep copy that learns. It answers alike for the same input: whoever drops labels says so in its method."""
+    """Make a deep copy that can be trained. It drops no labels: a method that wants that does it itself."""
     learner = copy.deepcopy(module).train().requires_grad_(True)
     for part in learner.modules():
         if type(part).__name__ == "LabelEmbedding":  # diffusers' DiT drops a tenth of its labels while it trains
@@ -95,7 +95,7 @@ def trainable_copy(module: M) -> M:
 
 
 def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] | None, field: str) -> Denoiser:
-    """A denoiser that learns, with the teacher's schedule and prediction.
+    """Make a denoiser to train, with the teacher's schedule and prediction.
 
     Args:
         start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network.
@@ -109,20 +109,20 @@ def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] 
     if start not in (None, "untrained"):
         if network:
             raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
-        found = read_pipeline(str(start)).denoiser
-        if not isinstance(found, Denoiser):
+        opened = read_pipeline(str(start)).denoiser
+        if not isinstance(opened, Denoiser):
             raise BadInput(f"{field}.start", start, "a folder of one network, such as one of its students")
-        shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (found, own)]
-        if shapes[0] != shapes[1] or found.prediction != own.prediction:
+        shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (opened, own)]
+        if shapes[0] != shapes[1] or opened.prediction != own.prediction:
             raise BadInput(f"{field}.start", start, "a folder whose network and prediction are the teacher's")
-        return trainable_copy(found)
+        return trainable_copy(opened)
     if start is None and not network:
         return trainable_copy(own)
     return trainable_copy(Denoiser(rebuilt(own.network, network or {}, field), own.schedule, own.prediction))
 
 
 def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Module:
-    """A new network of the same class with these options changed; its weights are random."""
+    """Build a network of the same class with random weights and these options changed; BadInput for wrong ones."""
     kind: Any = type(network)
     config: Any = network.config if hasattr(network, "config") else network.options
     known = {k: v for k, v in dict(config).items() if not k.startswith("_")}
@@ -130,26 +130,26 @@ def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Mo
         if key not in known:
             raise BadInput(f"{field}.network.{key}", options[key], f"options of {kind.__name__}: " + ", ".join(known))
     try:
-        made: nn.Module = kind(**{**known, **options})
+        built: nn.Module = kind(**{**known, **options})
     except (TypeError, ValueError) as error:
         raise BadInput(f"{field}.network", dict(options), f"options of {kind.__name__} ({error})") from None
-    return made
+    return built
 
 
 def slow_copy(module: M) -> M:
-    """A deep copy that only follows by `follow` (a target network or an evaluation average)."""
+    """Make a deep copy that only `follow` changes: a target network or an evaluation average."""
     return frozen(copy.deepcopy(module))
 
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
-    """slow <- decay slow + (1 - decay) fast, parameters and buffers."""
+    """Update an average in place: slow <- decay slow + (1 - decay) fast. Buffers are copied."""
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - decay)
     for kept, new in zip(slow.buffers(), fast.buffers(), strict=True):
         kept.copy_(new)
 
 
-def labels_and_images(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:
+def split_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Split a batch into clean data and condition (None when there is none)."""
     cond = {k: v for k, v in batch.items() if k in ("label", "sar")}
     return batch["x0"], cond or None

@@ -1,4 +1,4 @@
-"""What two methods or more share: distances, the teacher's step, the student's own samples, what is learnt from them.
+"""Losses and sampling that several methods share: distances, solver steps, GAN and distribution matching losses.
 
 Functions of tensors and networks, without state. Distances give one value per sample: (B, ...), (B, ...) -> (B,).
 """
@@ -30,12 +30,12 @@ Solver = Literal["heun", "ddim"]
 
 # --- distances -------------------------------------------------------------------------------------------------------
 def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each sample. (B, ...) -> (B,)."""
+    """Compute the mean squared difference of each sample. (B, ...), (B, ...) -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
-    """sqrt(||a - b||^2 + c^2) - c over all dimensions of a sample (Song and Dhariwal 2023, eq. 7). (B, ...) -> (B,).
+    """Compute sqrt(||a - b||^2 + c^2) - c over a sample (Song and Dhariwal 2023, eq. 7). (B, ...) -> (B,).
 
     c defaults to 0.00054 sqrt(D), as there. LCM's element-wise pseudo-Huber is another loss.
     """
@@ -46,12 +46,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
 
 
 def blurred(pictures: Tensor, pixels: int) -> Tensor:
-    """Means over squares of so many pixels: the colours without the detail. (B, C, H, W) -> (B, C, H', W')."""
+    """Average squares of so many pixels, which keeps colours and drops detail. (B, C, H, W) -> (B, C, H', W')."""
     return F.avg_pool2d(pictures, min(pixels, *pictures.shape[-2:]))
 
 
 def focal_frequency(a: Tensor, b: Tensor) -> Tensor:
-    """Squared difference of the spectra, each frequency weighted by how far off it is (Jiang et al. 2021).
+    """Compare spectra, each frequency weighted by how far off it is: focal frequency loss (Jiang et al. 2021).
 
     Pictures (B, C, H, W) -> (B,). The weight |A - B|, scaled to a greatest value of 1, carries no gradient.
     """
@@ -64,7 +64,7 @@ def focal_frequency(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def best_shift(a: Tensor, b: Tensor, radius: int) -> Tensor:
-    """b, each sample moved by the up to `radius` pixels that bring it nearest to a; edges repeat. (B, C, H, W).
+    """Move each sample of b by up to `radius` pixels to where it is nearest to a; edges repeat. (B, C, H, W).
 
     Pairs from two sensors are misregistered by a pixel or two; a distance without this freedom rewards blur.
     """
@@ -84,7 +84,7 @@ def best_shift(a: Tensor, b: Tensor, radius: int) -> Tensor:
 def teacher_step(
     teacher: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None, solver: Solver = "ddim"
 ) -> Tensor:
-    """x_s, one solver step of the teacher's probability-flow ODE below x_t (Song et al. 2023, eq. 6)."""
+    """Take one solver step of the teacher's probability-flow ODE, from x_t down to x_s (Song et al. 2023, eq. 6)."""
     schedule: NoiseSchedule = teacher.schedule  # type: ignore[assignment]
     x0 = teacher(x_t, t, cond)
     x_s = schedule.step(x_t, x0, t, s)
@@ -92,7 +92,7 @@ def teacher_step(
 
 
 def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """t = t_{n+1} and s = t_n for `count` draws of n ~ U{1..N-1} on the grid of N points."""
+    """Sample `count` pairs of adjacent times t = t_{n+1}, s = t_n, with n ~ U{1..N-1} on the grid of N points."""
     grid = schedule.grid(points).to(device)
     n = torch.randint(points - 1, (count,), device=device)
     return grid[n + 1], grid[n]
@@ -100,10 +100,10 @@ def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.d
 
 # --- the consistency function ----------------------------------------------------------------------------------------
 def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-    """f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t), with f(x, t_min) = x exactly (Song et al. 2023, eq. 5).
+    """Evaluate f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t) (Song et al. 2023, eq. 5).
 
-    c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student starts as the
-    teacher's own denoiser everywhere else, and the boundary is below 1e-8 where generators are called.
+    f(x, t_min) = x exactly. c_skip falls off over one t_min of noise level, as LCM's boundary scaling does: the student
+    starts as the teacher's own denoiser everywhere else, and c_skip is below 1e-8 where generators are called.
     """
     schedule = denoiser.schedule
     ratio = schedule.noise_ratio(t)
@@ -113,20 +113,20 @@ def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond 
 
 
 def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Times of multi-step sampling, descending: stock LCMScheduler's for diffusers' schedules, the grid's otherwise."""
+    """List the times of multi-step sampling, descending: LCMScheduler's for diffusers' schedules, or the grid's."""
     if isinstance(schedule, VariancePreserving):
         return lcm_times(schedule, steps)
     return schedule.grid(steps + 1)[1:].flip(0).tolist()
 
 
 def check_steps(field: str, steps: Sequence[int]) -> None:
-    """BadInput unless these are step counts to publish: one or more, different, each 1 or more."""
+    """Raise BadInput unless these are step counts to publish: one or more, different, each 1 or more."""
     if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
         raise BadInput(field, tuple(steps), "different step counts of 1 or more, at least one")
 
 
 def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[int]) -> Generator:
-    """What leaves: the student, re-noised between its steps. Guidance, where there was any, is in its weights."""
+    """Build the generator of a student that is re-noised between its steps; any guidance is in its weights."""
     info = replace(
         teacher.info,
         sampler="consistency",
@@ -137,11 +137,11 @@ def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[i
     return Generator(student, teacher.codec, info)
 
 
-def drawn(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Sequence[int] = (1,)) -> Tensor:
-    """x0 as `Generator` makes it from unit noise: one call with a gradient, the calls before it without.
+def sample_student(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Sequence[int] = (1,)) -> Tensor:
+    """Sample x0 from unit noise with the student's own few-step sampler (DMD2's backward simulation, Yin et al. 2024).
 
-    The sampler has k calls, k any of `steps`, and the one with the gradient is any of them: the student's input is what
-    it meets when it is served (backward simulation: Yin et al., "Improved Distribution Matching Distillation", 2024).
+    The sampler takes k steps, k uniform among `steps`; the result is that of a random one of them, which has a
+    gradient, while those before it have none. So the student's input in training is what it gets when it is served.
     """
     schedule = student.schedule
     k = steps[int(torch.randint(len(steps), ()))]
@@ -155,18 +155,22 @@ def drawn(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Seq
 
 
 # --- two players -----------------------------------------------------------------------------------------------------
-def judged_real(logits: Tensor) -> Tensor:
-    """Non-saturating loss of who wants these logits to say "real": E softplus(-D) (Goodfellow et al. 2014)."""
-    return F.softplus(-logits).mean()
+def gan_loss(logits: Tensor, *, real: bool) -> Tensor:
+    """Compute the non-saturating GAN loss that wants these logits to say real, or fake (Goodfellow et al. 2014).
+
+    E softplus(-D) for real, E softplus(D) for fake: the discriminator minimises both kinds, the generator `real=True`
+    on its own samples.
+    """
+    return F.softplus(-logits if real else logits).mean()
 
 
-def judged_fake(logits: Tensor) -> Tensor:
-    """The same for "fake": E softplus(D)."""
-    return F.softplus(logits).mean()
+def discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """Compute the discriminator's GAN loss of the logits of fake and of real samples."""
+    return gan_loss(fake, real=False) + gan_loss(real, real=True)
 
 
 def ramp(progress: float, start: float, length: float) -> float:
-    """0 until `start`, then linearly to 1 over `length`, both in units of the training's progress."""
+    """Return 0 until `start`, then rise linearly to 1 over `length`; both are shares of the training."""
     return min(max((progress - start) / length, 0.0), 1.0) if length > 0 else float(progress >= start)
 
 
@@ -177,7 +181,7 @@ SNR_CAP = 20.0
 def denoising(
     denoiser: nn.Module, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond | None, cap: float = SNR_CAP
 ) -> Tensor:
-    """E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2: denoising score matching, as our teachers are trained.
+    """Compute the denoising score matching loss E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2.
 
     SNR + 1 makes it the velocity loss (Salimans and Ho 2022, sec. 4); the cap keeps the last, almost clean times from
     taking most of it (Hang et al. 2023). Mean over samples and elements.
@@ -186,16 +190,16 @@ def denoising(
     return (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
 
 
-def noised(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """t ~ U on the middle 96 % of the range, and x_t (Yin et al. 2024)."""
+def diffuse(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Diffuse x0 to random times: t ~ U on the middle 96 % of the range (Yin et al. 2024), and x_t."""
     t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))
     return t, schedule.add_noise(x0, torch.randn_like(x0), t)
 
 
 def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
-    """A scalar whose gradient for x0 is weight (fake - real) / mean|x0 - real|, over the number of elements.
+    """Build a scalar whose gradient for x0 is weight (fake - real) / mean|x0 - real|, over the number of elements.
 
-    x0 are the student's samples; real and fake the denoised estimates of the teacher and of the critic at a noised x0
+    x0 are the student's samples; real and fake the denoised estimates of the teacher and of the critic at a diffused x0
     (Yin et al., "One-step Diffusion with Distribution Matching Distillation", 2024, eq. 7-8, without its factor of
     time). It descends KL(student || teacher); another divergence by weight (B,): see `ratio_weight`.
     """
@@ -207,7 +211,7 @@ def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor
 
 
 def score_identity(x0: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
-    """SiD: mean of w (real - fake) . ((real - x0) - alpha (real - fake)), w = 1 / mean|x0 - real|, over elements.
+    """Compute SiD's loss, mean w (real - fake) . ((real - x0) - alpha (real - fake)) with w = 1 / mean|x0 - real|.
 
     Zhou et al., "Score identity Distillation", 2024. Unlike `distribution_matching` its gradient goes through both
     networks into x0; the weight carries none. Negative in normal operation.
@@ -222,10 +226,10 @@ Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon"]
 
 @torch.no_grad()
 def ratio_weight(logits: Tensor, divergence: Divergence) -> Tensor:
-    """h(r) = f''(r) r^2 at the density ratio r = p_teacher / p_student, scaled to mean 1 over the batch. (B,) -> (B,).
+    """Weigh samples by h(r) = f''(r) r^2, r = p_teacher / p_student, scaled to mean 1 over the batch. (B,) -> (B,).
 
     The gradient of an f-divergence is the reverse KL's, weighted so (Xu et al., "One-step Diffusion Models with
-    f-Divergence Distribution Matching", 2025). r = exp(logit) of a discriminator of the noised samples: real against
+    f-Divergence Distribution Matching", 2025). r = exp(logit) of a discriminator of the diffused samples: real against
     made. Constant for the reverse KL, r for the forward one, r / (r + 1) for Jensen-Shannon.
     """
     if divergence == "reverse-kl":
@@ -236,43 +240,43 @@ def ratio_weight(logits: Tensor, divergence: Divergence) -> Tensor:
 
 # --- perceptual distances --------------------------------------------------------------------------------------------
 def feature_distance(denoiser: Denoiser, a: Tensor, b: Tensor, cond: Cond | None, layers: Sequence[str]) -> Tensor:
-    """LPIPS' form (Zhang et al. 2018, eq. 1) on a frozen denoiser's own activations at its least noise.
+    """Compare pictures in a frozen denoiser's activations at its least noise, in the form of LPIPS (see below).
 
     Activations are scaled to unit length over the channels; their squared difference is averaged over positions and
     layers. In the network's space, so it needs neither pixels nor other weights, and it is no space that our reports
     measure in. Only a carries a gradient. (B, ...), (B, ...) -> (B,).
     """
     t = torch.tensor(denoiser.schedule.t_min, device=a.device)
-    seen = denoiser.features(a, t, cond, layers)
+    features = denoiser.features(a, t, cond, layers)
     with torch.no_grad():
-        wanted = denoiser.features(b, t, cond, layers)
-    return unit_length_distance(seen, wanted)
+        targets = denoiser.features(b, t, cond, layers)
+    return unit_length_distance(features, targets)
 
 
-def unit_length_distance(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and positions of the squared difference of activations, each scaled to unit length.
+def unit_length_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Average the squared difference of activations, each scaled to unit length, over layers and positions.
 
     Zhang et al. 2018, eq. 1, with all channels weighted alike. Layers are maps (B, C, H, W), tokens (B, N, C) or
     vectors (B, C); result (B,).
     """
     distances = []
-    for ours, theirs in zip(seen, wanted, strict=True):
-        channels = 1 if ours.ndim == 4 else -1
-        gap = F.normalize(ours.float(), dim=channels) - F.normalize(theirs.float(), dim=channels)
+    for feature, target in zip(features, targets, strict=True):
+        channels = 1 if feature.ndim == 4 else -1
+        gap = F.normalize(feature.float(), dim=channels) - F.normalize(target.float(), dim=channels)
         distances.append(gap.square().sum(channels).reshape(len(gap), -1).mean(1))
     return torch.stack(distances).mean(0)
 
 
 def perceptual_distance(network: EfficientNetFeatures, a: Tensor, b: Tensor) -> Tensor:
-    """The same form on EfficientNet's maps of pictures (B, 3, H, W) in [-1, 1]; only a carries a gradient. -> (B,)."""
-    seen = network.stages(a)
+    """Compare pictures (B, 3, H, W) in [-1, 1] in EfficientNet's activations; only a carries a gradient. -> (B,)."""
+    features = network.stages(a)
     with torch.no_grad():
-        wanted = network.stages(b)
-    return unit_length_distance(seen, wanted)
+        targets = network.stages(b)
+    return unit_length_distance(features, targets)
 
 
 class Lpips(nn.Module):
-    """LPIPS on VGG (Zhang et al. 2018) of what a codec decodes, by torchmetrics and torchvision's weights."""
+    """LPIPS on VGG (Zhang et al. 2018) compares what a codec decodes, with torchvision's weights."""
 
     def __init__(self, codec: ImageCodec) -> None:
         super().__init__()
@@ -285,7 +289,7 @@ class Lpips(nn.Module):
         self.codec = codec
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """(B, ...), (B, ...) in the network's space -> (B,). Small pictures are enlarged to 64 px for VGG."""
+        """Compare samples in the network's space, (B, ...), (B, ...) -> (B,); small pictures are enlarged to 64 px."""
         pictures = [self.codec.decode(x) for x in (a, b)]
         if min(pictures[0].shape[-2:]) < 64:
             pictures = [F.interpolate(x, (64, 64), mode="bilinear", antialias=True) for x in pictures]
