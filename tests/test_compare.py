@@ -24,7 +24,7 @@ from distillers.jobs import study as module
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
-from distillers.jobs.study import Study, compare
+from distillers.jobs.study import Study, run_study
 from distillers.training.trainer import train
 
 SHAPES: dict[str, Any] = {"kind": "shapes", "size": 8}
@@ -163,7 +163,7 @@ def test_a_second_call_makes_only_what_is_missing_or_was_measured_otherwise(
     monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)  # as the command ran
     two = keys | {"students": [keys["students"][0], keys["students"][2]]}
     study = write_study(place / "second.toml", **two)
-    assert compare(study, runs=place / "runs") == {} and measured == []
+    assert run_study(study, runs=place / "runs") == {} and measured == []
     first = json.loads(done[0].with_suffix(".json").read_text())
     again = json.loads(study.with_suffix(".json").read_text())
     timed = ("latency_ms", "speed_up")  # anew each time
@@ -171,15 +171,15 @@ def test_a_second_call_makes_only_what_is_missing_or_was_measured_otherwise(
     assert kept[0] == kept[1]
 
     write_study(study, **two | {"steps": [1, 2]})  # of these, "tuned" has one step only
-    assert compare(study, runs=place / "runs") == {} and measured == [("tuned", [1])]
+    assert run_study(study, runs=place / "runs") == {} and measured == [("tuned", [1])]
     write_study(study, **two | {"steps": [1, 2], "n": 141})
     (place / "runs" / "steps" / "report.json").write_text('{"half')
-    assert compare(study, runs=place / "runs") == {}
+    assert run_study(study, runs=place / "runs") == {}
     assert measured[1:] == [("tiny-teacher", [2, 3]), ("steps", [1, 2]), ("tuned", [1])]
 
     write_study(study, **two | {"train": {"iterations": 3, "batch": 4}})
     with pytest.raises(BadInput, match="move it away") as otherwise:
-        compare(study, runs=place / "runs")
+        run_study(study, runs=place / "runs")
     assert otherwise.value.field == "runs"
 
 
@@ -226,7 +226,7 @@ def test_studies_that_make_no_table_are_refused_before_anything_is_trained(
 ) -> None:
     study = write_study(tmp_path / "wrong.toml", **change(keys, place))
     with pytest.raises(BadInput) as refused:
-        compare(study, runs=tmp_path / "runs")
+        run_study(study, runs=tmp_path / "runs")
     assert refused.value.field == field and allowed in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
@@ -235,7 +235,7 @@ def test_no_study_and_no_jobs_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="a TOML file"):
         Study.load(tmp_path / "nowhere.toml")
     with pytest.raises(BadInput, match="jobs"):
-        compare(place / "tiny.toml", runs=tmp_path / "runs", jobs=0)
+        run_study(place / "tiny.toml", runs=tmp_path / "runs", jobs=0)
 
 
 def test_translators_have_means_regions_sar_and_truth(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_translators_have_means_regions_sar_and_truth(tmp_path: Path) -> None:
     loaded = load_teacher(plan, opened)
     made = train(plan.distiller(), loaded, opened, plan.settings(), folder / "training", device="cpu")
     publish(made, plan, folder, teacher=loaded, data=opened)
-    assert compare(study, runs=tmp_path / "runs") == {}
+    assert run_study(study, runs=tmp_path / "runs") == {}
     text = study.with_suffix(".md").read_text()
     labels = ["constant colour", "SAR copied to three bands", "teacher, 2 steps", "sar, 1 step, mean of 2"]
     assert [label for label in labels if text.count(f"| {label} |") == 2] == labels, text  # in both tables

@@ -18,7 +18,7 @@ from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
-from distillers.jobs.suggest import noised_inputs
+from distillers.jobs.suggest import diffused_inputs
 from distillers.models import conditions
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1, SENTINEL1_DB, Levels, Radiometry
@@ -157,7 +157,7 @@ def test_a_folder_with_levels_opens_as_it_was_saved(trained: tuple[Recipe, Path]
     x0, cond = teacher.example()
     encoded = teacher.encode_batch(data.draw(2, np.random.default_rng(0)), "cpu")
     assert cond and cond["sar"].shape[1:] == encoded["sar"].shape[1:] == (83, *x0.shape[-2:])
-    told = noised_inputs(teacher, torch.device("cpu"))[0][2]
+    told = diffused_inputs(teacher, torch.device("cpu"))[0][2]
     assert told and told["sar"].shape[1] == 83 and told["sar"][:, 32:-1].abs().max() <= 1
 
 

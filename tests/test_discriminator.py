@@ -155,7 +155,7 @@ def test_heads_are_a_logit_for_maps_tokens_and_vectors_alike() -> None:
     torch.testing.assert_close(alone, logits[1:2], atol=1e-5, rtol=1e-5)
 
 
-def test_standing_still_is_for_the_block_only_even_if_it_fails() -> None:
+def test_gradients_are_frozen_for_the_block_only_even_if_it_fails() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     net[0].requires_grad_(False)
     x = torch.randn(3, 2, requires_grad=True)

@@ -171,12 +171,12 @@ def test_the_student_goes_towards_the_teacher(loss: str) -> None:
     assert moved_towards(dmd2, loss=loss) < -0.02
     swapped = mutated(
         dmd2,
-        "score_identity(made, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)"
+        "score_identity(x, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)"
         if loss == "sid"
-        else "distribution_matching(made, real, fake, weight)",
-        "score_identity(made, critic(x_t, t, cond), teacher(x_t, t, cond), self.alpha)"
+        else "distribution_matching(x, real, fake, weight)",
+        "score_identity(x, critic(x_t, t, cond), teacher(x_t, t, cond), self.alpha)"
         if loss == "sid"
-        else "distribution_matching(made, fake, real, weight)",
+        else "distribution_matching(x, fake, real, weight)",
     )
     assert moved_towards(swapped, loss=loss) > moved_towards(dmd2, loss=loss) + 0.02
 
@@ -227,7 +227,7 @@ def gradients_outside_a_turn(module: Any, **options: Any) -> set[tuple[str, str]
 @pytest.mark.parametrize("options", [{}, {"loss": "sid"}, {"gan_features": "teacher"}], ids=str)
 def test_the_critic_learns_from_the_student_and_never_teaches_it(options: dict[str, Any]) -> None:
     assert not gradients_outside_a_turn(dmd2, **options)
-    attached = mutated(dmd2, "seen = made.detach()", "seen = made")
+    attached = mutated(dmd2, "fake_x0 = x.detach()", "fake_x0 = x")
     assert ("critic", "student") in gradients_outside_a_turn(attached, **options)
 
 

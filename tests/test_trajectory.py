@@ -577,7 +577,8 @@ def test_heads_judge_within_the_segment_at_one_noise(shapes: ImageData) -> None:
     assert float((u > ends[segment]).double().mean()) > 0.8, "noised, not at the clean end"
     assert float((fake - real).abs().max()) > 0 and torch.equal(fake, again), "the student is judged by what it showed"
     torch.manual_seed(0)
-    mixed = mutated(hyper_sd, "fake, real = seen(made.detach()), seen(y)", "fake, real = seen(y), seen(made.detach())")
+    fake_first, real_first = "features(x_b.detach()), features(y)", "features(y), features(x_b.detach())"
+    mixed = mutated(hyper_sd, f"fake, real = {fake_first}", f"fake, real = {real_first}")
     backbone.views.clear()
     list(mixed.HyperSD(segments=(4, 1), adversarial_weights=(1.0, 1.0)).step(nets, batch, 0.0))
     assert torch.equal(backbone.views[0][0], real) and torch.equal(backbone.views[1][0], fake)
@@ -753,9 +754,9 @@ def test_the_target_of_boot_carries_no_gradient() -> None:
     expected = [p.grad for p in student.parameters()]
     for ours, by_hand in zip(gradients(boot), expected, strict=True):
         torch.testing.assert_close(ours, by_hand, atol=2e-5 * float(by_hand.abs().max()), rtol=1e-3)
-    old = "per_sample_mse(said[:-k], y_s)"
+    old = "per_sample_mse(y[:-k], y_s)"
     leak = mutated(
-        boot, old, "per_sample_mse(said[:-k], y_s + signal(student, eps, t) - signal(student, eps, t).detach())"
+        boot, old, "per_sample_mse(y[:-k], y_s + signal(student, eps, t) - signal(student, eps, t).detach())"
     )
     assert any((a - b).norm() > 0.05 * b.norm() for a, b in zip(gradients(leak), expected, strict=True))
 

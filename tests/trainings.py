@@ -21,8 +21,8 @@ from distillers.training.distiller import (
     Networks,
     Turn,
     follow,
-    split_batch,
     slow_copy,
+    split_batch,
     trainable_copy,
 )
 from distillers.training.losses import per_sample_mse

@@ -148,7 +148,7 @@ def compare(
 
     Example: `fewstep compare docs/results/eurosat.toml --jobs 2`.
     """
-    from distillers.jobs.study import compare as run_study
+    from distillers.jobs.study import run_study
 
     failed = run_study(
         study, runs=runs, device=device_of(device), jobs=jobs, say=lambda line: typer.echo(line, err=True)

@@ -1,4 +1,4 @@
-"""Writes a folder's model card from its manifest, recipe and report alone, so every number on it was measured."""
+"""The model card of a folder is written from its manifest, recipe and report alone: every number was measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from 64 patches of SEN1-2 and from VH made into VV; no place was learnt with bot
 
 
 def results(root: Path) -> str:
-    """One Markdown table of all reports below root, each figure as its report.json has it."""
+    """Write a Markdown table of all reports below root, each figure as its report.json has it."""
     lines = ["| folder | row | NFE | Frechet | KID x1000 | PSNR | p50 ms | n |", "|---|---|---|---|---|---|---|---|"]
     for name, folder in find(root).items():
         if not (folder / "report.json").is_file():
@@ -49,11 +49,12 @@ def results(root: Path) -> str:
 
 
 def _figure(value: float | None, form: str) -> str | None:
+    """Format a number; None stays None."""
     return None if value is None else format(value, form)
 
 
 def write_card(folder: Path) -> None:
-    """README.md from fewstep.json, recipe.toml and, once measured, report.json."""
+    """Write README.md from fewstep.json, recipe.toml and, once measured, report.json."""
     info = Info.read(folder)
     recipe = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
     report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
@@ -103,6 +104,7 @@ def write_card(folder: Path) -> None:
 
 
 def _stood(recipe: str) -> str:
+    """Say at which iteration an unfinished training was published; "" for a finished one."""
     table = tomllib.loads(recipe)
     if not (iteration := table.get("versions", {}).get("iteration")):
         return ""
@@ -110,7 +112,7 @@ def _stood(recipe: str) -> str:
 
 
 def _calibration(folder: Path) -> list[str]:
-    """Whether the deviation of samples is worth anything, where that was measured."""
+    """Write the part on calibration, if the deviation of samples was measured."""
     if not (folder / "calibration.json").is_file():
         return []
     lines = [json.loads((folder / "calibration.json").read_text())["markdown"], "![calibration](calibration.png)", ""]
@@ -118,6 +120,7 @@ def _calibration(folder: Path) -> list[str]:
 
 
 def _what(info: Info) -> str:
+    """Say what the model is, in a sentence or two."""
     kind = {
         "image": "pictures",
         "class-to-image": f"pictures of {len(info.classes)} classes",
@@ -127,10 +130,10 @@ def _what(info: Info) -> str:
     size = "x".join(map(str, info.size))
     if info.task == AUTOENCODER:
         side = "x".join(str(n // info.patch) for n in info.size)
-        looked = f" Its loss compared the features of {', '.join(info.trained_with)}." if info.trained_with else ""
+        compared = f" Its loss compared the features of {', '.join(info.trained_with)}." if info.trained_with else ""
         return (
             f"An autoencoder: pictures of {size} px to latents of {side} positions and back. It draws nothing by "
-            f"itself; a diffusion model trains in its latents.{looked}"
+            f"itself; a diffusion model trains in its latents.{compared}"
         )
     if info.role == "teacher":
         return f"A diffusion teacher: {kind[info.task]}, {size} px, {info.default_steps} steps by default."
@@ -138,15 +141,17 @@ def _what(info: Info) -> str:
     what = f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
     if len(info.shares) == 1:
         return f"{what} It is one of several, and draws only: {_names(info, info.shares[0])}."
-    drawn = (f" `{STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
-    return what + "".join(drawn)
+    shares = (f" `{STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
+    return what + "".join(shares)
 
 
 def _names(info: Info, share: Sequence[int]) -> str:
+    """Name the labels of a share."""
     return ", ".join(info.labels[label] for label in share)
 
 
 def _use(info: Info, stock: bool) -> list[str]:
+    """Write Python that uses the folder: with plain diffusers where `stock`, with this library otherwise."""
     if info.task == AUTOENCODER:
         return [
             "# plain diffusers, no line of ours; pictures are (B, 3, H, W) in [-1, 1]",
@@ -160,7 +165,7 @@ def _use(info: Info, stock: bool) -> list[str]:
     label = info.classes[0] if info.classes else None
     if stock:
         labels = f", class_labels={label}" if info.task == "class-to-image" else ""
-        if info.codec == "vae":  # DiTPipeline wants a list, and guides by 4 unless told otherwise
+        if info.codec == "vae":  # DiTPipeline wants a list, and its default guidance is 4
             labels = f", class_labels=[{label}], guidance_scale={info.guidance_scale}"
         return [
             "# plain diffusers, no line of ours",
@@ -200,7 +205,7 @@ def _use(info: Info, stock: bool) -> list[str]:
 
 
 def _use_adapter(info: Info, part: str) -> list[str]:
-    """How stock diffusers puts the adapter onto the teacher's network. Its pipelines for these networks cannot."""
+    """Write Python that puts the adapter onto the teacher's network: diffusers' pipelines for these networks cannot."""
     if not info.lora or not info.lora.base:
         return []
     kind = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}[part]
@@ -222,6 +227,7 @@ def _use_adapter(info: Info, part: str) -> list[str]:
 
 
 def _limits(info: Info) -> str:
+    """State the limits of the model."""
     if info.task == "sar-to-optical":
         return (
             "Colours are inferred, not measured; objects may be invented or missing. SAR input: "

@@ -1,4 +1,4 @@
-"""What turns a trained generator into a published folder: weights, recipe, picture, card.
+"""Publishing writes a trained generator as a folder: weights, manifest, recipe, picture, card.
 
 The card is written from the manifest, the recipe and the report alone, so that every number on it was measured.
 """
@@ -80,7 +80,7 @@ def manifest(info: Info, recipe: Recipe, teacher: Teacher | None, data: ImageDat
 
 
 def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str, guidance: float | None) -> str:
-    """Makes a folder that can be served out of a pipeline that others have trained; says what it draws.
+    """Make a folder that can be served out of a pipeline that others have trained; return what it draws, in words.
 
     Args:
         steps: a few-step model's, at the times where stock schedulers take them; empty: a teacher, any number.
@@ -94,8 +94,8 @@ def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str
     if steps:
         lcm = sampler == "consistency" and isinstance(generator.schedule, VariancePreserving)
         times = {n: lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
-        told = {"role": "student", "method": "adopted", "sampler": sampler, "guidance_scale": 1.0}
-        info = replace(info, **told, step_times=times, default_steps=min(steps))  # type: ignore[arg-type]
+        sampling = {"role": "student", "method": "adopted", "sampler": sampler, "guidance_scale": 1.0}
+        info = replace(info, **sampling, step_times=times, default_steps=min(steps))  # type: ignore[arg-type]
     generator.info = info if guidance is None else replace(info, guidance_scale=guidance)
     guided(generator.denoiser, generator.info, generator.info.guidance_scale)  # refused here, not when served
     generator.save_pretrained(folder)
@@ -104,7 +104,7 @@ def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str
 
 
 def picture(generator: Generator, teacher: Generator | None, data: ImageData | None, folder: Path) -> None:
-    """grid.png: a row for every step count, the teacher above on the same noises and conditions.
+    """Draw grid.png: a row for every step count, the teacher above on the same noises and conditions.
 
     For translators the columns are held-out SAR tiles, which also go to examples/*.png, ready to send.
     """
@@ -117,7 +117,7 @@ def picture(generator: Generator, teacher: Generator | None, data: ImageData | N
 
 
 def reconstructions(autoencoder: Autoencoder, recipe: Recipe, data: ImageData, path: Path) -> None:
-    """A PNG of originals above their reconstructions, from the held-out split where the data have one."""
+    """Draw a PNG of originals above their reconstructions, from the held-out split where the data have one."""
     try:
         data, name = load_data(recipe, "test"), "originals, held out"
     except BadInput:
@@ -128,9 +128,11 @@ def reconstructions(autoencoder: Autoencoder, recipe: Recipe, data: ImageData, p
 
 
 def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | None, path: Path) -> None:
-    """A PNG with a labelled row for each (model, steps), on the same noises and conditions; SAR above, truth below.
+    """Draw a PNG with a labelled row for each (model, steps), on the same noises and conditions.
 
-    data: where translators take their SAR from; nobody else looks at them.
+    Translators have the SAR above and the truth below.
+
+    data: where translators take their SAR from; other models ignore it.
     """
     last = list(models.values())[-1][0]
     condition, below = last.condition, {}
@@ -144,12 +146,15 @@ def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | Non
 
 
 def _columns(data: ImageData) -> list[int]:
+    """Choose the items of the columns, evenly over the data."""
     return [i * len(data) // COLUMNS for i in range(COLUMNS)]
 
 
 def _row(generator: Generator, steps: int) -> str:
+    """Return the label of a row."""
     return f"{generator.info.role}, {steps} step{'s' * (steps > 1)}"
 
 
 def _shown(generator: Generator) -> list[int]:
+    """Return the step counts that get a row."""
     return sorted(generator.info.step_times) or [generator.info.default_steps]

@@ -1,4 +1,4 @@
-"""A study: recipes that share one teacher, trained with the same iterations and batch, measured on the same noises.
+"""A study compares recipes that share one teacher, trained with the same iterations and batch, on the same noises.
 
 title = "EuroSAT, 64 px: every method from one teacher"
 teacher = "weights/eurosat-teacher"
@@ -67,7 +67,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The TOML file, checked. Build one with `Study.load`."""
+    """A checked description of a study. `Study.load` reads one from a TOML file."""
 
     title: str
     teacher: str
@@ -104,12 +104,12 @@ class Study:
         return cls(**checked(cls, table, "study"))
 
     def overrides(self, name: str) -> list[str]:
-        """What the study says about a recipe, as `fewstep distill` takes it."""
+        """List what the study changes in a recipe, as overrides for `fewstep distill`."""
         train = {**self.train, **self.own.get(name, {})}
         return [f"teacher={json.dumps(self.teacher)}", *_assignments(train, "train")]
 
     def plans(self) -> dict[str, tuple[str, Recipe]]:
-        """Recipe name -> (as the study names it, the recipe under the study's settings)."""
+        """Load the recipes: name -> (as the study names it, the recipe under the study's settings)."""
         plans: dict[str, tuple[str, Recipe]] = {}
         for student in self.students:
             own = Recipe.load(student)
@@ -135,6 +135,7 @@ class Study:
 
 
 def _assignments(table: dict[str, Any], above: str) -> Iterator[str]:
+    """Write a table as `key=value` overrides."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _assignments(value, f"{above}.{key}")
@@ -143,10 +144,11 @@ def _assignments(table: dict[str, Any], above: str) -> Iterator[str]:
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:
+    """Return what tells two recipes' data apart."""
     return {key: recipe.data.get(key) for key in ("kind", "path", "size") if key in recipe.data}
 
 
-def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: Say = print) -> dict[str, str]:
+def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: Say = print) -> dict[str, str]:
     """Train what is missing, measure what is not measured, write FILE's .json, .md and .png.
 
     Args:
@@ -210,7 +212,7 @@ def compare(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say: 
 def _train_missing(
     study: Study, plans: dict[str, tuple[str, Recipe]], runs: Path, device: str, jobs: int, say: Say
 ) -> dict[str, str]:
-    """Every student whose folder is not finished. The failed ones, with their last words."""
+    """Train every student whose folder is not finished; return the failed ones with their last words."""
     runs.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if jobs > 1:
@@ -236,6 +238,7 @@ def _train_missing(
 
 
 def _finished(folder: Path) -> bool:
+    """Say whether a folder is published and its training's cost known."""
     return (folder / "fewstep.json").is_file() and (folder / "training" / "cost.json").is_file()
 
 
@@ -243,7 +246,7 @@ BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")
 
 
 def _check_folder(folder: Path, plan: Recipe) -> None:
-    """A finished folder must be what the study would make."""
+    """Raise BadInput if a finished folder is not what the study would make."""
 
     def decisive(recipe: Recipe) -> dict[str, Any]:
         return replace(recipe, train={k: v for k, v in recipe.train.items() if k not in BESIDE}).table()
@@ -255,7 +258,7 @@ def _check_folder(folder: Path, plan: Recipe) -> None:
 # --- measuring
 @dataclass(frozen=True)
 class _Measuring:
-    """What all measurements of a study share."""
+    """Measures the models of one study in the same way."""
 
     study: Study
     teacher: Generator
@@ -266,7 +269,7 @@ class _Measuring:
 
     @cached_property
     def drawn_by_teacher(self) -> Tensor:
-        """What a student's samples are held against, to see whom it follows: 256 pictures at the study's most steps."""
+        """Draw the 256 pictures that students' samples are compared with, at the study's most steps."""
         teacher, steps = self.teacher, max(self.study.teacher_steps)
         parts = [range(first, first + 64) for first in range(0, 256, 64)]
         return torch.cat([teacher.sample(part, steps=steps, **teacher.condition.in_turn(part)) for part in parts])
@@ -281,38 +284,56 @@ class _Measuring:
         mean_of: int = 0,
         history: Path | None = None,
     ) -> Report:
-        """What is kept in a file, if it was measured in the same way on the same weights; measured now otherwise."""
+        """Read a report from `kept` if it was measured in the same way on the same weights; measure it otherwise."""
         s = self.study
         way = {
-            "n": s.n, "seed": s.seed, "features": s.features, "steps": list(steps), "mean_of": mean_of,
+            "n": s.n,
+            "seed": s.seed,
+            "features": s.features,
+            "steps": list(steps),
+            "mean_of": mean_of,
             "rewards": s.rewards,
-            "weights": generator.info.sha256, "device": device_name(self.device), "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        told = _told(kept)
-        if told.get("measured") == way:
-            return Report.from_dict(told)
+            "weights": generator.info.sha256,
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+        }
+        stored = _read_report(kept)
+        if stored.get("measured") == way:
+            return Report.from_dict(stored)
         if history is not None and (self.teacher.condition.paired or not any(history.glob("*.npy"))):
             history = None
         with drawing_bar() as show:
             report = evaluate(
-                generator, self.data, n=s.n, features=self.features, seed=s.seed, steps=steps, train=train,
-                mean_of=mean_of, latency_repeats=0, progress=show, rewards=self.judges, history=history,
+                generator,
+                self.data,
+                n=s.n,
+                features=self.features,
+                seed=s.seed,
+                steps=steps,
+                train=train,
+                mean_of=mean_of,
+                latency_repeats=0,
+                progress=show,
+                rewards=self.judges,
+                history=history,
                 drawn_by_teacher=None if history is None else self.drawn_by_teacher,
-            )  # fmt: skip
-        told = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
-        kept.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
+            )
+        stored = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
+        kept.write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n")
         return report
 
 
 def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData) -> float:
-    """Time every model at every step count, taking turns, into the reports; the teacher's p50 at `steps`, in ms.
+    """Time every model at every step count, in turns, into the reports; return the teacher's p50 at `steps`, in ms.
 
-    Never kept: a latency is of its hour. The first of `measured` is the teacher.
+    Latencies are always measured anew, for they depend on the machine's load. The first of `measured` is the teacher.
     """
     rows = [
-        (generator, row) for generator, report in measured for row in report.rows
+        (generator, row)
+        for generator, report in measured
+        for row in report.rows
         if row.steps and row.name == f"{generator.info.role}, {_count(row.steps)}"  # not the mean of some
-    ]  # fmt: skip
+    ]
     teacher = measured[0][0]
     found = latencies_of([(teacher, steps), *((generator, row.steps or 0) for generator, row in rows)], data.items([0]))
     for (_, row), latency in zip(rows, found[1:], strict=True):
@@ -320,7 +341,8 @@ def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData)
     return found[0]["p50"]
 
 
-def _told(file: Path) -> dict[str, Any]:
+def _read_report(file: Path) -> dict[str, Any]:
+    """Read a report's JSON; {} if it is absent or broken."""
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError):  # absent, or half written by a killed process
@@ -328,7 +350,7 @@ def _told(file: Path) -> dict[str, Any]:
 
 
 def _steps(student: Generator, study: Study) -> tuple[int, ...]:
-    """Those of the study that the student publishes; its default where there is none."""
+    """Return the study's step counts that the student publishes; its default if there is none."""
     published = student.info.step_times or study.steps
     return tuple(k for k in study.steps if k in published) or (student.info.default_steps,)
 
@@ -336,7 +358,7 @@ def _steps(student: Generator, study: Study) -> tuple[int, ...]:
 # --- the table
 @dataclass(frozen=True)
 class _Line:
-    """One line of the table: whose, what was measured, how much faster than the teacher, what the training took."""
+    """A line of the table: a model's label, its measurements, speed-up over the teacher and training cost."""
 
     label: str
     recipe: str | None
@@ -346,15 +368,17 @@ class _Line:
 
     @property
     def seconds_per_iteration(self) -> float | None:
+        """Compute seconds per training iteration, if the cost is known."""
         return self.cost["seconds"] / self.cost["iterations"] if self.cost else None
 
     @property
     def compute(self) -> float | None:
-        """Seconds times threads on a CPU; seconds on a GPU."""
+        """Compute the training's seconds times threads on a CPU, its seconds on a GPU."""
         threads = self.cost["threads"] if self.cost and self.cost["device"].startswith("cpu") else 1
         return self.cost["seconds"] * threads if self.cost else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
         measured = {k: v for k, v in asdict(self.row).items() if v is not None}
         return {**measured, "label": self.label, "recipe": self.recipe, "speed_up": self.speed_up}
 
@@ -362,7 +386,7 @@ class _Line:
 def _lines(
     study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any], paced: float
 ) -> list[_Line]:
-    """Real, baselines, teacher, students in the study's order; `paced` is what speed-ups are over, in ms."""
+    """Build the lines: real, baselines, teacher, students in the study's order; speed-ups are over `paced` ms."""
 
     def speed_up(row: Row) -> float | None:
         return None if row.latency_ms is None else paced / row.latency_ms["p50"]
@@ -373,36 +397,53 @@ def _lines(
         *(_Line(row.name.replace("student", few, 1), None, row, None, None) for row in own),
         *(
             _Line(row.name.replace("student", _label(study, name), 1), name, row, speed_up(row), costs[name])
-            for name, report in students.items() for row in report.rows if row.role == "student"
+            for name, report in students.items()
+            for row in report.rows
+            if row.role == "student"
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _write(
-    file: Path, study: Study, teacher: Report, students: dict[str, Report], lines: list[_Line],
-    costs: dict[str, Any], failed: dict[str, str],
-) -> None:  # fmt: skip
-    """FILE.json and FILE.md."""
+    file: Path,
+    study: Study,
+    teacher: Report,
+    students: dict[str, Report],
+    lines: list[_Line],
+    costs: dict[str, Any],
+    failed: dict[str, str],
+) -> None:
+    """Write FILE.json and FILE.md."""
     reports = {Path(study.teacher).name: teacher, **students}
     notes = [*teacher.notes, *_notes(study, students, failed)]
-    told = {
-        "title": study.title, "study": asdict(study), "rows": [line.to_dict() for line in lines], "training": costs,
-        "settings": {name: report.setting for name, report in reports.items()}, "features": teacher.features,
-        "task": teacher.task, "data": teacher.data, "split": teacher.split, "n": teacher.n, "seeds": teacher.seeds,
-        "notes": notes, "failed": failed,
-    }  # fmt: skip
-    file.with_suffix(".json").write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
+    stored = {
+        "title": study.title,
+        "study": asdict(study),
+        "rows": [line.to_dict() for line in lines],
+        "training": costs,
+        "settings": {name: report.setting for name, report in reports.items()},
+        "features": teacher.features,
+        "task": teacher.task,
+        "data": teacher.data,
+        "split": teacher.split,
+        "n": teacher.n,
+        "seeds": teacher.seeds,
+        "notes": notes,
+        "failed": failed,
+    }
+    file.with_suffix(".json").write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n")
     pace = f"speed-up over the teacher at {study.pace or max(study.teacher_steps)}"
     quality: list[Column[_Line]] = [(head, _of_row(value), form) for head, value, form in QUALITY]
     columns: list[Column[_Line]] = [
-        ("method", lambda line: line.label, ""), *quality,
+        ("method", lambda line: line.label, ""),
+        *quality,
         *((head, _of_row(value), form) for head, value, form in reward_columns([line.row for line in lines])),
         ("p50 ms", lambda line: line.row.latency_ms and line.row.latency_ms["p50"], ".1f"),
         (pace, lambda line: line.speed_up, ".1f"),
         ("s per iteration", lambda line: line.seconds_per_iteration, ".3f"),
         ("peak MB", lambda line: line.cost and line.cost["peak_memory_mb"], ".0f"),
         ("compute s", lambda line: line.compute, ".0f"),
-    ]  # fmt: skip
+    ]
     parts = [f"# {study.title}", f"![samples]({file.with_suffix('.png').name})", markdown_table(columns, lines)]
     if by_region := region_table([(line.label, line.row) for line in lines], "method"):
         parts += ["By region:", by_region]
@@ -417,10 +458,12 @@ def _write(
 
 
 def _of_row(value: Callable[[Row], Any]) -> Callable[[_Line], Any]:
+    """Turn a column of rows into one of lines."""
     return lambda line: value(line.row)
 
 
 def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) -> list[str]:
+    """Write the notes under the table."""
     trained = ", ".join(_assignments(study.train, "train")) or "as in the recipes"
     own = "".join(f" {_label(study, k)}: {', '.join(_assignments(v, 'train'))}." for k, v in study.own.items())
     notes = [
@@ -441,8 +484,10 @@ def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) ->
 
 
 def _label(study: Study, name: str) -> str:
+    """Return what the table calls a recipe."""
     return study.labels.get(name, name)
 
 
 def _count(steps: int) -> str:
+    """Write a step count in words."""
     return f"{steps} step{'s' * (steps > 1)}"

@@ -1,4 +1,4 @@
-"""Which small student? Candidates ranked without any training: how fast they are, how alike the teacher they start.
+"""Small student networks are ranked without training, by latency and likeness to the teacher at initialisation.
 
 A candidate is the teacher's network class with other options. What is measured: parameters; the latency of one pass on
 this device; and the linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019) of
@@ -37,7 +37,7 @@ INPUTS = 64  # a time
 
 @dataclass(frozen=True)
 class Candidate:
-    """One network, measured. `network` is what differs from the teacher's options; {} is the teacher's own network."""
+    """A measured network. `network` holds options that differ from the teacher's; {} is the teacher's own network."""
 
     network: dict[str, Any]
     parameters: int
@@ -47,13 +47,13 @@ class Candidate:
 
     @property
     def line(self) -> str:
-        """For a recipe."""
+        """Write the options as a line of a recipe."""
         options = ", ".join(f"{key} = {value}" for key, value in self.network.items())
         return f"network = {{ {options} }}" if options else 'start = "untrained"'
 
 
 def suggest(teacher: Teacher, *, budget_ms: float | None = None, candidates: int = 10) -> list[Candidate]:
-    """Candidates on the teacher's device: those within the budget by agreement, then the others, fastest first.
+    """Measure candidates on the teacher's device: those within the budget by agreement, then the others, fastest first.
 
     Args:
         budget_ms: of one pass of one picture; None: no limit.
@@ -68,56 +68,58 @@ def suggest(teacher: Teacher, *, budget_ms: float | None = None, candidates: int
         raise BadInput("candidates", candidates, "1 or more")
     options = variants(teacher.denoiser.network)[:candidates]
     device = next(teacher.denoiser.parameters()).device
-    own, inputs = teacher.denoiser, noised_inputs(teacher, device)
-    wanted = activations(own, inputs)
+    own, inputs = teacher.denoiser, diffused_inputs(teacher, device)
+    targets = activations(own, inputs)
 
-    def drawn(network: dict[str, Any], seed: int) -> Denoiser:
+    def initialised(network: dict[str, Any], seed: int) -> Denoiser:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made = rebuilt(own.network, network, "network").to(device).eval()
-        return Denoiser(made, own.schedule, own.prediction)
+            built = rebuilt(own.network, network, "network").to(device).eval()
+        return Denoiser(built, own.schedule, own.prediction)
 
-    made = [drawn(network, SEEDS[0]) for network in options]
+    first_ones = [initialised(network, SEEDS[0]) for network in options]
     x_t, t, cond = inputs[0]
     alone = (x_t[:1], t, cond and {key: value[:1] for key, value in cond.items()})
     with torch.inference_mode():
-        times = latencies([partial(one, *alone) for one in made], device=device)
-    found = []
-    for network, first, latency in zip(options, made, times, strict=True):
+        times = latencies([partial(one, *alone) for one in first_ones], device=device)
+    measured = []
+    for network, first, latency in zip(options, first_ones, times, strict=True):
         agreements = [
-            agreement(activations(one, inputs), wanted)
-            for one in (first, *(drawn(network, seed) for seed in SEEDS[1:]))
+            agreement(activations(one, inputs), targets)
+            for one in (first, *(initialised(network, seed) for seed in SEEDS[1:]))
         ]
         parameters = sum(p.numel() for p in first.network.parameters())
         mean, spread = statistics.fmean(agreements), statistics.stdev(agreements)
-        found.append(Candidate(network, parameters, latency["p50"], mean, spread))
+        measured.append(Candidate(network, parameters, latency["p50"], mean, spread))
     limit = float("inf") if budget_ms is None else budget_ms
-    within = sorted((c for c in found if c.latency_ms <= limit), key=lambda c: -c.agreement)
-    return within + sorted((c for c in found if c.latency_ms > limit), key=lambda c: c.latency_ms)
+    within = sorted((c for c in measured if c.latency_ms <= limit), key=lambda c: -c.agreement)
+    return within + sorted((c for c in measured if c.latency_ms > limit), key=lambda c: c.latency_ms)
 
 
-def table(found: Sequence[Candidate], teacher: Teacher, budget_ms: float | None = None) -> str:
-    """Markdown: a line for each candidate, and under it what to write into a recipe."""
+def table(candidates: Sequence[Candidate], teacher: Teacher, budget_ms: float | None = None) -> str:
+    """Write a Markdown table of the candidates, and under it the best one's line for a recipe."""
     columns: list[Column[Candidate]] = [
-        ("for the recipe", lambda c: f"`{c.line}`", ""), ("parameters", lambda c: c.parameters, ","),
-        ("ms a pass", lambda c: c.latency_ms, ".2f"), ("agreement", lambda c: c.agreement, ".3f"),
+        ("for the recipe", lambda c: f"`{c.line}`", ""),
+        ("parameters", lambda c: c.parameters, ","),
+        ("ms a pass", lambda c: c.latency_ms, ".2f"),
+        ("agreement", lambda c: c.agreement, ".3f"),
         ("+-", lambda c: c.spread, ".3f"),
         ("budget", lambda c: None if budget_ms is None else "over" if c.latency_ms > budget_ms else "within", ""),
-    ]  # fmt: skip
+    ]
     device = device_name(next(teacher.denoiser.parameters()).device)
-    said = (
+    note = (
         f"Agreement: CKA with {teacher.info.name} before any training, {len(SEEDS)} initialisations. A hint, not a "
         f"promise. Medians on {device}, {torch.get_num_threads()} threads."
     )
-    best = found[0]
+    best, page = candidates[0], f"{markdown_table(columns, candidates)}\n\n{note}"
     if budget_ms is not None and best.latency_ms > budget_ms:
-        return f"{markdown_table(columns, found)}\n\n{said}\n\nNone is within {budget_ms:g} ms; the fastest is first.\n"
-    return f"{markdown_table(columns, found)}\n\n{said}\n\n    {best.line}\n"
+        return f"{page}\n\nNone is within {budget_ms:g} ms; the fastest is first.\n"
+    return f"{page}\n\n    {best.line}\n"
 
 
 # --- the candidates --------------------------------------------------------------------------------------------------
 def variants(network: nn.Module) -> list[dict[str, Any]]:
-    """Options that make a network of this class smaller, the largest first; {} is its own size."""
+    """List options that make a network of this class smaller, the largest first; {} is its own size."""
     config: Any = network.config
     found: list[dict[str, Any]] = []
     if "block_out_channels" in config:  # UNet2DModel
@@ -141,16 +143,17 @@ def variants(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """Turn a tuple into a list, as TOML would write it."""
     return list(value) if isinstance(value, tuple) else value
 
 
-# --- how alike they are ----------------------------------------------------------------------------------------------
+# --- likeness --------------------------------------------------------------------------------------------------------
 Input = tuple[Tensor, Tensor, Cond | None]
 
 
 @torch.inference_mode()
-def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
-    """(x_t, t, cond) at each of NOISES, without data: unit noise at t_max; below it, what the teacher makes of it."""
+def diffused_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
+    """Sample (x_t, t, cond) at each of NOISES without data: unit noise at t_max, the teacher's diffused x0 below it."""
     denoiser, schedule = teacher.denoiser, teacher.denoiser.schedule
     rng, shape = torch.Generator().manual_seed(0), (INPUTS, *teacher.example()[0].shape[1:])
     cond = teacher.condition.random(INPUTS, rng)
@@ -169,24 +172,24 @@ def noised_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
 
 @torch.inference_mode()
 def activations(denoiser: Denoiser, inputs: Sequence[Input]) -> list[Tensor]:
-    """What the middle block answers at each time, a row for each position of each input, (N, channels)."""
+    """Compute the middle block's activations at each time, a row for each position of each input, (N, channels)."""
     found = [denoiser.features(*one, (middle(denoiser.network),))[0] for one in inputs]
     return [(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in found]
 
 
 def middle(network: nn.Module) -> str:
-    """The name of the block that is compared: a U-Net's lowest, a transformer's at half its own depth."""
+    """Return the name of the block that is compared: a U-Net's lowest, a transformer's at half its own depth."""
     blocks = getattr(network, "transformer_blocks", None)
     return "mid_block" if blocks is None else f"transformer_blocks.{len(blocks) // 2}"
 
 
 def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Mean linear CKA over the times."""
+    """Average linear CKA over the times."""
     return statistics.fmean(linear_cka(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:
-    """HSIC(a, b) / sqrt(HSIC(a, a) HSIC(b, b)) of activations (N, d), (N, d') with linear kernels; N of 4 or more.
+    """Compute HSIC(a, b) / sqrt(HSIC(a, a) HSIC(b, b)) of activations (N, d), (N, d'), linear kernels, N >= 4.
 
     1 for the same up to rotation, scale and shift; 0, on average, for independent ones, which takes the unbiased
     estimate of HSIC (Song et al. 2012): the plain one is larger the more features there are.
@@ -197,7 +200,7 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
 
 
 def _hsic(a: Tensor, b: Tensor) -> float:
-    """Times N (N - 3), which cancels: of K = a a^T and M = b b^T, both with an empty diagonal, without making them."""
+    """Compute N (N - 3) HSIC of K = a a^T and M = b b^T, diagonals emptied; neither K nor M is built."""
     n, own_a, own_b = len(a), a.square().sum(1), b.square().sum(1)
     rows_a, rows_b = a @ a.sum(0) - own_a, b @ b.sum(0) - own_b  # K 1, M 1
     both = (a.T @ b).square().sum() - own_a @ own_b  # tr(K M)

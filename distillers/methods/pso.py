@@ -136,8 +136,8 @@ class Pso(Distiller):
     def online(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
         """Compute L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs.
 
-        x0 only gives the shape. h = +1 for the winner, -1 for the loser. A tie has h = 0 and no gradient; the official code
-        takes the second for the winner.
+        x0 only gives the shape. h = +1 for the winner, -1 for the loser. A tie has h = 0 and no gradient; the official
+        code takes the second for the winner.
         """
         student, sampler = nets["student"], nets["sampler"]
         a, b = (sampler.rollout(student, torch.randn_like(x0), cond) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A data set seen through an autoencoder: every picture is encoded once, and training draws from what was kept."""
+"""Latents replace a data set's pictures: every picture is encoded once, and training draws from the stored latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = 64  # pictures encoded at a time
 
 
 class Latents:
-    """A folder of images whose draws hold "latent" (n, C, h, w), float16, in place of "image".
+    """A folder of images whose batches hold "latent" (n, C, h, w), float16, in place of "image".
 
     A picture is encoded in each of the ways it may be turned when it is drawn, for an encoder does not commute with
     flips: twice as many latents for `flip`, eight times for `dihedral`. All are made at the first draw and stay in
@@ -33,7 +33,7 @@ class Latents:
 
     @cached_property
     def latents(self) -> dict[int, Tensor]:
-        """Operation -> latents (N, C, h, w) of all pictures turned by it."""
+        """Encode all pictures: operation -> latents (N, C, h, w) of the pictures turned by it."""
         device, every = next(self.codec.parameters()).device, np.arange(len(self))
 
         def encoded(index: np.ndarray, operation: int) -> Tensor:
@@ -44,18 +44,18 @@ class Latents:
         return {way: torch.cat([encoded(part, way) for part in parts]) for way in self.data.operations}
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """The same items, turned in the same ways, as the folder itself draws for this `rng`."""
+        """Draw the same items, turned in the same ways, as the folder itself for this `rng`."""
         index, operation = self.data.choose(n, rng)
         pairs = zip(index.tolist(), operation.tolist(), strict=True)
         return {"latent": torch.stack([self.latents[way][i] for i, way in pairs]), **self.data.conditions(index)}
 
     def items(self, indices: Sequence[int]) -> Batch:
-        """The pictures of these positions as they are."""
+        """Return the pictures of these positions as they are."""
         return self.data.items(indices)
 
 
 def encoded_once(data: ImageData, codec: ImageCodec) -> ImageData:
-    """The data with their latents kept, where encoding costs a network and the pictures are finitely many.
+    """Wrap the data in `Latents` where encoding costs a network and the pictures are finitely many.
 
     Other data come back as they are, and are encoded whenever they are drawn.
     """

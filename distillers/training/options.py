@@ -1,4 +1,4 @@
-"""Options as TOML gives them, brought to the types of a dataclass."""
+"""Options from TOML are checked against a dataclass and converted to its types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distillers.errors import BadInput
 
 
 def checked(kind: type, options: dict[str, Any], where: str) -> dict[str, Any]:
-    """Options with TOML's types brought to the dataclass's; unknown and wrongly typed keys refused by name."""
+    """Convert options from TOML's types to the dataclass's. Raises BadInput naming an unknown or wrongly typed key."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     hints, known = get_type_hints(kind), {f.name for f in fields(kind)}

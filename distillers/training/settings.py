@@ -1,20 +1,17 @@
-"""Settings of a training: the [train] table of a recipe."""
+"""The settings of a training are the [train] table of a recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from distillers.errors import BadInput
 from distillers.training.execution import Compile
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The [train] table of a recipe."""
+    """The [train] table of a recipe, checked when it is built. Raises BadInput naming the field."""
 
     iterations: int = 10_000
     batch: int = 64  # images per iteration and process

@@ -1,4 +1,4 @@
-"""An inexpensive watch over a long training: Frechet and kernel distances on held-out data while it runs.
+"""A watch measures Frechet and kernel distances on held-out data, inexpensively, while a training runs.
 
 The figures are those of `fewstep evaluate`, on few pictures and few network calls: good enough to see whether a run
 goes on improving, and to choose the best of its averages; not to be quoted as the quality of a model.
@@ -23,7 +23,7 @@ FIGURES = ("frechet", "kid_mean", "psnr")
 
 
 class Watch:
-    """Measures averaged generators of one run on the same held-out items and the same seeds.
+    """A watch measures the averaged generators of one run on the same held-out items and seeds.
 
     Args:
         data: held-out items; picture i has the condition of an item and seed i.
@@ -57,22 +57,22 @@ class Watch:
         figures |= {"asked": row.shows["asked"]} if row.shows else {}
         past = [entry for entry in history(self.out) if entry["iteration"] < iteration]  # a run resumed repeats some
         best = all(figures["frechet"] < entry["frechet"] for entry in past)
-        told: list[dict[str, Any]] = [*past, {"iteration": iteration, "steps": steps, "n": self.n, **figures}]
+        entries: list[dict[str, Any]] = [*past, {"iteration": iteration, "steps": steps, "n": self.n, **figures}]
         temporary = self.out / ".watch.jsonl"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in told))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         temporary.rename(self.out / FILE)
         return figures, best
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """What a run's watch has measured so far, in the order of iterations."""
+    """Read what a run's watch has measured so far, in the order of iterations."""
     file = run / FILE
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def best_iteration(run: Path) -> int:
-    """The iteration whose averages a run keeps as its best: the first with the least Frechet distance."""
-    found = history(run)
-    if not found:
+    """Return the iteration of a run's best averages: the first of the least Frechet distance. BadInput without any."""
+    entries = history(run)
+    if not entries:
         raise BadInput("which", "best", f"last: {run} has no watched weights")
-    return int(min(found, key=lambda entry: entry["frechet"])["iteration"])
+    return int(min(entries, key=lambda entry: entry["frechet"])["iteration"])
