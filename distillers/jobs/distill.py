@@ -1,4 +1,4 @@
-"""A whole job: from a recipe to a published folder.
+"""`distill` runs a whole job, from a recipe to a published folder.
 
 A recipe of several students is several trainings, each a job of its own that may run anywhere. Here they run one after
 another; what is finished is not made again, so a job that was stopped goes on where it stood.

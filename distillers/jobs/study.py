@@ -258,7 +258,7 @@ def _check_folder(folder: Path, plan: Recipe) -> None:
 # --- measuring
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures the models of one study in the same way."""
+    """A measuring of the models of one study, all in the same way."""
 
     study: Study
     teacher: Generator

@@ -1,4 +1,4 @@
-"""Rewards: what people like, as a number per picture; and the pairs that a reward chooses.
+"""A reward says how much a picture is liked, as a number; it can also choose between pairs of pictures.
 
 A reward is `reward(pixels, cond) -> (B,)` in its own unit, higher is better; pixels (B, 3, H, W) in [-1, 1], about.
 Feedback by gradient needs a differentiable one; comparing two pictures does not.
@@ -27,7 +27,7 @@ RewardFunction = Callable[[Tensor, Cond | None], Tensor]
 
 
 class Recognised(nn.Module):
-    """ln p(the asked class | picture) by a feature classifier: is it what was asked for? At most 0."""
+    """The reward ln p(requested class | picture) of a feature classifier, at most 0."""
 
     def __init__(self, classifier: FeatureNet) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Recognised(nn.Module):
 
 
 def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
-    """Mean of green minus the mean of red and blue; 1 is half of the range from black to white. (B, 3, H, W) -> (B,).
+    """Compute mean green minus the mean of red and blue; 1 is half the range of values. (B, 3, H, W) -> (B,).
 
     Pixels count as they are seen, cut to [-1, 1]: no picture is greener than green.
     """
@@ -50,7 +50,7 @@ def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A feature classifier's folder as `Recognised`, or "module:function", a reward of the user's own on Python's path.
+    """Load a reward: a feature classifier's folder, or "module:function" on Python's path.
 
     Raises:
         BadInput: neither a folder nor something that can be imported.
@@ -90,13 +90,13 @@ class Reward(nn.Module):
             raise BadInput("reward", given, f"one finite{', differentiable' * differentiable} number per picture")
 
     def forward(self, x0: Tensor, cond: Cond | None) -> Tensor:
-        """(B, ...) -> (B,)."""
+        """Compute the rewards (B,) of samples (B, ...)."""
         return self.reward(self.codec.decode(x0), cond).float()
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a reward made of pairs: how many it could tell apart, how many were ties, and its means."""
+    """The outcome of `choose_pairs`: pairs that differed in reward, ties, and mean rewards."""
 
     pairs: int
     ties: int

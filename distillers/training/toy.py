@@ -1,4 +1,4 @@
-"""Exact teachers: Gaussian mixtures in the plane, whose score and probability-flow map are known.
+"""Exact teachers are Gaussian mixtures in the plane, whose score and probability-flow map are known.
 
 A network teacher is itself wrong, so a student that disagrees with it proves nothing. Here E[x0 | x_t] is a formula,
 the probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number.
@@ -27,7 +27,7 @@ from distillers.weights.manifest import Info
 
 
 class GaussianMixture(nn.Module):
-    """p(x0) = sum_k w_k N(x0; m_k, s_k^2 I), diffused by `schedule`: `x0 = mixture(x_t, t)` is exactly E[x0 | x_t].
+    """The mixture p(x0) = sum_k w_k N(x0; m_k, s_k^2 I) is diffused by `schedule`; `mixture(x_t, t)` is E[x0 | x_t].
 
     Args:
         means: (K, D).
@@ -54,30 +54,30 @@ class GaussianMixture(nn.Module):
         self.schedule = schedule
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """E[x0 | x_t], shape and dtype of x_t. The mixture has no classes: cond is ignored."""
+        """Compute E[x0 | x_t], shape and dtype of x_t. The mixture has no classes: cond is ignored."""
         return self._posterior_mean(x_t.double(), *self._scales(x_t, t)).to(x_t)
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """ln p_t(x_t), float64 (B,)."""
+        """Compute ln p_t(x_t), float64 (B,)."""
         return self._log_joint(x_t.double(), *self._scales(x_t, t)).logsumexp(1)
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad ln p_t(x_t), by Tweedie's formula from E[x0 | x_t]."""
+        """Compute grad ln p_t(x_t), by Tweedie's formula from E[x0 | x_t]."""
         return self.schedule.score_from(self(x_t, t), x_t, t)
 
     def sample(self, n: int, rng: torch.Generator) -> Tensor:
-        """n draws of x0, float32 (n, D)."""
+        """Sample n times x0, float32 (n, D)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=rng)
         eps = torch.randn(n, self.means.shape[1], generator=rng, dtype=torch.float64)
         return (self.means[k] + self.stds[k, None] * eps).float()
 
     def mode_of(self, x0: Tensor) -> Tensor:
-        """The component that most likely made a clean point, int64 (B,)."""
+        """Find the component that most likely made a clean point, int64 (B,)."""
         return self._log_joint(x0.double(), x0.new_ones(1, 1).double(), x0.new_zeros(1, 1).double()).argmax(1)
 
     @torch.no_grad()
     def flow_map(self, x_t: Tensor, t_from: float, t_to: float, steps: int = 600) -> Tensor:
-        """Where the probability-flow ODE carries x_t from t_from to t_to: RK4 in float64, either direction.
+        """Solve the probability-flow ODE from x_t at t_from to t_to, in either direction: RK4 in float64.
 
         Solved for y = x / sqrt(alpha^2 + sigma^2) in the angle phi = atan(sigma / alpha), in which every schedule is
         trigonometric and dy/dphi = (y cos phi - x0) / sin phi is smooth from end to end.
@@ -106,20 +106,20 @@ class GaussianMixture(nn.Module):
         return like(self.schedule.alpha(t), x.double()), like(self.schedule.sigma(t), x.double())
 
     def _log_joint(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """ln( w_k N(x; a m_k, (a^2 s_k^2 + s^2) I) ), (B, K)."""
+        """Compute ln( w_k N(x; a m_k, (a^2 s_k^2 + s^2) I) ), (B, K)."""
         variance = (a * self.stds) ** 2 + s**2
         distance = x.square().sum(1, keepdim=True) - 2 * a * (x @ self.means.T) + a**2 * self.means.square().sum(1)
         return self.weights.log() - x.shape[1] / 2 * (2 * math.pi * variance).log() - distance / (2 * variance)
 
     def _posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """Each component's E[x0 | x, k] = m_k + g_k (x - a m_k) with g_k = a s_k^2 / variance_k, by its share in x."""
+        """Average E[x0 | x, k] = m_k + g_k (x - a m_k), g_k = a s_k^2 / variance_k, by the components' shares in x."""
         share = self._log_joint(x, a, s).softmax(1)
         gain = a * self.stds**2 / ((a * self.stds) ** 2 + s**2)
         return (share * (1 - a * gain)) @ self.means + (share * gain).sum(1, keepdim=True) * x
 
 
 def gaussian_flow_map(gaussian: GaussianMixture, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """One Gaussian's flow map in closed form: x_s = a_s m + (d_s / d_t)(x_t - a_t m), d^2 = a^2 std^2 + sigma^2."""
+    """Evaluate one Gaussian's flow map, x_s = a_s m + (d_s / d_t)(x_t - a_t m) with d^2 = a^2 std^2 + sigma^2."""
     if len(gaussian.means) != 1:
         raise BadInput("components", len(gaussian.means), "1")
     (a_t, s_t), (a_s, s_s) = gaussian._scales(x_t, t), gaussian._scales(x_t, s)
@@ -128,7 +128,7 @@ def gaussian_flow_map(gaussian: GaussianMixture, x_t: Tensor, t: Tensor, s: Tens
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| over two sets of points (N, D), (M, D): 0 for equal distributions only.
+    """Compute 2 E|a - b| - E|a - a'| - E|b - b'| of points (N, D), (M, D): 0 for equal distributions only.
 
     Szekely and Rizzo 2013. It sees a lost mode and a collapsed one alike; unlike a likelihood it needs samples only.
     """
@@ -137,14 +137,14 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def ring() -> GaussianMixture:
-    """Eight equal modes of std 0.15 on a circle of radius 1.398: unit variance in each dimension."""
+    """Build eight equal modes of std 0.15 on a circle of radius 1.398: unit variance in each dimension."""
     angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
     means = 1.398 * torch.stack([angle.cos(), angle.sin()], 1)
     return GaussianMixture(means, torch.full((8,), 0.15), torch.ones(8), Trigonometric())
 
 
 def asymmetric(seed: int) -> GaussianMixture:
-    """Five modes without symmetry: directions, distances, widths (to 1:3) and weights (to 1:4) drawn from the seed.
+    """Build five modes without symmetry; directions, distances, widths (to 1:3), weights (to 1:4) follow from the seed.
 
     Centred, and scaled to unit variance on average over the two dimensions.
     """
@@ -160,7 +160,7 @@ def asymmetric(seed: int) -> GaussianMixture:
 
 
 class StudentNetwork(nn.Module):
-    """Three hidden layers of 128 SiLU units over the point and sin/cos features of the time; output like the point.
+    """A student network has three hidden layers of 128 SiLU units over the point and sin/cos features of the time.
 
     He initialisation: with PyTorch's default the network starts so smooth that it takes many times as long to tell the
     modes apart.
@@ -186,7 +186,7 @@ class StudentNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Points:
-    """A mixture's draws as a data set (`distillers.data.ImageData`): "image" is (B, D) float32."""
+    """Samples of a mixture as a data set (`distillers.data.ImageData`): "image" is (B, D) float32."""
 
     mixture: GaussianMixture
     name: str = "points"
@@ -206,7 +206,7 @@ class Points:
 
 @dataclass(frozen=True)
 class ExactTeacher(Teacher):
-    """A Teacher whose guidance is the mixture itself; `denoiser` is only what students start as."""
+    """A teacher whose guided denoiser is the mixture itself; `denoiser` is only what students start as."""
 
     mixture: GaussianMixture = field(kw_only=True)
 
@@ -222,7 +222,7 @@ class ExactTeacher(Teacher):
 def exact_teacher(
     mixture: GaussianMixture, seed: int = 0, prediction: Prediction = "v", frequencies: int = 6
 ) -> ExactTeacher:
-    """The mixture as a teacher; its students start as a `StudentNetwork` with random weights drawn from the seed."""
+    """Make the mixture a teacher; its students start as a `StudentNetwork` with random weights of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = StudentNetwork(mixture.means.shape[1], frequencies=frequencies)
