@@ -38,19 +38,6 @@ def is_work(scope: Scope) -> bool:
 class RequestRecord:
     """Records what is known of one request, as `scope["record"]`."""
 
-    __slots__ = (
-        "bytes_sent",
-        "disconnected",
-        "ended",
-        "headers",
-        "id",
-        "key",
-        "request_headers",
-        "scope",
-        "started",
-        "status",
-    )
-
     def __init__(self, scope: Scope) -> None:
         self.scope, self.request_headers = scope, dict(scope["headers"])
         given = self.request_headers.get(b"x-request-id", b"")

@@ -200,16 +200,7 @@ def facts_of(work: Work) -> dict[str, Any]:
 
 def choice_of(plan: Plan) -> dict[str, Any] | None:
     """Return the answer's `chosen`: what was chosen for a latency budget, and why; None without one."""
-    choice = plan.choice
-    if choice is None:
-        return None
-    return {
-        "model": choice.model.name,
-        "steps": choice.steps,
-        "expected_ms": choice.expected_ms,
-        "quality": choice.quality,
-        "why": choice.why,
-    }
+    return None if plan.choice is None else {**vars(plan.choice), "model": plan.choice.model.name}
 
 
 def timings_of(pictures: Sequence[Picture]) -> dict[str, float]:
