@@ -1,4 +1,4 @@
-"""One progress bar for trainings and evaluations alike."""
+"""Show the progress of trainings, evaluations and scenes in the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(*more: ProgressColumn, disable: bool = False) -> Progress:
-    """What is done, how much of it, for how long, how long still; then `more` columns."""
+    """Make a bar of what is running, how much is done, for how long, how long still; then `more` columns."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -22,13 +22,13 @@ def progress_bar(*more: ProgressColumn, disable: bool = False) -> Progress:
         TimeRemainingColumn,
     )
 
-    what, times = TextColumn("{task.description}"), (TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(what, BarColumn(), MofNCompleteColumn(), *times, *more, disable=disable)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), *more, disable=disable)
 
 
 @contextmanager
 def drawing_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar as what `evaluate` calls: pictures done, pictures in all, what is being drawn."""
+    """Show a bar, and yield the `progress` of `evaluate`: pictures done, pictures in all, what is being drawn."""
     with progress_bar() as progress:
         bar = progress.add_task("drawing", total=None)
 
@@ -40,7 +40,7 @@ def drawing_bar() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def scene_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar as what `scene.translate` calls: pixels done, pixels in all; shown in megapixels, and per second."""
+    """Show a bar in megapixels and their rate, and yield the `progress` of `translate`: pixels done, pixels in all."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

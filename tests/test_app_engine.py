@@ -25,7 +25,7 @@ from app.engine.profile import Profile
 from app.errors import ApiError
 from app.settings import Settings
 from distillers.errors import BadInput
-from distillers.evaluation.self_check import write_golden
+from distillers.evaluation.self_check import write_reference
 from distillers.generator import Generator
 
 TWICE = {1: [999.0], 2: [999.0, 499.0]}
@@ -300,7 +300,7 @@ def test_folders_come_and_go_while_the_server_runs(weights: Path) -> None:
 
 def test_a_golden_pair_that_fits_is_no_obstacle(weights: Path) -> None:
     for name in ("student", "teacher", "sar"):
-        write_golden(Generator.from_pretrained(weights / name), weights / name)
+        write_reference(Generator.from_pretrained(weights / name), weights / name)
     with running(weights) as engine:
         assert sorted(engine.models) == ["sar", "student", "teacher"] and not engine.failed
 

@@ -378,7 +378,7 @@ def test_what_needs_a_generator_says_that_this_is_none(folder: Path, tmp_path: P
     found = CliRunner().invoke(cli.app, ["serve", "--weights", str(folder)]).exception
     assert isinstance(found, BadInput) and found.field == "weights" and "all are served" in str(found)
     with pytest.raises(BadInput, match="calls a denoiser"):
-        measure(Recipe.from_table(table(pictures)), iterations=1, device="cpu")
+        measure(Recipe.from_table(table(pictures)), iterations=1, progress=0.9, device="cpu")
     with pytest.raises(BadInput, match="a method for classes"):
         multi_student.MultiStudent(base="autoencoder")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from distillers.cli.arguments import app
+from distillers.cli import app
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainings import NETWORK
 
 from distillers import methods
-from distillers.benchmarks.training import Pass, measure, recorded, table
+from distillers.benchmarks.training import Pass, measure, record_passes, table
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
@@ -65,11 +65,11 @@ class Plain(Consistency):
 def passes_of(method: Consistency, teacher: Teacher, data: ImageData, **changes: Any) -> list[Pass]:
     settings = TrainSettings(**{"iterations": 4, "batch": 4, **changes})
     run = begin(method, teacher, settings, Path("nowhere"), device="cpu")
-    with recorded(run.nets) as passes:
+    with record_passes(run.nets) as passes:
         run.iteration(2, data)
     for one in passes:
-        one.play()
-    with recorded(run.nets) as again:
+        one.replay()
+    with record_passes(run.nets) as again:
         pass
     assert not again and not any("features" in vars(net) for net in run.nets.modules()), "nothing stays behind"
     return passes
@@ -192,11 +192,11 @@ def test_every_method_is_written_down_and_plays_again(name: str, data: ImageData
         settings = TrainSettings(iterations=10, batch=4, precision=precision)
         run = begin(kind(), teacher, settings, Path("nowhere"), device="cpu")
         for i in (0, 5, 9):
-            with recorded(run.nets) as passes:
+            with record_passes(run.nets) as passes:
                 run.iteration(i, Paired(data))
             assert any("+backward" in one.kind for one in passes), "somebody learns"
             for one in passes:
-                one.play()
+                one.replay()
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_recipe_is_measured_where_it_is_asked_to(recipe: Path, monkeypatch: py
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the path")
 @pytest.mark.slow
 def test_compiled_networks_are_timed_against_compiled_passes(recipe: Path) -> None:
-    said = measure(Recipe.load(recipe), iterations=2, device="cpu", compiled=True)
+    said = measure(Recipe.load(recipe), iterations=2, progress=0.9, device="cpu", compiled=True)
     assert said.execution == "compiled" and "Networks run compiled." in table([said])
     assert said.passes == {"forward": 3, "forward+backward": 1} and said.bare_ms > 0
 
@@ -248,10 +248,10 @@ def test_networks_that_compute_otherwise_when_compiled_are_not_timed(
     with pytest.raises(
         BadInput, match=r"compiled: got True; allowed: networks that compute the same .* but the student"
     ):
-        measure(Recipe.load(recipe), iterations=1, device="cpu", compiled=True)
+        measure(Recipe.load(recipe), iterations=1, progress=0.9, device="cpu", compiled=True)
 
 
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"progress": 1.5}])
 def test_measuring_nothing_is_refused(wrong: dict[str, Any], recipe: Path) -> None:
     with pytest.raises(BadInput, match="iterations, progress"):
-        measure(Recipe.load(recipe), **wrong)
+        measure(Recipe.load(recipe), **{"iterations": 1, "progress": 0.9, **wrong})

@@ -17,7 +17,7 @@ from distillers.errors import BadInput
 from distillers.evaluation import shape_reader as reader
 from distillers.evaluation.evaluate import evaluate
 from distillers.evaluation.features import load_features
-from distillers.evaluation.shape_reader import REASONS, TOLD, asked_share, measure, read_shape, shares
+from distillers.evaluation.shape_reader import READABLE, REASONS, asked_share, measure, read_shape, shares
 
 N = 240
 
@@ -73,7 +73,7 @@ def test_every_real_picture_is_read_with_room_to_spare(
     items = CaptionedShapes(size, split=split, objects=1).items(range(n))
     reading = read_shape(items["image"])
     assert torch.equal(reading.colour * len(SHAPES) + reading.form, items["label"])
-    assert set(reading.reason) == {TOLD} and asked_share(items["image"], items["label"]) == 1
+    assert set(reading.reason) == {READABLE} and asked_share(items["image"], items["label"]) == 1
     for part in items["image"].split(128):
         seen = measure(part)
         assert seen.overlap.min() > overlap and seen.edge.max() < edge  # limits: 0.93, 0.24 px
@@ -104,10 +104,10 @@ def test_swapped_colours_and_forms_are_not_what_was_asked() -> None:
     pictures, labels, what = real()
     for turn in range(1, len(COLOURS)):
         other = drawn(replace(what, colour=(what.colour + turn) % len(COLOURS)))
-        assert shares(*read_shape(other).shows(labels)) == {"asked": 0, "colour": 0, "form": 1}
+        assert shares(*read_shape(other).matches(labels)) == {"asked": 0, "colour": 0, "form": 1}
     for turn in range(1, len(SHAPES)):
         other = drawn(replace(what, shape=(what.shape + turn) % len(SHAPES)))
-        assert shares(*read_shape(other).shows(labels)) == {"asked": 0, "colour": 1, "form": 0}
+        assert shares(*read_shape(other).matches(labels)) == {"asked": 0, "colour": 1, "form": 0}
     assert 0 < asked_share(pictures.roll(1, 0), labels) < 0.2  # neighbours share a label now and then
 
 
@@ -152,7 +152,7 @@ def mutated(kind: str, size: int) -> Tensor:
 )  # fmt: skip
 def test_what_is_no_form_shows_none(kind: str, size: int) -> None:
     reading = read_shape(mutated(kind, size))
-    assert (reading.form == -1).all() and TOLD not in reading.reason
+    assert (reading.form == -1).all() and READABLE not in reading.reason
     if kind == "two objects":
         assert (reading.colour == -1).all() and reading.reason.count("several regions") > 0.95 * len(reading.reason)
 
@@ -169,7 +169,7 @@ def test_the_reasons_are_told() -> None:
         "the background is not grey": torch.where(alone, pictures, grey + bluish),
         "noisy or uneven": pictures + noise(pictures, 0.2),
         "no form fits": blurred(pictures, 1.3),
-        TOLD: pictures,
+        READABLE: pictures,
     }
     assert set(cases) == set(REASONS)
     for reason, shown in cases.items():

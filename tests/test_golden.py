@@ -8,7 +8,7 @@ import torch
 from service import LABELS, publish
 
 from distillers.errors import BadInput
-from distillers.evaluation.self_check import FILE, check, write_golden
+from distillers.evaluation.self_check import FILE, check, write_reference
 from distillers.generator import Generator
 from distillers.weights.manifest import draws, find
 
@@ -20,7 +20,7 @@ def test_it_fits_its_own_weights_and_no_others(tmp_path: Path, task: str) -> Non
     folder = tmp_path / "a"
     generator = Generator.from_pretrained(folder)
     check(generator, folder)  # a folder without one is looked at all the same
-    write_golden(generator, folder)
+    write_reference(generator, folder)
     check(generator, folder)
     check(Generator.from_pretrained(folder, dtype=torch.bfloat16), folder)
     torch.manual_seed(1)

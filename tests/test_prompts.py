@@ -21,7 +21,7 @@ from app.engine import tuning
 from app.engine.model import Model
 from app.main import create_app
 from app.settings import Settings
-from distillers.cli.arguments import app as cli
+from distillers.cli import app as cli
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.publish import adopt

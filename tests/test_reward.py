@@ -12,7 +12,7 @@ from torch import Tensor
 from trainings import batch_for, iterate, teacher_for
 from typer.testing import CliRunner
 
-from distillers.cli.arguments import app
+from distillers.cli import app
 from distillers.data import ImageData, open_data
 from distillers.data.preferences import PreferencePairs
 from distillers.errors import BadInput

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from distillers.cli.arguments import app
+from distillers.cli import app
 from distillers.generator import Generator
 from distillers.jobs.distill import distill
 from distillers.jobs.recipe import Recipe

@@ -21,31 +21,23 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from distillers.benchmarks.serving.load import (
-    Asked,
     Broken,
+    Exchange,
     Gate,
     arrivals,
-    closed,
+    closed_loop,
     first_of_list,
-    opened,
+    open_loop,
     parse,
     rate,
     recovery,
-    summary,
+    summarise,
 )
-from distillers.benchmarks.serving.report import COLOURS, plot, soak_table, table
-from distillers.benchmarks.serving.servers import (
-    SYSTEMS,
-    Unavailable,
-    chosen,
-    cpu_seconds,
-    install,
-    request,
-    rss_mb,
-    tree,
-)
-from distillers.benchmarks.serving.serving import Plan, abba, measure, spread, trend, workload
-from distillers.cli.arguments import app
+from distillers.benchmarks.serving.measure import abba, measure, memory_trend, quartiles
+from distillers.benchmarks.serving.plan import SYSTEMS, Plan, find_systems, workload
+from distillers.benchmarks.serving.servers import Unavailable, cpu_seconds, install, request, rss_mb, tree
+from distillers.benchmarks.serving.tables import COLOURS, plot, soak_table, table
+from distillers.cli import app
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
@@ -125,8 +117,8 @@ def test_closed_loop_keeps_its_connections_and_counts_only_its_seconds() -> None
     async def go() -> tuple[dict[str, Any], dict[str, int]]:
         counts: dict[str, int] = {}
         async with serving(answering(lambda _: answer(picture()), counts, delay=0.01)) as port:
-            asked, start = await closed(port, [REQUEST], callers=4, seconds=0.5, warm_s=0.2)
-            return summary(asked, 0.5, gate(0), start), counts
+            asked, start = await closed_loop(port, [REQUEST], callers=4, seconds=0.5, warm_s=0.2)
+            return summarise(asked, 0.5, gate(0), start), counts
 
     found, counts = run(go())
     assert counts["connections"] == 4
@@ -158,15 +150,15 @@ def test_a_refusal_is_no_image_and_a_server_that_hangs_up_is_asked_again() -> No
 
     async def go() -> Any:
         async with serving(answering(reply, counts)) as port:
-            return await closed(port, [REQUEST], callers=1, seconds=0.2, warm_s=0)
+            return await closed_loop(port, [REQUEST], callers=1, seconds=0.2, warm_s=0)
 
     asked, start = run(go())
-    found = summary(asked, 0.2, gate(0), start)
+    found = summarise(asked, 0.2, gate(0), start)
     assert found["failed"].keys() == {"503"} and counts["connections"] > 3
     assert found["images_per_second"] == pytest.approx(
         (found["asked"] - found["failed"]["503"]) / 0.2, rel=0.4
     )  # half as many again with them
-    nobody = summary(run(closed(1, [REQUEST], callers=1, seconds=0.1, warm_s=0))[0], 0.1, gate(0))
+    nobody = summarise(run(closed_loop(1, [REQUEST], callers=1, seconds=0.1, warm_s=0))[0], 0.1, gate(0))
     assert nobody["failed"]["none"] > 0 and nobody["images_per_second"] == 0 and nobody["served"] == 0
 
 
@@ -174,7 +166,7 @@ def test_latency_counts_from_the_intended_time_when_the_server_stalls() -> None:
     """One stall of 0.4 s under 100 requests a second: all that were meant for it have waited, not the one alone."""
     turn, end = asyncio.Lock, 0.0
 
-    async def go() -> list[Asked]:
+    async def go() -> list[Exchange]:
         lock, begun = turn(), time.perf_counter()
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,7 +185,7 @@ def test_latency_counts_from_the_intended_time_when_the_server_stalls() -> None:
 
         async with serving(handle) as port:
             begun = time.perf_counter()
-            return await opened(port, [REQUEST], np.arange(0, 1, 0.01))
+            return await open_loop(port, [REQUEST], np.arange(0, 1, 0.01))
 
     asked = run(go())
     intended, sent, done = np.array([(one.intended, one.sent, one.done) for one in asked]).T
@@ -208,16 +200,16 @@ def test_who_gets_no_answer_has_waited_until_the_end() -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
 
-    async def go() -> list[Asked]:
+    async def go() -> list[Exchange]:
         async with serving(silent) as port:
-            return await opened(port, [REQUEST], [0.0, 0.05], patience_s=0.2)
+            return await open_loop(port, [REQUEST], [0.0, 0.05], patience_s=0.2)
 
     asked = run(go())
     assert all(np.isnan(one.done) for one in asked)
-    found = summary(asked, 0.1, gate(0))
+    found = summarise(asked, 0.1, gate(0))
     assert found["failed"] == {"none": 2} and found["images_per_second"] == 0
-    asked.append(Asked(0, asked[0].intended, asked[0].intended, asked[0].intended + 0.3, 200, picture()))
-    assert summary(asked, 0.1, gate(0))["latency_ms"]["p50"] == pytest.approx(300, abs=1)
+    asked.append(Exchange(0, asked[0].intended, asked[0].intended, asked[0].intended + 0.3, 200, picture()))
+    assert summarise(asked, 0.1, gate(0))["latency_ms"]["p50"] == pytest.approx(300, abs=1)
 
 
 def test_arrivals_are_poisson_of_each_phase_and_repeatable() -> None:
@@ -241,9 +233,9 @@ def test_the_gate_catches_a_wrong_picture_and_voids_the_system() -> None:
     wide = io.BytesIO()
     Image.fromarray(np.full((8, 9, 3), 10, np.uint8)).save(wide, "PNG")
     assert seen.difference(0, wide.getvalue()) == 256
-    asked = [Asked(i % 2, 0.0, 0.0, 1.0, 200, picture((10, 20)[i % 2])) for i in range(8)]
-    asked.append(Asked(0, 0.0, 0.0, 1.0, 200, picture(20)))
-    found = summary(asked, 2.0, seen)
+    asked = [Exchange(i % 2, 0.0, 0.0, 1.0, 200, picture((10, 20)[i % 2])) for i in range(8)]
+    asked.append(Exchange(0, 0.0, 0.0, 1.0, 200, picture(20)))
+    found = summarise(asked, 2.0, seen)
     assert (found["wrong"], found["max_difference"], found["images_per_second"]) == (1, 10, 4.0)
     listed = gate(10, unwrap=first_of_list)
     assert listed.difference(0, json.dumps([base64.b64encode(picture(10)).decode()]).encode()) == 0
@@ -255,22 +247,27 @@ def test_the_gate_catches_a_wrong_picture_and_voids_the_system() -> None:
 
 def test_abba_and_quartiles() -> None:
     assert abba(["raw", "a", "b"], 3) == [["raw", "a", "b"], ["b", "a", "raw"], ["raw", "a", "b"]]
-    assert spread([4.0, 1.0, None, 2.0, 3.0]) == {"median": 2.5, "q1": 1.75, "q3": 3.25, "values": [4.0, 1.0, 2.0, 3.0]}
-    assert spread([None]) is None
+    assert quartiles([4.0, 1.0, None, 2.0, 3.0]) == {
+        "median": 2.5,
+        "q1": 1.75,
+        "q3": 3.25,
+        "values": [4.0, 1.0, 2.0, 3.0],
+    }
+    assert quartiles([None]) is None
 
 
 def test_recovery_is_the_time_until_latency_is_back_for_good() -> None:
     def waits(at: float) -> float:
         return 0.01 if at < 1 or at >= 3.78 else 0.5
 
-    def at(moment: float, status: int = 200) -> Asked:
-        return Asked(0, moment, moment, moment + waits(moment), status)
+    def at(moment: float, status: int = 200) -> Exchange:
+        return Exchange(0, moment, moment, moment + waits(moment), status)
 
     asked = [at(k / 100) for k in range(600)]
     assert recovery(asked, 1, 3) == pytest.approx(0.8)  # the tenth in which it came back is not a good one yet
     assert recovery([at(k / 100) for k in range(360)], 1, 3) is None
     assert recovery([at(k / 100, 503 if k > 590 else 200) for k in range(600)], 1, 3) is None
-    assert recovery([Asked(0, k / 100, k / 100, k / 100 + 0.01, 200) for k in range(600)], 1, 3) == 0.0
+    assert recovery([Exchange(0, k / 100, k / 100, k / 100 + 0.01, 200) for k in range(600)], 1, 3) == 0.0
 
 
 @pytest.mark.parametrize(("per_second", "flat"), [(0.0, True), (0.05, False)])
@@ -278,7 +275,7 @@ def test_memory_is_flat_or_not_after_its_first_half(per_second: float, flat: boo
     rng = np.random.default_rng(0)
     start = [(float(k), 300 + min(k, 200) / 2) for k in range(300)]  # filling caches is no leak
     rest = [(float(k), 400 + per_second * (k - 300) + rng.normal(0, 0.2)) for k in range(300, 900)]
-    found = trend(start + rest)
+    found = memory_trend(start + rest)
     assert found["flat"] is flat
     assert found["mb_per_hour"] == pytest.approx(3600 * per_second, abs=8)
 
@@ -304,7 +301,7 @@ def test_the_same_order_reaches_every_system_in_its_own_form(tmp_path: Path) -> 
 
 
 def test_a_peer_that_cannot_be_installed_is_named_with_pips_words(tmp_path: Path) -> None:
-    system = chosen(["litserve"])[0]
+    system = find_systems(["litserve"])[0]
     broken = type(system)(name="x", title="X", command=("lit.py",), environment="x", packages=("./not-there.whl",))
     with pytest.raises(Unavailable, match=r"cannot be installed: .*not-there"):
         install(broken, tmp_path)
@@ -342,7 +339,7 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], field: str) 
 
 def test_an_unknown_system_or_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="'apache'; allowed: fewstep-eager, fewstep, "):
-        chosen(["apache"])
+        find_systems(["apache"])
     with pytest.raises(BadInput, match="a weights folder"):
         workload(tmp_path)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from trainings import TINY, Breaks, Duel, Regression, norm, same, settings, values
 
 from distillers.data import Batch, ImageData, open_data
-from distillers.errors import BadInput
+from distillers.errors import BadInput, TrainingStopped
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
@@ -39,7 +39,7 @@ from distillers.training.distiller import (
     Networks,
     Turn,
 )
-from distillers.training.trainer import Run, TrainingStopped, begin, train
+from distillers.training.trainer import Run, begin, train
 
 
 @pytest.fixture(scope="module")

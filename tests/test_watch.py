@@ -12,13 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainings import TINY, Breaks
 
-from distillers.errors import BadInput
+from distillers.errors import BadInput, TrainingStopped
 from distillers.generator import Generator
 from distillers.jobs.distill import distill, publish_run
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.training.settings import TrainSettings
-from distillers.training.trainer import TrainingStopped, train
+from distillers.training.trainer import train
 from distillers.training.watch import Watch, best_iteration, history
 
 TRAIN = {
@@ -116,7 +116,7 @@ def test_too_few_pictures_are_refused_before_the_training(tmp_path: Path) -> Non
 def test_the_command_publishes(run: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from distillers.cli.arguments import app
+    from distillers.cli import app
 
     said = CliRunner().invoke(app, ["publish", str(run), str(tmp_path / "watched"), "--which", "best"])
     assert said.exit_code == 0 and "the averages of iteration" in said.output

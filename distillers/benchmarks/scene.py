@@ -1,8 +1,8 @@
-"""What a whole scene costs over the bare forward pass on its tiles, and how much memory it takes by size.
+"""Measure the throughput of whole scenes beside the bare forward pass on their tiles, and the memory they take.
 
-Bare: the same tiles, ready in memory, through the same network in the same threads, and nothing else: no reading, no
-noise, no blending, no writing. Scene: from file to file. Both take turns, so a busy minute hits both. Overlap makes a
-network see more pixels than a scene has; that is stated apart, for it buys the absence of seams.
+A bare pass runs tiles that lie in memory through the same network in the same threads: no reading, no noise, no
+blending, no writing. A scene goes from file to file. Both take turns, so a busy minute hits both. Overlap makes a
+network process more pixels than a scene has; it buys the absence of seams and is stated apart.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from distillers.sar.tiles import TILE
 from distillers.sar.translate import lanes_and_batch, one_thread, translate
 
 PART = 1024  # px; larger scenes repeat one of this side
-COMMAND = "from distillers.benchmarks.scene import one; one()"
+COMMAND = "from distillers.benchmarks.scene import translate_once; translate_once()"
 
 
 @dataclass(kw_only=True)
-class Size:
-    """One size of scene."""
+class SceneSpeed:
+    """Hold the figures of one size of scene."""
 
     side: int
     tiles: int
@@ -52,20 +52,20 @@ class Size:
 
 
 @dataclass(kw_only=True)
-class Throughput:
-    """All sizes, and with what."""
+class SceneSpeeds:
+    """Hold the figures of all sizes, with the model and the machine they were measured on."""
 
     model: str
     steps: int
     batch: int
     setting: dict[str, Any]
     rounds: int
-    sizes: list[Size]
+    sizes: list[SceneSpeed]
 
 
 def measure(
-    folder: Path, sides: list[int], *, rounds: int = 3, steps: int | None = None, device: str = "cpu"
-) -> Throughput:
+    folder: Path, sides: list[int], *, rounds: int, steps: int | None = None, device: str = "cpu"
+) -> SceneSpeeds:
     """Translate made-up scenes of these sides with a model and time its bare passes in between.
 
     Raises:
@@ -77,13 +77,14 @@ def measure(
     count = len(generator.times(steps))
     lanes, batch = lanes_and_batch(generator, None)
     with tempfile.TemporaryDirectory() as place:
-        found = [_size(generator, folder, side, rounds, count, Path(place)) for side in sorted(sides)]
-    return Throughput(
-        model=generator.info.name, steps=count, batch=lanes * batch, setting=setting(device), rounds=rounds, sizes=found
+        sizes = [_measure_side(generator, folder, side, rounds, count, Path(place)) for side in sorted(sides)]
+    return SceneSpeeds(
+        model=generator.info.name, steps=count, batch=lanes * batch, setting=setting(device), rounds=rounds, sizes=sizes
     )
 
 
-def _size(generator: Generator, folder: Path, side: int, rounds: int, steps: int, place: Path) -> Size:
+def _measure_side(generator: Generator, folder: Path, side: int, rounds: int, steps: int, place: Path) -> SceneSpeed:
+    """Measure scenes of one side in pixels; `place` takes their files."""
     scene, out = place / f"{side}.tif", place / "out.tif"
     _scene(scene, side)
     device = str(next(generator.parameters()).device)
@@ -98,7 +99,7 @@ def _size(generator: Generator, folder: Path, side: int, rounds: int, steps: int
         bares.append(bare)
         ratios.append(seen / facts.seconds / bare)
     overlap = seen / (side * side / 1e6)
-    return Size(
+    return SceneSpeed(
         side=side,
         tiles=facts.tiles,
         megapixels_per_second=median(ours),
@@ -112,7 +113,7 @@ def _size(generator: Generator, folder: Path, side: int, rounds: int, steps: int
 
 
 def _bare(generator: Generator, steps: int, seconds: float = 4.0) -> float:
-    """Megapixels a second of the network and nothing else, on tiles that lie ready, for a few seconds."""
+    """Return the megapixels a second of the network alone, on tiles that lie in memory, over so many seconds."""
     lanes, batch = lanes_and_batch(generator, None)
     device, codec = next(generator.parameters()).device, generator.codec
     channels, side = Radiometry.of(generator.info.sar).channels, TILE // codec.factor
@@ -135,7 +136,7 @@ def _bare(generator: Generator, steps: int, seconds: float = 4.0) -> float:
 
 
 def _scene(path: Path, side: int) -> None:
-    """A made-up scene without holes, of any side: one part, mirrored into the next."""
+    """Write a made-up scene without holes, of any side, by repeating one part."""
     rasterio = import_rasterio()
     part = path.with_name("part.tif")
     demonstration(part, min(side, PART))
@@ -153,16 +154,16 @@ def _scene(path: Path, side: int) -> None:
 
 
 def _peak(folder: Path, device: str, steps: int, scene: Path, out: Path | None) -> float:
-    """Megabytes of memory at most, of a process of its own."""
-    told = json.dumps([str(folder), device, steps, str(scene), str(out) if out else None])
-    done = subprocess.run([sys.executable, "-c", COMMAND, told], capture_output=True, text=True, check=False)
+    """Return the peak memory in MB of a process of its own that translates the scene, or only opens the model."""
+    options = json.dumps([str(folder), device, steps, str(scene), str(out) if out else None])
+    done = subprocess.run([sys.executable, "-c", COMMAND, options], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadInput("scene", scene.name, f"a scene that translates ({done.stderr.strip().splitlines()[-1:]})")
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def one() -> None:
-    """In a process of its own: open a model, translate a scene if there is an output, print the peak memory in MB."""
+def translate_once() -> None:
+    """Open a model, translate a scene if there is an output, and print the peak memory of this process in MB."""
     folder, device, steps, scene, out = json.loads(sys.argv[1])
     generator = Generator.from_pretrained(folder, device)
     if out is not None:
@@ -173,15 +174,15 @@ def one() -> None:
 
 
 def peak_mb() -> float:
-    """Of this process since it was started; getrusage would also count what its parent held when it was forked."""
+    """Return the peak memory of this process in MB; getrusage would also count what its parent held at the fork."""
     status = Path("/proc/self/status")
     if not status.is_file():  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return float(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 1024
 
 
-def table(found: Throughput) -> str:
-    """Markdown."""
+def table(speeds: SceneSpeeds) -> str:
+    """Write the figures as a Markdown table with its conditions under it."""
     columns = [
         ("scene, px", lambda s: f"{s.side} x {s.side}", ""),
         ("tiles", lambda s: s.tiles, ""),
@@ -193,12 +194,12 @@ def table(found: Throughput) -> str:
         ("peak MB", lambda s: s.peak_mb, ".0f"),
         ("of it model and libraries", lambda s: s.idle_mb, ".0f"),
     ]
-    s, plural = found.setting, "s" * (found.steps > 1)
+    s, plural = speeds.setting, "s" * (speeds.steps > 1)
     lines = [
-        markdown_table(columns, found.sizes),
+        markdown_table(columns, speeds.sizes),
         "",
-        f"{found.model}, {found.steps} step{plural}, tiles of {TILE} px, {found.batch} at a time, medians of "
-        f"{found.rounds} rounds in which scene and bare passes took turns; {s['device']}, torch {s['torch']}, "
+        f"{speeds.model}, {speeds.steps} step{plural}, tiles of {TILE} px, {speeds.batch} at a time, medians of "
+        f"{speeds.rounds} rounds in which scene and bare passes took turns; {s['device']}, torch {s['torch']}, "
         f"{s['date']}.",
         "Bare: the network on the same tiles lying ready, in the same threads. Overlap: pixels that the network sees",
         "for each pixel of the scene.",

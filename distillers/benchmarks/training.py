@@ -1,10 +1,10 @@
-"""What one training iteration costs, beside the network passes that it cannot avoid.
+"""Measure the time of a training iteration beside the network passes that it cannot avoid.
 
-One iteration is played as the loop plays it: data, turns, backward, clipping, optimizers, averages. Every call of a
-denoiser's network in it is written down, and played again bare: forward alone where nothing came back through it;
-forward and backward, to the learning parameters or else to the input, where something did; forward-mode derivatives as
-such; an encoder as far as it went. Both are timed in turns. The ratio is what the loop and the method add; a pass too
-many adds nothing to it, and shows in the count instead. Discriminators' heads and codecs are no networks here.
+One iteration runs as in the training loop: data, turns, backward, clipping, optimizers, averages. Every call of a
+denoiser's network in it is recorded and replayed bare: forward alone where no gradient came back; forward and backward,
+to the learning parameters or else to the input, where one did; forward-mode derivatives as such; an encoder as far as
+it went. Both are timed in turns. Their ratio is what the loop and the method add; a superfluous pass does not change it
+and shows in the count of passes instead. Discriminators' heads and codecs do not count as networks.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Pass:
-    """One call of a network, as the iteration made it."""
+    """Record one call of a network as the iteration made it."""
 
     call: Callable[..., Any]
     leaves: list[Any]  # the arguments, flat; tensors without their graph
-    tree: Any  # how they were
+    tree: Any  # their nesting
     learning: list[nn.Parameter]  # that required a gradient
     differentiated: list[int]  # positions of the arguments that required one
     tangents: list[int]  # positions of the arguments that carried a tangent: the call was inside torch.func.jvp
@@ -55,45 +55,46 @@ class Pass:
 
     @property
     def kind(self) -> str:
+        """The name of the pass in the count."""
         if self.tangents:
             return "jvp"
         if not self.backward:
             return self.name
         return f"{self.name}+backward" + ("" if self.learning else " to the input")
 
-    def play(self) -> None:
-        """The same once more, and nothing around it."""
+    def replay(self) -> None:
+        """Run the same call once more, with nothing around it."""
         for module, scale in self.scales:
             module.scale = scale
         leaves = list(self.leaves)
         if self.tangents:
             primals = tuple(leaves[i] for i in self.tangents)
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
-                torch.func.jvp(partial(self._answer, leaves), primals, primals)
+                torch.func.jvp(partial(self._mean_output, leaves), primals, primals)
             return
         if self.backward and not self.learning:
             for i in self.differentiated:
                 leaves[i] = leaves[i].detach().requires_grad_()
         with torch.set_grad_enabled(self.backward):
-            answer = self._answer(leaves)
+            output = self._mean_output(leaves)
         if self.backward:
-            torch.autograd.grad(answer, self.learning or [leaves[i] for i in self.differentiated], allow_unused=True)
+            torch.autograd.grad(output, self.learning or [leaves[i] for i in self.differentiated], allow_unused=True)
 
-    def _answer(self, leaves: list[Any], *primals: Tensor) -> Tensor:
-        """The mean of what the network answers."""
+    def _mean_output(self, leaves: list[Any], *primals: Tensor) -> Tensor:
+        """Run the network and return the mean of its outputs."""
         leaves = list(leaves)
         for i, primal in zip(self.tangents, primals, strict=False):
             leaves[i] = primal
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         device, enabled, dtype = self.autocast
         with torch.autocast(device, dtype, enabled):
-            answers = _answers(self.call(*args, **kwargs))
-        return torch.stack([answer.float().mean() for answer in answers]).sum()
+            outputs = _outputs(self.call(*args, **kwargs))
+        return torch.stack([output.float().mean() for output in outputs]).sum()
 
 
 @contextmanager
-def recorded(nets: nn.Module) -> Iterator[list[Pass]]:
-    """Every call of a denoiser's network among `nets` while the block runs; gradients are noticed as they come back."""
+def record_passes(nets: nn.Module) -> Iterator[list[Pass]]:
+    """Record every call of a denoiser's network among `nets` while the block runs, and whether a gradient came back."""
     passes: list[Pass] = []
     denoisers = [module for module in nets.modules() if isinstance(module, Denoiser)]
     partway = False  # inside `Denoiser.features`, which is one pass as a whole
@@ -101,7 +102,7 @@ def recorded(nets: nn.Module) -> Iterator[list[Pass]]:
     def called(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not partway:
             call = partial(type(network).__call__, network)
-            passes.append(_pass("forward", network, call, (args, kwargs), output))
+            passes.append(_record("forward", network, call, (args, kwargs), output))
 
     def features(denoiser: Denoiser, *args: Any, **kwargs: Any) -> list[Tensor]:
         nonlocal partway
@@ -110,7 +111,7 @@ def recorded(nets: nn.Module) -> Iterator[list[Pass]]:
             output = call(*args, **kwargs)
         finally:
             partway = False
-        passes.append(_pass("features", denoiser.network, call, (args, kwargs), output))
+        passes.append(_record("features", denoiser.network, call, (args, kwargs), output))
         return output
 
     handles = [
@@ -127,42 +128,47 @@ def recorded(nets: nn.Module) -> Iterator[list[Pass]]:
             del denoiser.features
 
 
-def _pass(name: str, network: nn.Module, call: Callable[..., Any], arguments: Arguments, output: Any) -> Pass:
+def _record(name: str, network: nn.Module, call: Callable[..., Any], arguments: Arguments, output: Any) -> Pass:
+    """Record a call of a network, and listen for the gradient of its output."""
     leaves, tree = pytree.tree_flatten(arguments)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     tangents = [i for i, leaf in tensors.items() if forward_ad.unpack_dual(leaf).tangent is not None]
-    kept = [_kept(leaf, i in tangents) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+    kept = [_detached(leaf, i in tangents) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
     device = next(leaf.device.type for leaf in tensors.values())
     made = Pass(
-        call=call, leaves=kept, tree=tree, name=name, tangents=tangents,
+        call=call,
+        leaves=kept,
+        tree=tree,
+        name=name,
+        tangents=tangents,
         learning=[p for p in network.parameters() if p.requires_grad],
         differentiated=[i for i, leaf in tensors.items() if leaf.requires_grad],
         autocast=(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         scales=[(m, m.scale) for m in network.modules() if isinstance(m, GuidedTime)],
-    )  # fmt: skip
+    )
 
-    def came_back(_gradient: Tensor) -> None:
+    def note_gradient(_gradient: Tensor) -> None:
         made.backward = True
 
-    for answer in _answers(output):
+    for answer in _outputs(output):
         if answer.requires_grad and not tangents:
-            answer.register_hook(came_back)
+            answer.register_hook(note_gradient)
     return made
 
 
-def _kept(leaf: Tensor, dual: bool) -> Tensor:
-    """Values of the same shape where the tensor belongs to a transformation that will have ended."""
+def _detached(leaf: Tensor, dual: bool) -> Tensor:
+    """Detach a tensor; a dual one, whose transformation will have ended, is replaced by values of its shape."""
     return torch.rand(leaf.shape, dtype=leaf.dtype, device=leaf.device) if dual else leaf.detach()
 
 
-def _answers(output: Any) -> list[Tensor]:
-    """Of a network: one tensor, alone or first; of `features`: all."""
+def _outputs(output: Any) -> list[Tensor]:
+    """List the output tensors: of `features` all, of a network the one that stands alone or first."""
     return output if isinstance(output, list) else [output if isinstance(output, Tensor) else output[0]]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """One recipe, measured. Times are medians in ms."""
+class IterationCost:
+    """Hold the figures of one recipe. Times are medians in ms."""
 
     recipe: str
     method: str
@@ -179,8 +185,8 @@ class Cost:
 
 
 def measure(
-    recipe: Recipe, *, iterations: int = 10, progress: float = 0.9, device: str | None = None, compiled: bool = False
-) -> Cost:
+    recipe: Recipe, *, iterations: int, progress: float, device: str | None = None, compiled: bool = False
+) -> IterationCost:
     """Time whole iterations of a recipe and their bare passes, taking turns. Nothing is written.
 
     Args:
@@ -200,7 +206,7 @@ def measure(
     data = encoded_once(distiller.data(data, teacher), teacher.codec)
     run = begin(distiller, teacher, settings, Path(tempfile.gettempdir()), device=device)
     i = min(int(progress * settings.iterations), settings.iterations - 1)
-    with recorded(run.nets) as passes:
+    with record_passes(run.nets) as passes:
         run.iteration(i, data)
     if not passes:
         raise BadInput("recipe", recipe.name, f"a method that calls a denoiser; {recipe.method} does not")
@@ -212,31 +218,42 @@ def measure(
 
     def bare() -> None:
         for one in passes:
-            one.play()
+            one.replay()
 
     whole, alone = latencies(
         [partial(run.iteration, i, data), bare], repeats=iterations, warmup=2, device=run.accelerator.device
     )
-    return Cost(
-        recipe=recipe.name, method=recipe.method,
-        iteration_ms=whole["p50"], bare_ms=alone["p50"], ratio=whole["p50"] / alone["p50"],
-        passes=dict(Counter(one.kind for one in passes)), batch=settings.batch, precision=settings.precision,
-        progress=progress, iterations=iterations, execution=str(run.execution), setting=setting(run.accelerator.device),
-    )  # fmt: skip
+    return IterationCost(
+        recipe=recipe.name,
+        method=recipe.method,
+        iteration_ms=whole["p50"],
+        bare_ms=alone["p50"],
+        ratio=whole["p50"] / alone["p50"],
+        passes=dict(Counter(one.kind for one in passes)),
+        batch=settings.batch,
+        precision=settings.precision,
+        progress=progress,
+        iterations=iterations,
+        execution=str(run.execution),
+        setting=setting(run.accelerator.device),
+    )
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """Markdown: one line for each recipe, the conditions under it."""
-    columns: list[Column[Cost]] = [
-        ("recipe", lambda c: c.recipe, ""), ("method", lambda c: c.method, ""), ("batch", lambda c: c.batch, ""),
+def table(costs: Sequence[IterationCost]) -> str:
+    """Write a Markdown table with a line for each recipe, the conditions under it."""
+    columns: list[Column[IterationCost]] = [
+        ("recipe", lambda c: c.recipe, ""),
+        ("method", lambda c: c.method, ""),
+        ("batch", lambda c: c.batch, ""),
         ("precision", lambda c: c.precision, ""),
         ("passes of one iteration", lambda c: ", ".join(f"{n} {kind}" for kind, n in c.passes.items()), ""),
-        ("iteration ms", lambda c: c.iteration_ms, ".1f"), ("its bare passes ms", lambda c: c.bare_ms, ".1f"),
+        ("iteration ms", lambda c: c.iteration_ms, ".1f"),
+        ("its bare passes ms", lambda c: c.bare_ms, ".1f"),
         ("ratio", lambda c: c.ratio, ".3f"),
-    ]  # fmt: skip
+    ]
     one, s = costs[0], costs[0].setting
-    said = (
+    conditions = (
         f"Networks run {one.execution}. Medians of {one.iterations} turns each, at {one.progress:g} of the training; "
         f"{s['device']}, {s['threads']} threads, torch {s['torch']}, {s['date']}."
     )
-    return f"{markdown_table(columns, costs)}\n\n{said}\n"
+    return f"{markdown_table(columns, costs)}\n\n{conditions}\n"

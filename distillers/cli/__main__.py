@@ -1,4 +1,4 @@
-"""`python -m distillers.cli`, which torchrun starts; it is `fewstep`."""
+"""Run `fewstep` as `python -m distillers.cli`, which is how torchrun starts it."""
 
 from distillers.cli import main
 

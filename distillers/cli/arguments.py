@@ -1,4 +1,4 @@
-"""The command `fewstep` and the arguments that several of its subcommands share, with their checks."""
+"""The arguments that several commands share, and how they are read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ import typer
 
 from distillers.errors import BadInput
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="""Make diffusion models answer in one step: **distill** a teacher into a weights folder, look at what it
-    **generate**s or **translate**s, **evaluate** what the speed cost, and **serve** it over HTTP.
-
-    Start with `fewstep run`: it distils a small teacher on this machine, measures it and serves it.""",
-)
-
-benchmarks = typer.Typer(no_args_is_help=True, help="Measure what something costs beside what it cannot avoid.")
-
 Weights = Annotated[
     Path, typer.Argument(help="A weights folder, such as weights/eurosat-consistency.", show_default=False)
 ]
@@ -36,6 +23,10 @@ Steps = Annotated[int | None, typer.Option(help="Network calls per picture; the 
 Seed = Annotated[int, typer.Option(help="Picture i uses seed + i.")]
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", envvar="FEWSTEP_DEVICE")]
+
+Table = Annotated[
+    Path | None, typer.Option(help="A .json to write, with the table in a .md beside it.", show_default=False)
+]
 
 Root = Annotated[Path, typer.Option("--weights", help="Where published folders are.", envvar="FEWSTEP_WEIGHTS")]
 
@@ -125,16 +116,3 @@ def step_counts(field: str, text: str) -> list[int]:
 def columns_of(n: int) -> int:
     """Choose how many columns a grid of n pictures has: 8 at most."""
     return max(1, min(n, 8))
-
-
-def check_json_name(out: Path | None) -> None:
-    """Refuse a file name that does not end in .json with BadInput."""
-    if out is not None and out.suffix != ".json":
-        raise BadInput("out", str(out), "a name that ends in .json")
-
-
-def check_png_name(path: Path) -> Path:
-    """Return the path; refuse one that does not end in .png with BadInput."""
-    if path.suffix.lower() != ".png":
-        raise BadInput("out", str(path), "a name that ends in .png")
-    return path

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from distillers.cli.arguments import Device, Root, Seed, Weights, app, device_of, open_pairs, step_counts
-from distillers.errors import BadInput
+from distillers.cli.arguments import Device, Root, Seed, Weights, device_of, open_pairs, step_counts
+from distillers.errors import BadInput, check_suffix
 
 
-@app.command()
 def evaluate(
     weights: Weights,
     n: Annotated[int, typer.Option(help="Pictures per row; more than the features (128).")] = 1000,
@@ -61,8 +60,8 @@ def evaluate(
     from distillers.progress import drawing_bar
     from distillers.weights.manifest import draws
 
-    if out is not None and out.suffix != ".json":
-        raise BadInput("out", str(out), "a name that ends in .json")
+    if out is not None:
+        check_suffix(out, ".json")
     if not draws(weights):
         given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
         for name, value in given.items():
@@ -135,7 +134,6 @@ def _evaluate_autoencoder(
     typer.echo(page)
 
 
-@app.command()
 def compare(
     study: Annotated[Path, typer.Argument(help="A TOML file that names recipes of one teacher.", show_default=False)],
     runs: Annotated[Path, typer.Option(help="Where the students are trained, one folder each.")] = Path("runs"),
@@ -158,7 +156,6 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
 def results(
     weights: Root = Path("weights"),
     readme: Annotated[Path | None, typer.Option(help="Markdown to update between <!-- results --> marks.")] = None,

@@ -7,23 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from distillers.cli.arguments import (
-    Device,
-    Seed,
-    Steps,
-    Weights,
-    app,
-    check_png_name,
-    columns_of,
-    device_of,
-    label_of,
-    with_options,
-)
-from distillers.errors import BadInput
+from distillers.cli.arguments import Device, Seed, Steps, Weights, columns_of, device_of, label_of, with_options
+from distillers.errors import BadInput, check_suffix
 from distillers.sar.options import WARNING, SceneOptions
 
 
-@app.command()
 def generate(
     weights: Weights,
     out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
@@ -43,6 +31,7 @@ def generate(
 
     if not 1 <= n <= 1024:
         raise BadInput("n", n, "1 to 1024")
+    check_suffix(out, ".png")
     generator = Generator.from_pretrained(weights, device_of(device))
     classes, chosen = generator.info.classes, None
     if label is not None:
@@ -51,14 +40,13 @@ def generate(
         chosen = [classes[i % len(classes)] for i in range(n)]
     prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
     pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
-    grid_png(pictures, columns=columns_of(n), path=check_png_name(out))
+    grid_png(pictures, columns=columns_of(n), path=out)
     typer.echo(
         f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
         f"seeds {seed} to {seed + n - 1}"
     )
 
 
-@app.command()
 @with_options(SceneOptions)
 def translate(
     sar: Annotated[
@@ -89,9 +77,9 @@ def translate(
 
     picture = sar.suffix.lower() not in (".tif", ".tiff")
     if preview is not None:
-        check_png_name(preview)
+        check_suffix(preview, ".png", field="preview")
     if picture:
-        check_png_name(out)
+        check_suffix(out, ".png")
     generator = Generator.from_pretrained(model, device_of(device))
     if picture:
         _translate_picture(generator, sar, out, options)
@@ -150,7 +138,6 @@ def _calibrated(model: Path) -> str | None:
     )
 
 
-@app.command()
 def demonstration(
     out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.", show_default=False)],
     side: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
@@ -166,7 +153,6 @@ def demonstration(
     typer.echo(f"{out}: {side}x{side} px of VV and VH in dB")
 
 
-@app.command()
 def pairs(
     model: Weights,
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],

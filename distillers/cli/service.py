@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from distillers.cli.arguments import Device, Root, app
+from distillers.cli.arguments import Device, Root
 from distillers.cli.evaluation import evaluate
 from distillers.cli.training import distill
 from distillers.errors import BadInput
 
 
-@app.command()
 def serve(
     weights: Root = Path("weights"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -48,7 +47,6 @@ def serve(
     )
 
 
-@app.command()
 def key(
     name: Annotated[str, typer.Argument(help="Whose it is; it stands in the service's log.", show_default=False)],
     scopes: Annotated[str, typer.Option(help="With commas: infer, admin (load models), metrics.")] = "infer",
@@ -75,7 +73,6 @@ def key(
     typer.echo(f"the key, not to be seen again: {made}", err=True)
 
 
-@app.command()
 def run(
     weights: Root = Path("weights"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -87,27 +84,12 @@ def run(
     """The whole job, small: distil the shapes teacher into four steps (once), say what it cost, serve everything."""
     folder = weights / "shapes-quickstart"
     if not (folder / "report.json").is_file():
-        distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder, device="auto")
-        evaluate(
-            folder,
-            n=256,
-            steps=None,
-            teacher=None,
-            teacher_steps="50",
-            path=None,
-            pairs=None,
-            pairs_option=None,
-            samples=0,
-            features=None,
-            mean_of=0,
-            seed=0,
-            out=None,
-            device="auto",
-        )
+        distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder)
+        evaluate(folder, n=256)
     else:
         import json
 
         typer.echo(json.loads((folder / "report.json").read_text())["markdown"])
     typer.echo(f"pictures: {folder / 'grid.png'}")
     if serving:
-        serve(weights, host, port, "auto")
+        serve(weights, host, port)

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from distillers.cli.arguments import Device, app, device_of, step_counts
+from distillers.cli.arguments import Device, device_of, step_counts
 from distillers.errors import BadInput
 
 
-@app.command()
 def distill(
     recipe: Annotated[
         str, typer.Argument(help="A recipe: a TOML file, or the name of a shipped one (`fewstep methods`).")
@@ -51,7 +50,6 @@ def distill(
     typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
 
 
-@app.command()
 def publish(
     run: Annotated[Path, typer.Argument(help="The OUT folder of a `fewstep distill`.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The weights folder to make.", show_default=False)],
@@ -66,7 +64,6 @@ def publish(
     typer.echo(f"{out}: {publish_run(run, out, which)}; samples in {out / 'grid.png'}")
 
 
-@app.command()
 def merge(
     students: Annotated[list[Path], typer.Argument(help="The folders of all students.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
@@ -81,7 +78,6 @@ def merge(
     typer.echo(f"{out}: {len(students)} students; samples in {out / 'grid.png'}")
 
 
-@app.command()
 def adopt(
     pipeline: Annotated[str, typer.Argument(help="A diffusers pipeline: a folder or a hub id.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The weights folder to make.", show_default=False)],
@@ -106,7 +102,6 @@ def adopt(
     typer.echo(f"{out}: {name}")
 
 
-@app.command()
 def suggest_student(
     teacher: Annotated[str, typer.Argument(help="A teacher's folder or hub id.", show_default=False)],
     budget_ms: Annotated[
@@ -126,7 +121,6 @@ def suggest_student(
     typer.echo(table(suggest(opened, budget_ms=budget_ms, candidates=candidates), opened, budget_ms))
 
 
-@app.command()
 def methods() -> None:
     """List the methods, what each needs, and the recipes that ship with the package."""
     from dataclasses import fields

@@ -1,7 +1,6 @@
-"""Does the spread of a translator's samples say where it errs? Ranks, coverage, sparsification against held-out truth.
+"""Calibrate a translator: compare the spread of its samples with its errors on held-out pairs.
 
-A generator that draws N samples of one SAR tile gives a deviation for every pixel. Whether it is worth anything is
-measured here, on pairs it has not learnt from:
+N samples of one SAR tile give a standard deviation for every pixel. Three figures say whether it predicts the error:
 
 * rank of the truth among the samples: every rank equally often if the truth might be one more sample (Talagrand); the
   share between the k-th lowest and the k-th highest sample should be (N + 1 - 2 k) / (N + 1);
@@ -35,12 +34,13 @@ from distillers.sar.translate import COLLAPSED
 
 SHARES = [round(0.02 * i, 2) for i in range(50)]  # of pixels left out
 LEVELS = 127.5  # of 255, in one unit of [-1, 1]
+TILES = 200  # that a calibration draws at most, unless it is asked for more
 SHOWN = 3  # worst, median and best tiles of each
 
 
 @dataclass(kw_only=True)
 class Calibration:
-    """What was found. Errors and deviations are in levels of 255, over the three colours of a pixel."""
+    """Hold the figures of a calibration. Errors and deviations are in levels of 255, over the colours of a pixel."""
 
     model: str
     data: str
@@ -61,18 +61,18 @@ class Calibration:
 
     @property
     def collapsed(self) -> bool:
-        """N samples are one: their deviation says nothing."""
+        """Whether all samples of a tile are the same picture, so that their deviation says nothing."""
         return self.deviation < COLLAPSED
 
     def coverage(self) -> list[tuple[float, float]]:
-        """(should be, is): share of truths between the k-th lowest and k-th highest sample, for every k."""
+        """Return (nominal, measured) share of truths between the k-th lowest and k-th highest sample, for every k."""
         n = self.samples
         return [((n + 1 - 2 * k) / (n + 1), sum(self.ranks[k : n + 1 - k])) for k in range(1, n // 2 + 1)]
 
     def markdown(self) -> str:
-        """What it says, in words and numbers."""
-        held = self.coverage()
-        shown = [held[0], held[len(held) // 2]] if len(held) > 1 else held
+        """Write the figures as a Markdown table with a verdict."""
+        bands = self.coverage()
+        bands = [bands[0], bands[len(bands) // 2]] if len(bands) > 1 else bands
         s = self.setting
         lines = [
             f"Calibration of {self.samples} samples at {self.steps} steps on {self.n} tiles of {self.data}:",
@@ -83,8 +83,8 @@ class Calibration:
             f"| root mean variance of the samples, levels | {self.deviation:.1f} | - |",
             f"| spread over skill | {self.spread_over_skill:.2f} | 1 |",
             *(
-                f"| truths inside the {100 * should:.0f} % band, % | {100 * is_:.1f} | {100 * should:.1f} |"
-                for should, is_ in shown
+                f"| truths inside the {100 * nominal:.0f} % band, % | {100 * measured:.1f} | {100 * nominal:.1f} |"
+                for nominal, measured in bands
             ),
             f"| rank correlation of deviation and error | {self.rank_correlation:.2f} | - |",
             f"| AUSE (0 perfect, {self.ause_of_chance:.2f} chance) | {self.ause:.2f} | 0 |",
@@ -98,7 +98,7 @@ class Calibration:
         return "\n".join([*lines, f"Seeds {self.seeds[0]} to {self.seeds[1]}; {where}."]) + "\n"
 
     def save(self, path: Path) -> None:
-        """JSON, and beside it .png with the curves."""
+        """Write JSON, and the curves as a .png beside it."""
         path.write_text(json.dumps({**asdict(self), "shares": SHARES, "markdown": self.markdown()}, indent=2) + "\n")
         nominal, measured = zip(*self.coverage(), strict=True)
         left = [
@@ -124,7 +124,7 @@ def calibrate(
     generator: Generator,
     data: ImageData,
     *,
-    n: int = 200,
+    n: int = TILES,
     samples: int = 16,
     steps: int | None = None,
     seed: int = 0,
@@ -132,10 +132,12 @@ def calibrate(
     progress: Callable[[int, int, str], None] | None = None,
     picture: Path | None = None,
 ) -> Calibration:
-    """Draw `samples` of each of n held-out tiles, evenly spread, and hold their spread against the truth.
+    """Draw `samples` of each of n held-out tiles, evenly spread, and compare their spread with the truth.
 
-    Sample k of tile i has seed `seed + i + k n`. `picture`: a PNG of the worst, median and best tiles: SAR, a sample,
-    the mean, the truth, the deviation.
+    Sample k of tile i has seed `seed + i + k n`.
+
+    Args:
+        picture: a PNG to write, of the best, median and worst tiles: SAR, a sample, the mean, the truth, the deviation.
 
     Raises:
         BadInput: a model of another task, fewer than 2 samples, no tiles.
@@ -152,10 +154,7 @@ def calibrate(
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         items = data.items(part)
-        drawn = torch.stack([
-            generator.sample([seed + start + i + k * n for i in range(len(part))], sar=items["sar"], steps=steps)
-            for k in range(samples)
-        ])  # fmt: skip
+        drawn = _samples(generator, items["sar"], samples, steps, [seed + start + i for i in range(len(part))], n)
         truth, mean = items["image"], drawn.mean(0)
         ranks += np.bincount((drawn < truth).sum(0).flatten().numpy(), minlength=samples + 1)
         variance = drawn.var(0, correction=1).mean(1)
@@ -165,12 +164,12 @@ def calibrate(
         tiles += list(zip(wrong.mean((1, 2)).tolist(), part, strict=True))
         if progress:
             progress(start + len(part), n, f"{samples} samples")
-    error, deviation = (torch.cat(found).float().numpy() * LEVELS for found in (errors, deviations))
-    by_deviation, by_error = _left(error, deviation), _left(error, error)
+    error, deviation = (torch.cat(parts).float().numpy() * LEVELS for parts in (errors, deviations))
+    by_deviation, by_error = _sparsification(error, deviation), _sparsification(error, error)
     rms, spread = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.mean(deviation**2)))
     some = np.random.default_rng(0).choice(len(error), min(len(error), 100_000), replace=False)
     step = SHARES[1] - SHARES[0]
-    found = Calibration(
+    calibration = Calibration(
         model=generator.info.name,
         data=data.name,
         steps=steps,
@@ -189,12 +188,19 @@ def calibrate(
         ause_of_chance=float(np.sum(np.subtract(1, by_error)) * step),
     )
     if picture is not None:
-        _draw(generator, data, [index for _, index in sorted(tiles)], samples, steps, seed, picture)
-    return found
+        _draw_tiles(generator, data, [index for _, index in sorted(tiles)], samples, steps, seed, picture)
+    return calibration
 
 
-def _left(error: NDArray[np.floating], order: NDArray[np.floating]) -> list[float]:
-    """Root mean square error of what is left when the largest by `order` are left out, over that of all, at SHARES."""
+def _samples(generator: Generator, sar: Tensor, samples: int, steps: int, seeds: list[int], stride: int) -> Tensor:
+    """Draw (samples,B,3,H,W); the seeds of two samples of a tile are a stride apart."""
+    return torch.stack(
+        [generator.sample([seed + k * stride for seed in seeds], sar=sar, steps=steps) for k in range(samples)]
+    )
+
+
+def _sparsification(error: NDArray[np.floating], order: NDArray[np.floating]) -> list[float]:
+    """Compute the error of the pixels that are left without the largest by `order`, over that of all, at SHARES."""
     squares = np.square(error[np.argsort(order, kind="stable")], dtype=np.float64)
     kept = [len(squares) - int(share * len(squares)) for share in SHARES]
     sums = np.cumsum(squares)
@@ -202,17 +208,14 @@ def _left(error: NDArray[np.floating], order: NDArray[np.floating]) -> list[floa
     return [float(np.sqrt(sums[k - 1] / k / whole)) for k in kept] if whole > 0 else [1.0] * len(kept)
 
 
-def _draw(
+def _draw_tiles(
     generator: Generator, data: ImageData, ranked: list[int], samples: int, steps: int, seed: int, path: Path
 ) -> None:
-    """Tiles in columns: best, median, worst by the error of the mean; the deviation is white at 64 levels."""
+    """Draw tiles in columns: best, median, worst by the error of the mean; the deviation is white at 64 levels."""
     middle = len(ranked) // 2
     shown = [*ranked[:SHOWN], *ranked[middle : middle + SHOWN], *ranked[-SHOWN:]]
     items = data.items(shown)
-    drawn = torch.stack([
-        generator.sample([seed + i + k * len(shown) for i in range(len(shown))], sar=items["sar"], steps=steps)
-        for k in range(samples)
-    ])  # fmt: skip
+    drawn = _samples(generator, items["sar"], samples, steps, [seed + i for i in range(len(shown))], len(shown))
     deviation: Tensor = drawn.std(0).mean(1, keepdim=True) * LEVELS / 64 * 2 - 1
     side_by_side(
         {

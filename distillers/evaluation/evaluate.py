@@ -139,7 +139,7 @@ def evaluate(
     floor.rewards = {name: _mean(judge(*_seen(data, indices))) or 0.0 for name, judge in judges.items()} or None
     if read:
         pictures, condition = _seen(data, indices)
-        floor.shows = shares(*read_shape(pictures).shows(condition["label"]))
+        floor.shows = shares(*read_shape(pictures).matches(condition["label"]))
     theirs = [torch.cat(one.features) for one in contestants if one.row.role == "teacher"]
     if drawn_by_teacher is not None:
         theirs = [extract(features, drawn_by_teacher, batch)]
@@ -353,7 +353,7 @@ def _round(
         for name, judge in judges.items():
             one.rewards.setdefault(name, []).append(judge(pictures, {k: items[k] for k in items if k == "label"}))
         if read:
-            one.shows.append(read_shape(pictures).shows(items["label"]))
+            one.shows.append(read_shape(pictures).matches(items["label"]))
         if "sar" in items:
             real, seen = items["image"], grey_sar(items["sar"], radiometry)
             measured = {"psnr": psnr(pictures, real), "ssim": ssim(pictures, real)}

@@ -1,7 +1,7 @@
-"""Feature spaces: small classifiers whose last layer but one is where sets of pictures are compared.
+"""Load and train feature spaces: small classifiers whose last layer but one is where sets of pictures are compared.
 
-A Frechet distance is a distance *in some feature space*; its number means nothing without that space's name. Two spaces
-are trained here and shipped in `weights/`, each with the accuracy it was measured at:
+A Frechet distance is a distance *in some feature space* and means nothing without that space's name. Two spaces are
+trained here and shipped in `weights/`, each with its measured accuracy:
 
 * `eurosat-landcover`: ten land-cover classes of EuroSAT (Sentinel-2 RGB, 64 px at 10 m);
 * `shapes`: the 24 shape-colour classes of the procedural shapes set, one object a picture.
@@ -9,7 +9,6 @@ are trained here and shipped in `weights/`, each with the accuracy it was measur
 `inception` is the usual Inception-v3, through torchmetrics and torch-fidelity, where its weights are on the disk, and
 `efficientnet` is EfficientNet-Lite0 of ImageNet, whose weights come as a package. The latter's maps are also what a
 perceptual loss compares in; a model trained with that loss is not measured in that space (`Info.trained_with`).
-This file knows the data's interface (`draw`, `items`) and nothing of generators or metrics.
 
     python -m distillers.evaluation.features eurosat --data PATH --out weights/features-eurosat
     python -m distillers.evaluation.features shapes --out weights/features-shapes
@@ -42,7 +41,7 @@ FOLDERS = {"eurosat-landcover": "features-eurosat", "shapes": "features-shapes"}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCard:
-    """What a feature space is and how good its classifier was on data it never saw."""
+    """Describe a feature space and the accuracy of its classifier on held-out data."""
 
     name: str
     data: str = ""
@@ -63,16 +62,20 @@ class FeatureCard:
     attribution: str = ""
 
     def describe(self) -> str:
+        """Return the name of the space with the accuracy of its classifier."""
         if self.accuracy is None:
             return self.name
         return f"{self.name} (classifier accuracy {100 * self.accuracy:.1f} % on {self.n_test} held-out pictures)"
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    """Make a 3x3 convolution with batch normalisation."""
     return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
 
 
 class _Residual(nn.Module):
+    """Add two convolutions to their input."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(*_conv(channels, channels), nn.ReLU(), *_conv(channels, channels))
@@ -82,10 +85,10 @@ class _Residual(nn.Module):
 
 
 class FeatureNet(nn.Module):
-    """Pictures (B,3,H,W) in [-1,1] -> features (B,128); `classify` also gives logits (B,labels).
+    """Compute features (B,128) of pictures (B,3,H,W) in [-1,1]; `classify` also gives logits (B,labels).
 
-    Fully convolutional with a global mean at the end, 0.37 M parameters at width 48. `forward` returns the features and
-    `num_features` is their number, which is what torchmetrics asks of a custom extractor.
+    The network is fully convolutional with a global mean at the end and has 0.37 M parameters at width 48. `forward`
+    returns the features and `num_features` is their number, which is what torchmetrics asks of a custom extractor.
     """
 
     num_features: int = 128
@@ -94,17 +97,21 @@ class FeatureNet(nn.Module):
         super().__init__()
         self.card, w = card, card.width
         self.body = nn.Sequential(
-            *_conv(3, w // 2, 2), nn.ReLU(), *_conv(w // 2, w, 2), nn.ReLU(), _Residual(w),
-            *_conv(w, 2 * w, 2), nn.ReLU(), _Residual(2 * w), *_conv(2 * w, self.num_features, 2), nn.ReLU(),
-        )  # fmt: skip
+            *(*_conv(3, w // 2, 2), nn.ReLU()),
+            *(*_conv(w // 2, w, 2), nn.ReLU(), _Residual(w)),
+            *(*_conv(w, 2 * w, 2), nn.ReLU(), _Residual(2 * w)),
+            *(*_conv(2 * w, self.num_features, 2), nn.ReLU()),
+        )
         self.head = nn.Linear(self.num_features, len(card.labels))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # about 1.2 times faster on a CPU
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.head.weight.device
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Compute features (B,128)."""
         x = pictures.to(self.device, torch.float32)
         height, width, size = *x.shape[-2:], self.card.size
         if (min(height, width) < size) if self.card.keep_scale else ((height, width) != (size, size)):
@@ -112,12 +119,12 @@ class FeatureNet(nn.Module):
         return cast(Tensor, self.body(x.contiguous(memory_format=torch.channels_last))).mean((2, 3))
 
     def classify(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(features (B,128), logits (B,labels))."""
+        """Compute features (B,128) and logits (B,labels)."""
         features = self(pictures)
         return features, self.head(features)
 
     def save(self, folder: str | Path) -> None:
-        """`config.json` (the card), `model.safetensors` (float16) and a README.md."""
+        """Write `config.json` (the card), `model.safetensors` (float16) and a README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
@@ -128,22 +135,20 @@ class FeatureNet(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "FeatureNet":
+        """Open a folder that `save` has written. Raises BadInput for any other."""
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text())
             net = cls(FeatureCard(**{**config, "labels": tuple(config["labels"])}))
             net.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise BadInput(
-                "features",
-                str(folder),
-                f"a folder with config.json and model.safetensors as `save` writes it ({error})",
-            ) from error
+            allowed = f"a folder with config.json and model.safetensors as `save` writes it ({error})"
+            raise BadInput("features", str(folder), allowed) from error
         return net.to(device).eval().requires_grad_(False)
 
 
 class InceptionFeatures(nn.Module):
-    """Inception-v3's 2048 pooled features, as in the literature's FID; weights from a file, never from the network."""
+    """Compute Inception-v3's 2048 pooled features, as in the literature's FID; its weights are a file on the disk."""
 
     num_features: int = 2048
 
@@ -152,20 +157,18 @@ class InceptionFeatures(nn.Module):
         cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
         path = Path(weights or os.environ.get("FEWSTEP_INCEPTION") or cached)
         if not path.is_file():
-            raise BadInput(
-                "features", f"inception ({path})",
+            allowed = (
                 f"an existing file: download {INCEPTION_FILE} from github.com/toshas/torch-fidelity/releases "
-                "and name it in FEWSTEP_INCEPTION or as inception:PATH",
-            )  # fmt: skip
+                "and name it in FEWSTEP_INCEPTION or as inception:PATH"
+            )
+            raise BadInput("features", f"inception ({path})", allowed)
         try:
             import torch_fidelity  # noqa: F401
             from torchmetrics.image.fid import NoTrainInceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
             raise BadInput("features", "inception", f"needs pip install 'fewstep[inception]' ({error})") from error
         try:
-            torch.load(
-                path, map_location="cpu", weights_only=True
-            )  # torch-fidelity itself would run what a pickle says
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run what a pickle says
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
         except Exception as error:  # a damaged file fails in many ways, KeyError among them
             raise BadInput("features", f"inception ({path})", f"the weights of {INCEPTION_FILE}") from error
@@ -174,10 +177,11 @@ class InceptionFeatures(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.net.parameters()).device
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(B,3,H,W) in [-1,1] -> (B,2048); rounded to 8 bits first, as the literature's numbers are."""
+        """Compute features (B,2048) of (B,3,H,W) in [-1,1], rounded to 8 bits first as for the literature's numbers."""
         return cast(Tensor, self.net(((pictures + 1) * 127.5).round().clamp(0, 255).byte().to(self.device)))
 
 
@@ -185,9 +189,9 @@ EFFICIENTNET = "efficientnet"
 
 
 class EfficientNetFeatures(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet: features of its last block, and maps on the way there.
+    """Compute features of EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet, and the maps on the way there.
 
-    `forward` gives 320 features, the means of the last block's channels: the 1280 of the classifier would need more
+    `forward` gives 320 features, the means of the last block's channels; the 1280 of the classifier would need more
     pictures than most held-out splits have. Weights and network are those of the extra `perceptual`'s two packages.
     """
 
@@ -211,7 +215,7 @@ class EfficientNetFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def stages(self, pictures: Tensor, last: int = STAGES[-1]) -> list[Tensor]:
-        """Maps (B,C,h,w) of `STAGES` up to block `last`, the last among them; pictures (B,3,H,W) in [-1,1]."""
+        """Compute maps (B,C,h,w) of `STAGES` up to and with block `last`, of pictures (B,3,H,W) in [-1,1]."""
         x, maps = self.stem(((pictures + 1) * 127.5 - 127) / 128), []
         for i, block in enumerate(self.blocks[: last + 1]):
             x = block(x)
@@ -220,7 +224,7 @@ class EfficientNetFeatures(nn.Module):
         return maps
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(B,3,H,W) in [-1,1], shown at 224 px -> (B,320)."""
+        """Compute features (B,320) of (B,3,H,W) in [-1,1], resized to 224 px."""
         size = (self.card.size, self.card.size)
         x = pictures.to(next(self.parameters()).device, torch.float32)
         if tuple(x.shape[-2:]) != size:
@@ -232,15 +236,18 @@ Features = FeatureNet | InceptionFeatures | EfficientNetFeatures
 
 
 def feature_space(data: str) -> str:
-    """The name of the feature space in which generators of this data set are measured unless another is asked for."""
+    """Return the default feature space of generators of a data set."""
     return "shapes" if data == "shapes" else "eurosat-landcover"
 
 
 def load_features(name: str | Path, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Features:
-    """A feature space by name ("eurosat-landcover", "shapes", "inception", "inception:PATH", "efficientnet") or folder.
+    """Open a feature space by name ("eurosat-landcover", "shapes", "inception[:PATH]", "efficientnet") or folder.
 
     Named folders are sought in `weights`, then $FEWSTEP_WEIGHTS, then `weights/` beside this package and in the current
     directory.
+
+    Raises:
+        BadInput: an unknown name, missing weights, or a package that is not installed.
     """
     if str(name).partition(":")[0] == "inception":
         return InceptionFeatures(str(name).partition(":")[2] or None).to(device)
@@ -252,20 +259,34 @@ def load_features(name: str | Path, weights: str | Path | None = None, device: s
     for candidate in [*(root / folder for root in roots), Path(name)]:
         if (candidate / "config.json").is_file():
             return FeatureNet.load(candidate, device)
-    raise BadInput(
-        "features", str(name), f"{', '.join(FOLDERS)}, inception, {EFFICIENTNET}, or a folder; looked in {roots}"
-    )
+    allowed = f"{', '.join(FOLDERS)}, inception, {EFFICIENTNET}, or a folder; looked in {roots}"
+    raise BadInput("features", str(name), allowed)
 
 
 def train_features(
-    train: "ImageData", test: "ImageData", card: FeatureCard, *,
-    iterations: int, batch: int = 100, lr: float = 3e-3, seed: int = 0, n_test: int = 2000,
-    bf16: bool = False, device: str = "cpu", progress: Callable[[int, int, float], None] | None = None,
-) -> FeatureNet:  # fmt: skip
-    """A classifier of `train`'s labels, with its accuracy on `test` in its card.
+    train: "ImageData",
+    test: "ImageData",
+    card: FeatureCard,
+    *,
+    iterations: int,
+    batch: int = 100,
+    lr: float = 3e-3,
+    seed: int = 0,
+    n_test: int = 2000,
+    bf16: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> FeatureNet:
+    """Train a classifier of `train`'s labels, and put its accuracy on `test` into its card.
 
-    AdamW, one-cycle rate up to `lr`, label smoothing 0.1; augmentation is what `train.draw` does. `progress` is called
-    with (iteration, iterations, loss). bf16: autocast, worth it where the processor has bfloat16 arithmetic.
+    AdamW, one-cycle rate up to `lr`, label smoothing 0.1; `train.draw` augments.
+
+    Args:
+        bf16: autocast, worth it where the processor has bfloat16 arithmetic.
+        progress: called with (iteration, iterations, loss).
+
+    Raises:
+        BadInput: splits without labels, or with different ones.
     """
     if not train.labels or train.labels != test.labels:
         raise BadInput("data", train.labels, "a labelled train and test split with the same labels")
@@ -276,10 +297,10 @@ def train_features(
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)
     for iteration in range(iterations):
-        drawn = train.draw(batch, rng)
+        items = train.draw(batch, rng)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            logits = net.classify(drawn["image"].to(device))[1]
-        loss = F.cross_entropy(logits.float(), drawn["label"].to(device), label_smoothing=0.1)
+            logits = net.classify(items["image"].to(device))[1]
+        loss = F.cross_entropy(logits.float(), items["label"].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -289,15 +310,23 @@ def train_features(
     net = net.half().float().eval().requires_grad_(False)  # measured as stored
     count = min(n_test, len(test))
     net.card = replace(
-        card, accuracy=accuracy(net, test, count), n_test=count, n_train=len(train), iterations=iterations, batch=batch,
-        seed=seed, bf16=bf16, date=datetime.now(UTC).date().isoformat(), torch=torch.__version__,
-    )  # fmt: skip
+        card,
+        accuracy=accuracy(net, test, count),
+        n_test=count,
+        n_train=len(train),
+        iterations=iterations,
+        batch=batch,
+        seed=seed,
+        bf16=bf16,
+        date=datetime.now(UTC).date().isoformat(),
+        torch=torch.__version__,
+    )
     return net
 
 
 @torch.no_grad()
 def accuracy(net: FeatureNet, data: "ImageData", n: int, batch: int = 100) -> float:
-    """Top-1 share on n items of `data`, spread evenly over it."""
+    """Compute the top-1 share on n items of `data`, spread evenly over it."""
     indices = np.linspace(0, len(data) - 1, n).astype(int).tolist()
     right = 0
     for start in range(0, n, batch):
@@ -307,6 +336,7 @@ def accuracy(net: FeatureNet, data: "ImageData", n: int, batch: int = 100) -> fl
 
 
 def _readme(net: FeatureNet) -> str:
+    """Write the card as a README.md."""
     card, count = net.card, sum(p.numel() for p in net.parameters())
     share = "not measured" if card.accuracy is None else f"{100 * card.accuracy:.1f} % top-1 on {card.n_test} held-out"
     return f"""---
@@ -349,10 +379,8 @@ def main(argv: list[str] | None = None) -> None:
         if not given.data:
             parser.error("eurosat needs --data")
         train, test = (open_data("images", path=given.data, split=split, dihedral=True) for split in ("train", "test"))
-        card = FeatureCard(
-            name="eurosat-landcover", size=64, keep_scale=True,
-            attribution="Data: EuroSAT (MIT licence). Contains modified Copernicus Sentinel data.",
-        )  # fmt: skip
+        attribution = "Data: EuroSAT (MIT licence). Contains modified Copernicus Sentinel data."
+        card = FeatureCard(name="eurosat-landcover", size=64, keep_scale=True, attribution=attribution)
         iterations = given.iterations or 3300
     else:
         train, test = (open_data("shapes", size=32, split=split, objects=1) for split in ("train", "test"))
@@ -362,9 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         if iteration % 50 == 0 or iteration == total:
             print(f"{iteration}/{total}  loss {loss:.3f}", flush=True)
 
-    net = train_features(
-        train, test, card, iterations=iterations, seed=given.seed, bf16=given.bf16, progress=show
-    )  # fmt: skip
+    net = train_features(train, test, card, iterations=iterations, seed=given.seed, bf16=given.bf16, progress=show)
     net.save(given.out)
     print(f"{given.out}: {net.card.describe()}")
 

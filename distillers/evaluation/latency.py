@@ -1,24 +1,22 @@
-"""Times calls against each other, warm, in milliseconds."""
+"""Measure the latency of calls that take turns."""
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distillers.errors import BadInput
 
-if TYPE_CHECKING:
-    pass
-
-# --- latency
-
 
 def latencies(
     calls: Sequence[Callable[[], object]], *, repeats: int = 20, warmup: int = 2, device: str | torch.device = "cpu"
 ) -> list[dict[str, float]]:
-    """p50, p90, p99 and mean of each call in ms; the calls take turns, so that a busy minute hits all alike."""
+    """Measure p50, p90, p99 and mean of each call in ms, warm; the calls take turns, so a busy minute hits all alike.
+
+    Raises:
+        BadInput: no repeats, or a negative number of warm-up turns.
+    """
     if repeats < 1 or warmup < 0:
         raise BadInput("repeats, warmup", (repeats, warmup), "repeats of 1 or more, warmup of 0 or more")
     spent: list[list[float]] = [[] for _ in calls]
@@ -37,5 +35,6 @@ def latencies(
 
 
 def _synchronise(device: str | torch.device) -> None:
+    """Wait until a GPU has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Pictures of pictures: a grid, and labelled rows to compare by eye. PNG through Pillow."""
+"""Arrange pictures in grids and labelled rows, draw charts, and write them as PNG by Pillow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,11 @@ GAP = 2  # pixels between two pictures
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """(B,3,H,W) or (B,1,H,W) in [-1,1] -> (B,H,W,3) uint8, rounded and clipped; one channel becomes grey."""
+    """Convert (B,3,H,W) or (B,1,H,W) in [-1,1] to (B,H,W,3) uint8, rounded and clipped; one channel becomes grey.
+
+    Raises:
+        BadInput: another shape, or no pictures.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise BadInput("images", tuple(images.shape), "(B,3,H,W) or (B,1,H,W) with B of 1 or more")
     scaled = (images.detach().float().cpu().expand(-1, 3, -1, -1) + 1) * 127.5
@@ -26,7 +30,11 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def grid(images: Tensor, columns: int, zoom: int = 1, gap: int = GAP) -> Image.Image:
-    """Pictures in reading order, `columns` a row, each enlarged `zoom` times without smoothing, `gap` pixels apart."""
+    """Arrange pictures in reading order, each enlarged `zoom` times without smoothing, `gap` pixels apart.
+
+    Raises:
+        BadInput: no columns, a zoom below 1, or what `to_pixels` refuses.
+    """
     if columns < 1 or zoom < 1:
         raise BadInput("columns, zoom", (columns, zoom), "1 or more")
     pixels = to_pixels(images).repeat(zoom, 1).repeat(zoom, 2)
@@ -40,13 +48,17 @@ def grid(images: Tensor, columns: int, zoom: int = 1, gap: int = GAP) -> Image.I
 
 
 def grid_png(images: Tensor, columns: int, path: str | Path, zoom: int = 1, gap: int = GAP) -> None:
-    """Write `grid` as a PNG; folders on the way are made."""
+    """Write a grid as a PNG, and make its folder where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     grid(images, columns, zoom, gap).save(path, "PNG")
 
 
 def side_by_side(rows: Mapping[str, Tensor], path: str | Path, zoom: int = 1) -> None:
-    """One labelled row for each entry, in order; every row needs the same picture size, not the same count."""
+    """Write a PNG with a labelled row for each entry; every row needs the same picture size, not the same count.
+
+    Raises:
+        BadInput: no rows, or rows of several picture sizes.
+    """
     if len({images.shape[-2:] for images in rows.values()}) != 1:
         raise BadInput("rows", {k: tuple(v.shape) for k, v in rows.items()}, "one row or more, all of one picture size")
     strips = [(label, grid(images, len(images), zoom)) for label, images in rows.items()]
@@ -64,14 +76,14 @@ def side_by_side(rows: Mapping[str, Tensor], path: str | Path, zoom: int = 1) ->
 
 
 def grey_sar(sar: Tensor, described: Mapping[str, Any] | None) -> Tensor:
-    """(B,1,H,W) in [-1,1] to look at, of what a model is shown (B,C,H,W); `described` is its manifest's `sar`."""
-    seen = Radiometry.of(described)
-    return torch.stack([torch.from_numpy(seen.to_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
+    """Convert SAR as a model takes it, (B,C,H,W), to grey (B,1,H,W) in [-1,1]; `described` is its manifest's `sar`."""
+    radiometry = Radiometry.of(described)
+    return torch.stack([torch.from_numpy(radiometry.to_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart, and its name in the legend."""
+    """Hold a line of a chart and its name in the legend."""
 
     name: str
     x: Sequence[float]
@@ -80,7 +92,7 @@ class Curve:
 
 
 def chart(panels: Mapping[str, Sequence[Curve]], path: str | Path, side: int = 360) -> None:
-    """Panels side by side under their titles, both axes from 0 to 1; a PNG."""
+    """Write a PNG with panels side by side under their titles, both axes from 0 to 1."""
     font, margin, top = ImageFont.load_default(size=13), 40, 34
     sheet = Image.new("RGB", (len(panels) * (side + 2 * margin), side + 2 * margin + top), "white")
     draw = ImageDraw.Draw(sheet)

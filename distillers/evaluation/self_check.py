@@ -1,7 +1,7 @@
-"""A picture to know a folder by: what it drew when it was published, as 8 x 8 means, in `golden.json`.
+"""Check that a weights folder draws the picture that it drew when it was published, stored as 8 x 8 means.
 
-Other machines, backends and precisions draw it to within a level or two; other weights do not. A server looks at it
-before it lets a new folder take an old one's place.
+Other machines, backends and precisions draw it to within a level or two; other weights do not. A server checks a new
+folder so before it replaces an old one.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.nn import functional as F
 from distillers.errors import BadInput
 from distillers.generator import Generator
 
-FILE = "golden.json"
+FILE = "golden.json"  # the reference picture
 CELLS = 8
 LEVELS = 4.0  # of 255, in the mean: what another machine or precision may differ by, and other weights never do
 
 
-def write_golden(generator: Generator, folder: Path) -> None:
-    """Draws the picture and keeps it beside the weights."""
+def write_reference(generator: Generator, folder: Path) -> None:
+    """Draw the reference picture and write it beside the weights."""
     steps = min(generator.info.step_times or [1])
     levels = [[[round(value, 1) for value in cell] for cell in row] for row in _cells(_draw(generator, steps)).tolist()]
     (folder / FILE).write_text(json.dumps({"seed": 0, "steps": steps, "levels": levels}) + "\n")
 
 
 def check(generator: Generator, folder: Path) -> None:
-    """Draws by every student and compares with what was published, where something was.
+    """Draw a picture by every student, and compare the first with the published one, if the folder has one.
 
     Raises:
-        BadInput: a picture that is no numbers, or another one than was published.
+        BadInput: a picture with values that are not finite, or another one than was published.
     """
     name = generator.info.name
     steps = min(generator.info.step_times or [1])
@@ -43,9 +43,9 @@ def check(generator: Generator, folder: Path) -> None:
         if not bool(torch.isfinite(picture).all()):
             raise BadInput("weights", f"{name} draws what is no number", "weights that draw pictures")
     try:
-        golden: dict[str, Any] = json.loads((folder / FILE).read_text())
-        published = torch.tensor(golden["levels"])
-        off = float((_cells(_draw(generator, golden["steps"])) - published).abs().mean())
+        reference: dict[str, Any] = json.loads((folder / FILE).read_text())
+        published = torch.tensor(reference["levels"])
+        off = float((_cells(_draw(generator, reference["steps"])) - published).abs().mean())
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -57,10 +57,10 @@ def check(generator: Generator, folder: Path) -> None:
 
 
 def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:
-    """(3, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
+    """Draw (3, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
     return generator.sample([0], steps=steps, **generator.condition.probe(1, None if label is None else [label]))[0]
 
 
 def _cells(picture: Tensor) -> Tensor:
-    """(8, 8, 3) means in 0..255."""
+    """Average a picture to (8, 8, 3) means in 0..255."""
     return F.adaptive_avg_pool2d((picture + 1) * 127.5, CELLS).permute(1, 2, 0)

@@ -14,7 +14,7 @@ from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.evaluation.pictures import grid_png, side_by_side
-from distillers.evaluation.self_check import write_golden
+from distillers.evaluation.self_check import write_reference
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
 from distillers.jobs.inputs import load_data
@@ -39,7 +39,7 @@ def publish(
     data: ImageData | None,
     iteration: int | None = None,
 ) -> None:
-    """Write a published folder: weights, manifest, recipe, picture, golden pictures and card.
+    """Write a published folder: weights, manifest, recipe, picture, reference picture and card.
 
     It is written beside `folder` and then takes its place; `fewstep.json` comes last, so a folder that is found is
     whole.
@@ -62,7 +62,7 @@ def publish(
             if teacher is not None:
                 above = Generator(teacher.denoiser, teacher.codec, teacher.info).eval().to("cpu")
             picture(made, above, load_data(recipe, "test") if made.condition.paired else None, new)
-            write_golden(made, new)
+            write_reference(made, new)
         write_card(new)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
-from distillers.errors import BadInput
+from distillers.errors import BadInput, TrainingStopped
 from distillers.generator import Generator
 from distillers.models.conditions import split
 from distillers.progress import progress_bar
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DRY_RUN_AT = (0.0, 0.9)  # shares of the training whose turns a dry run plays: some players enter late
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and where the last good checkpoint is."""
 
 
 def train(

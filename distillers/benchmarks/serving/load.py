@@ -1,11 +1,9 @@
-"""The load on a server, and the gate that every answer passes: HTTP/1.1 over bare sockets, in a process of its own.
+"""Put a server under load and check its answers: HTTP/1.1 over bare sockets, in a process of its own, without torch.
 
-Closed loop: so many callers, each of whom asks again when answered. Open loop: callers come by themselves (Poisson),
-whether or not the server keeps up, and a latency counts from the moment the request was meant to be sent; what waited
-for a connection, or for this client, has waited. Every picture that came back is decoded and compared with the raw
-forward pass of its seed, after the clock has stopped.
-
-It knows neither torch nor what is being measured.
+In a closed loop each of so many callers asks again when answered. In an open loop requests arrive at random (Poisson),
+whether or not the server keeps up, and a latency counts from the moment at which the request was meant to be sent, so
+waiting for a connection or for this client counts too. Every picture that came back is decoded and compared with the
+raw forward pass of its seed, after the clock has stopped.
 """
 
 from __future__ import annotations
@@ -37,14 +35,14 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
 class Broken(ConnectionError):
-    """The server hung up, or answered what is no HTTP with a length."""
+    """Report that the server closed the connection, or that its answer is no HTTP with a length."""
 
 
 # --- one connection
 
 
 def parse(buffer: bytearray) -> tuple[int, bytes, bool] | None:
-    """(status, body, whether the connection stays) of one whole answer; None while it is incomplete."""
+    """Parse one answer into (status, body, whether the connection stays); None while it is incomplete."""
     end = buffer.find(b"\r\n\r\n")
     if end < 0:
         return None
@@ -64,6 +62,7 @@ def parse(buffer: bytearray) -> tuple[int, bytes, bool] | None:
 
 
 def _join_chunks(buffer: bytearray, at: int) -> bytes | None:
+    """Join the chunks of a body that starts at a position; None while it is incomplete."""
     parts: list[bytes] = []
     while (end := buffer.find(b"\r\n", at)) >= 0:
         length = int(bytes(buffer[at:end]).split(b";")[0], 16)
@@ -77,7 +76,7 @@ def _join_chunks(buffer: bytearray, at: int) -> bytes | None:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time; opened when there is something to ask, and again after the server has closed it."""
+    """Send one request at a time; connect when there is a request, and again after the server has closed."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -86,13 +85,13 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
 
     async def open(self) -> None:
-        """Nothing if it is open."""
+        """Connect, unless there is a connection."""
         if self._transport is None or self._transport.is_closing():
             loop = asyncio.get_running_loop()
             self._transport, _ = await loop.create_connection(lambda: self, "127.0.0.1", self.port)
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """(status, body). Broken, or another OSError, without an answer."""
+        """Send a request and return (status, body). Raises Broken, or another OSError, without an answer."""
         await self.open()
         assert self._transport is not None
         self._buffer.clear()
@@ -104,26 +103,26 @@ class Connection(asyncio.Protocol):
             self._answer = None
 
     def close(self) -> None:
-        """A request in flight is abandoned."""
+        """Close the connection and abandon a request in flight."""
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """The event loop's call."""
+        """Take bytes from the event loop, and finish the request when its answer is whole."""
         self._buffer += data
         try:
-            found = parse(self._buffer)
+            answer = parse(self._buffer)
         except (Broken, ValueError) as error:
             self._fail(error)
             return
-        if found is not None and self._answer is not None and not self._answer.done():
-            status, body, stays = found
+        if answer is not None and self._answer is not None and not self._answer.done():
+            status, body, stays = answer
             if not stays:
                 self.close()
             self._answer.set_result((status, body))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The event loop's call."""
+        """Fail the request in flight when the event loop says that the connection is gone."""
         self._transport = None
         self._fail(error or Broken("the server closed the connection"))
 
@@ -136,8 +135,8 @@ class Connection(asyncio.Protocol):
 
 
 @dataclass(slots=True)
-class Asked:
-    """One request; seconds by time.perf_counter."""
+class Exchange:
+    """Record one request and its answer; seconds by time.perf_counter."""
 
     index: int  # in the pool
     intended: float
@@ -147,21 +146,21 @@ class Asked:
     body: bytes = b""
 
 
-async def closed(
+async def closed_loop(
     port: int, pool: Sequence[bytes], callers: int, seconds: float, warm_s: float = 0.1
-) -> tuple[list[Asked], float]:
-    """All that was asked, and when the `seconds` began that are to be counted: `warm_s` after the first round.
+) -> tuple[list[Exchange], float]:
+    """Run a closed loop; return all requests, and when the `seconds` began that count: `warm_s` after the first round.
 
-    The first round, an answer for each caller, is the server's way into its stride: batches that are not full yet.
+    In the first round, an answer for each caller, batches are not full yet.
     """
-    turn, asked = itertools.count(), list[Asked]()
+    turn, asked = itertools.count(), list[Exchange]()
     connections = [Connection(port) for _ in range(callers)]
     start = end = math.inf
 
     async def caller(connection: Connection) -> None:
         nonlocal start, end
         while (now := time.perf_counter()) < end:
-            one = Asked(next(turn) % len(pool), now, now)
+            one = Exchange(next(turn) % len(pool), now, now)
             try:
                 one.status, one.body = await connection.ask(pool[one.index])
             except OSError:
@@ -174,14 +173,14 @@ async def closed(
 
     tasks = [asyncio.ensure_future(caller(connection)) for connection in connections]
     _, late = await asyncio.wait(tasks, timeout=warm_s + seconds + 2 * PATIENCE_S)  # first round, last
-    await _abandon(late)
+    await _cancel(late)
     for connection in connections:
         connection.close()
     return asked, start
 
 
 def arrivals(phases: Iterable[tuple[float, float]], seed: int) -> NDArray[np.float64]:
-    """Poisson arrival times in seconds of phases of (requests a second, seconds), one after the other."""
+    """Draw Poisson arrival times in seconds, for phases of (requests a second, seconds) one after the other."""
     rng, at, times = np.random.default_rng(seed), 0.0, list[NDArray[np.float64]]()
     for rate, seconds in phases:
         gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * math.sqrt(rate * seconds) + 10))
@@ -191,17 +190,17 @@ def arrivals(phases: Iterable[tuple[float, float]], seed: int) -> NDArray[np.flo
     return np.concatenate(times)
 
 
-async def opened(
+async def open_loop(
     port: int, pool: Sequence[bytes], times: Sequence[float] | NDArray[np.float64], patience_s: float = PATIENCE_S
-) -> list[Asked]:
-    """One request for each arrival time. What has no answer `patience_s` after the last keeps done = nan."""
+) -> list[Exchange]:
+    """Run an open loop: a request at each arrival time. Without an answer `patience_s` after the last, done is nan."""
     idle = [Connection(port) for _ in range(8)]
     await asyncio.gather(*(connection.open() for connection in idle), return_exceptions=True)
     every, waiting, free = list(idle), set[asyncio.Task[None]](), asyncio.Semaphore(CONNECTIONS)
     start = time.perf_counter() + 0.01
-    asked = [Asked(i % len(pool), start + at) for i, at in enumerate(times)]
+    asked = [Exchange(i % len(pool), start + at) for i, at in enumerate(times)]
 
-    async def ask(one: Asked) -> None:
+    async def ask(one: Exchange) -> None:
         async with free:
             if not idle:
                 idle.append(Connection(port))
@@ -226,7 +225,7 @@ async def opened(
         task.add_done_callback(waiting.discard)
     if waiting:
         _, late = await asyncio.wait(set(waiting), timeout=patience_s)
-        await _abandon(late)
+        await _cancel(late)
     for one in asked:
         if not one.status and one.done > asked[-1].intended + patience_s:
             one.done = math.nan
@@ -235,8 +234,8 @@ async def opened(
     return asked
 
 
-async def abandon(port: int, pool: Sequence[bytes], callers: int, after_s: float = 0.02) -> None:
-    """So many callers who ask at once and leave before they are answered."""
+async def abandon_requests(port: int, pool: Sequence[bytes], callers: int, after_s: float = 0.02) -> None:
+    """Send requests of so many callers at once, and close their connections before they are answered."""
     connections = [Connection(port) for _ in range(callers)]
     await asyncio.gather(*(connection.open() for connection in connections))
     asking = [asyncio.ensure_future(one.ask(pool[i % len(pool)])) for i, one in enumerate(connections)]
@@ -246,7 +245,8 @@ async def abandon(port: int, pool: Sequence[bytes], callers: int, after_s: float
     await asyncio.gather(*asking, return_exceptions=True)
 
 
-async def _abandon(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -257,16 +257,22 @@ async def _abandon(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 @dataclass
 class Gate:
-    """Answers held against the raw forward pass: expected (N, H, W, 3), and how many levels of 255 they may differ."""
+    """Compare answers with the pictures of the raw forward pass.
+
+    Args:
+        expected: those pictures, (N, H, W, 3) uint8.
+        tolerance: how many levels of 255 a pixel may differ by.
+        unwrap: from an answer's body to a PNG.
+    """
 
     expected: Pixels
     tolerance: int
-    unwrap: Callable[[bytes], bytes] = bytes  # from an answer's body to a PNG
-    seen: dict[tuple[int, bytes], int] = field(default_factory=dict)  # what was decoded once
+    unwrap: Callable[[bytes], bytes] = bytes
+    _differences: dict[tuple[int, bytes], int] = field(default_factory=dict)
 
     def difference(self, index: int, body: bytes) -> int:
-        """The largest, in levels; 256 for what is no picture, or not one of that size."""
-        if (index, body) not in self.seen:
+        """Return the largest difference in levels of 255; 256 for what is no picture, or not one of that size."""
+        if (index, body) not in self._differences:
             try:
                 with Image.open(io.BytesIO(self.unwrap(body)), formats=("PNG",)) as picture:
                     pixels = np.asarray(picture)
@@ -274,20 +280,20 @@ class Gate:
                 levels = int(np.abs(pixels.astype(int) - self.expected[index]).max()) if same else 256
             except Exception:  # whatever a broken file makes Pillow or json raise
                 levels = 256
-            self.seen[index, body] = levels
-        return self.seen[index, body]
+            self._differences[index, body] = levels
+        return self._differences[index, body]
 
 
 def first_of_list(body: bytes) -> bytes:
-    """The PNG in a JSON list of one base64 text."""
+    """Decode the PNG in a JSON list of one base64 text."""
     return base64.b64decode(json.loads(body)[0])
 
 
 UNWRAP: dict[str, Callable[[bytes], bytes]] = {"bytes": bytes, "list": first_of_list}
 
 
-def summary(every: Sequence[Asked], seconds: float, gate: Gate, start: float | None = None) -> dict[str, Any]:
-    """Rates, latencies in ms, and what the gate says of every answer. Only right pictures count as images.
+def summarise(every: Sequence[Exchange], seconds: float, gate: Gate, start: float | None = None) -> dict[str, Any]:
+    """Summarise rates, latencies in ms, and what the gate says of every answer. Only right pictures count as images.
 
     Args:
         start: counted is what was answered within `seconds` from then; None: all.
@@ -315,7 +321,7 @@ def summary(every: Sequence[Asked], seconds: float, gate: Gate, start: float | N
 
 
 def rate(answers: Iterable[float], start: float, end: float) -> float:
-    """Answers a second between two moments, of a server that may answer in batches: over whole batches.
+    """Count answers a second between two moments over whole batches, of a server that may answer in batches.
 
     Sixteen pictures at once every 0.3 s are 53 a second, but half a second sees 16 of them or 32. So the clock runs
     from the last answer before `start` to the last one before `end`; but on to `end`, less the longest pause so far, if
@@ -331,15 +337,15 @@ def rate(answers: Iterable[float], start: float, end: float) -> float:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """p50 to p99.9, mean and max; None of nothing."""
+    """Return p50 to p99.9, mean and max; None without values."""
     if not len(values):
         return None
-    found = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
-    return {**found, "mean": float(np.mean(values)), "max": float(np.max(values))}
+    figures = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+    return {**figures, "mean": float(np.mean(values)), "max": float(np.max(values))}
 
 
-def recovery(asked: Sequence[Asked], start: float, end: float) -> float | None:
-    """Seconds from the end of a burst until latency is again at most twice what it was before the burst, for good.
+def recovery(asked: Sequence[Exchange], start: float, end: float) -> float | None:
+    """Return the seconds from the end of a burst until latency is again at most twice what it was before, for good.
 
     Args:
         asked: of an open loop, before, in and after the burst.
@@ -369,7 +375,7 @@ def recovery(asked: Sequence[Asked], start: float, end: float) -> float | None:
 
 
 def main() -> None:
-    """JSON lines in, JSON lines out: `pool` (a system's requests and its gate), `closed`, `open`, `abandon`."""
+    """Answer commands in JSON lines: `pool` (a system's requests and their pictures), `closed`, `open`, `abandon`."""
     with suppress(ImportError):  # only slower without
         import uvloop
 
@@ -378,24 +384,24 @@ def main() -> None:
     pool: list[bytes] = []
     port, gate = 0, Gate(np.zeros((0, 0, 0, 3), np.uint8), 0)
     for line in sys.stdin:
-        told = json.loads(line)
+        command = json.loads(line)
         answer: dict[str, Any] = {}
-        if told["do"] == "pool":
-            pool = [base64.b64decode(request) for request in told["requests"]]
-            expected = np.load(Path(told["expected"]))
-            port, gate = told["port"], Gate(expected, told["tolerance"], UNWRAP[told["answer"]])
-        elif told["do"] == "closed":
-            found, start = run(closed(port, pool, told["callers"], told["seconds"], told["warm_s"]))
-            answer = summary(found, told["seconds"], gate, start)
-        elif told["do"] == "abandon":
-            run(abandon(port, pool, told["callers"]))
+        if command["do"] == "pool":
+            pool = [base64.b64decode(request) for request in command["requests"]]
+            expected = np.load(Path(command["expected"]))
+            port, gate = command["port"], Gate(expected, command["tolerance"], UNWRAP[command["answer"]])
+        elif command["do"] == "closed":
+            requests, start = run(closed_loop(port, pool, command["callers"], command["seconds"], command["warm_s"]))
+            answer = summarise(requests, command["seconds"], gate, start)
+        elif command["do"] == "abandon":
+            run(abandon_requests(port, pool, command["callers"]))
         else:
-            times = arrivals(told["phases"], told["seed"])
-            found = run(opened(port, pool, times))
-            answer = summary(found, sum(seconds for _, seconds in told["phases"]), gate)
-            if len(told["phases"]) == 3:
-                before, burst, _ = (seconds for _, seconds in told["phases"])
-                answer["recovery_s"] = recovery(found, before, before + burst)
+            times = arrivals(command["phases"], command["seed"])
+            requests = run(open_loop(port, pool, times))
+            answer = summarise(requests, sum(seconds for _, seconds in command["phases"]), gate)
+            if len(command["phases"]) == 3:
+                before, burst, _ = (seconds for _, seconds in command["phases"])
+                answer["recovery_s"] = recovery(requests, before, before + burst)
         print(json.dumps(answer), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Our own server with a constant picture where the forward pass would be."""
+"""Serve by our own server, with a constant picture in place of the forward pass."""
 
 import numpy as np
 import uvicorn
@@ -11,7 +11,7 @@ picture = constant(*TOLD["size"])
 
 
 def draw(self, steps, orders, *_, **__):
-    """The constant, so many times."""
+    """Return the constant picture for each order."""
     return np.broadcast_to(picture, (len(orders), *picture.shape))
 
 

@@ -1,4 +1,4 @@
-"""LitServe: its batching loop, binary answers, no extra log; `batch_timeout` is told."""
+"""Serve by LitServe: its batching loop with a `batch_timeout` of the benchmark's choice, binary answers, no log."""
 
 from typing import Any
 
@@ -8,30 +8,30 @@ from work import BATCH, PORT, TOLD, Work, png
 
 
 class Pictures(litserve.LitAPI):
-    """Requests are read and answers encoded one by one in the worker, drawn together."""
+    """Read requests and encode answers one by one, and draw them together, all in the worker."""
 
     def setup(self, device: str) -> None:
-        """In the worker, once."""
+        """Open the model in the worker."""
         self.work = Work()
 
     def decode_request(self, request: dict[str, Any]) -> Any:
-        """One order."""
+        """Read one order."""
         return self.work.order(request)
 
     def batch(self, inputs: list[Any]) -> list[Any]:
-        """Orders stay a list."""
+        """Keep the orders as a list."""
         return inputs
 
     def predict(self, x: list[Any]) -> Any:
-        """All together."""
+        """Draw all orders in one batch."""
         return self.work.draw(x)
 
     def unbatch(self, output: Any) -> list[Any]:
-        """One by one."""
+        """Split the batch."""
         return list(output)
 
     def encode_response(self, output: Any) -> Response:
-        """A PNG."""
+        """Encode a PNG."""
         return Response(content=png(output), media_type="image/png")
 
 

@@ -1,4 +1,4 @@
-"""What people copy: FastAPI, the forward pass in the handler, one picture at a time."""
+"""Serve by FastAPI as tutorials do: the forward pass in the handler, one picture at a time."""
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -10,7 +10,7 @@ app = FastAPI()
 
 @app.post("/draw")
 async def draw(request: Request) -> Response:
-    """A PNG of an order in JSON, or of a picture's bytes with the seed in the query."""
+    """Draw a PNG of an order in JSON, or of a picture's bytes with the seed in the query."""
     if request.headers["content-type"] == "image/png":
         order = work.order(dict(request.query_params), await request.body())
     else:

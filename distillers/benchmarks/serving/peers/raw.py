@@ -1,4 +1,4 @@
-"""No server: the forward pass in a loop, with and without encoding. Commands come as JSON lines, results go back so."""
+"""Draw without a server: the forward pass in a loop, with and without encoding, on commands in JSON lines."""
 
 import json
 import sys
@@ -11,24 +11,25 @@ from work import Work, png
 
 
 def main() -> None:
-    """`expect`: the pictures of the orders, one by one, into a .npy; `time`: a loop of so many seconds."""
+    """Answer `expect` (write the pictures of all orders, drawn one by one, to a .npy) and `time` (time a loop)."""
     work = Work()
     orders: list[Any] = []
     for line in sys.stdin:
-        told = json.loads(line)
-        if told["do"] == "expect":
+        command = json.loads(line)
+        if command["do"] == "expect":
             orders = [
-                work.order(body, Path(body["file"]).read_bytes() if "file" in body else None) for body in told["orders"]
+                work.order(body, Path(body["file"]).read_bytes() if "file" in body else None)
+                for body in command["orders"]
             ]
-            np.save(told["path"], np.concatenate([work.draw([order]) for order in orders]))
+            np.save(command["path"], np.concatenate([work.draw([order]) for order in orders]))
             answer: dict[str, Any] = {}
         else:
-            answer = loop(work, orders, told["batch"], told["encode"], told["seconds"])
+            answer = loop(work, orders, command["batch"], command["encode"], command["seconds"])
         print(json.dumps(answer), flush=True)
 
 
 def loop(work: Work, orders: list[Any], batch: int, encoding: bool, seconds: float) -> dict[str, Any]:
-    """Images a second, milliseconds of a pass (median) and of processor time per image."""
+    """Time a loop: images a second, milliseconds of a pass (median) and of processor time per image."""
     passes, at = [], 0
     cpu, started = time.process_time(), time.perf_counter()
     while (begun := time.perf_counter()) < started + seconds or len(passes) < 3:

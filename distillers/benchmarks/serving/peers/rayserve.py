@@ -1,4 +1,4 @@
-"""Ray Serve: one replica with `@serve.batch` that does not wait, behind its proxy or, when told so, HAProxy."""
+"""Serve by Ray Serve: one replica with a `@serve.batch` that does not wait, behind its proxy or HAProxy."""
 
 import signal
 import tempfile
@@ -14,18 +14,18 @@ from work import BATCH, PORT, Work, png
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=4 * BATCH, ray_actor_options={"num_cpus": 1})
 class Pictures:
-    """Batches by `@serve.batch`."""
+    """Draw the batches that `@serve.batch` makes."""
 
     def __init__(self) -> None:
         self.work = Work()
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0)
     async def draw(self, orders: list[Any]) -> list[bytes]:
-        """All together."""
+        """Draw and encode all orders in one batch."""
         return [png(picture) for picture in self.work.draw(orders)]
 
     async def __call__(self, request: Request) -> Response:
-        """A PNG of an order in JSON, or of a picture's bytes with the seed in the query."""
+        """Draw a PNG of an order in JSON, or of a picture's bytes with the seed in the query."""
         if request.headers["content-type"] == "image/png":
             order = self.work.order(dict(request.query_params), await request.body())
         else:

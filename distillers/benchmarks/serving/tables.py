@@ -1,4 +1,4 @@
-"""The serving benchmark to read: tables in Markdown, and one plot. What was measured comes from `serving`."""
+"""Write the figures of the serving benchmark as tables in Markdown and as one plot."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from distillers.benchmarks.serving.serving import BURST, BURST_LOAD, LEAVE, LONGEST, PICTURES
+from distillers.benchmarks.serving.measure import BURST, BURST_LOAD, LEAVE, LONGEST, PICTURES
 from distillers.evaluation.report import markdown_table
 
-Row = tuple[str, Mapping[str, Any]]  # a system's title and what was found of it
+Row = tuple[str, Mapping[str, Any]]  # a system's title and its figures
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4", "#17becf", "#2ca02c", "#98df8a", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown: for each workload the raw loop, the closed loop and the open loop; then how it was measured."""
+    """Write for each workload the raw loop, the closed loop and the open loop; then how it was measured."""
     parts = [_workload(found, one) for one in found["workloads"]]
     return "\n\n".join([*parts, _setting(found), f"Measured by `{command(found)}`."]) + "\n"
 
 
 def command(found: Mapping[str, Any]) -> str:
-    """What measures the same again."""
+    """Write the command that measures the same again."""
     plan = found["plan"]
     words = ["fewstep benchmark serving", *(f"weights/{name}" for name in plan["folders"])]
-    told = {"systems": found["peers"], "concurrency": plan["callers"], "load": plan["loads"]}
-    words += [f"--{name} {','.join(map(str, values))}" for name, values in told.items()]
+    lists = {"systems": found["peers"], "concurrency": plan["callers"], "load": plan["loads"]}
+    words += [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
     words += [f"--{name} {plan[name]}" for name in ("rounds", "seconds", "device", "dtype", "batch")]
     words += [f"--no-{name}" for name in ("constant", "burst") if not plan[name]]
     return " ".join(words if plan["pinned"] else [*words, "--unpinned"])
 
 
 def _workload(found: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    """Write the tables of one workload."""
     forward, encoded = one["raw"]["forward"], one["raw"]["encoded"]
     first = f"{forward['batches'][1]['pass_ms']['median']:.2f}"
     both = encoded["batches"][1]["pass_ms"]["median"]
@@ -49,9 +50,7 @@ def _workload(found: Mapping[str, Any], one: Mapping[str, Any]) -> str:
         f"{encoded['best_batch']} (one picture: {both:.2f} ms).",
         "",
     ]
-    rows = [
-        (found["peers"][name]["title"], figures) for name, figures in one["systems"].items() if _counts(figures)
-    ]  # fmt: skip
+    rows = [(found["peers"][name]["title"], figures) for name, figures in one["systems"].items() if _counts(figures)]
     lines += [_closed(one, rows), ""] if rows else []
     lines += [_open(one, rows), ""] if rows and not one["constant"] and rows[0][1]["open"] else []
     for name, figures in one["systems"].items():
@@ -73,10 +72,12 @@ def _workload(found: Mapping[str, Any], one: Mapping[str, Any]) -> str:
 
 
 def _counts(figures: Mapping[str, Any]) -> bool:
+    """Say whether a system was measured and every picture was right."""
     return "not_measured" not in figures and not figures["gate"]["wrong"]
 
 
 def _closed(one: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Write the table of the closed loops."""
     alone = one["raw"]["encoded"]["batches"][1]["pass_ms"]["median"]
     forward, encoded = (one["raw"][kind]["best"]["median"] for kind in ("forward", "encoded"))
     callers = list(rows[0][1]["closed"])
@@ -109,6 +110,7 @@ def _closed(one: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _open(one: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Write the table of the open loops."""
     alone = one["raw"]["forward"]["batches"][1]["pass_ms"]["median"]
 
     def latency(load: int) -> Any:
@@ -125,28 +127,31 @@ def _open(one: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _rate(point: Mapping[str, Any]) -> str:
+    """Write images a second, and the share that failed."""
     middle = point["images_per_second"]["median"]
     return f"{middle:.{0 if middle >= 100 else 1}f}{_failed(point)}"
 
 
 def _latency(point: Mapping[str, Any]) -> str:
+    """Write p50 / p99 in ms, and the share that failed."""
     p50, p99 = (point["latency_ms"].get(name) for name in ("p50", "p99"))
-    told = f"{p50['median']:.1f} / {p99['median']:.1f}" if p50 and p99 else "-"
-    return told + _failed(point)
+    return (f"{p50['median']:.1f} / {p99['median']:.1f}" if p50 and p99 else "-") + _failed(point)
 
 
 def _failed(point: Mapping[str, Any]) -> str:
-    """Who was sent away, or never answered, as a share."""
+    """Write the share of requests that were refused or never answered; "" without one."""
     lost = sum(point["failed"].values())
     return f", {100 * lost / max(point['asked'], lost):.0f} % failed" if lost else ""
 
 
 def _share(point: Mapping[str, Any], alone: float) -> float | None:
+    """Divide the p99 latency by the ms of a forward pass of one picture."""
     p99 = point["latency_ms"].get("p99")
     return p99["median"] / alone if p99 else None
 
 
 def _recovery(burst: Mapping[str, Any] | None) -> str:
+    """Write the seconds of recovery from a burst, and the share that failed."""
     if burst is None:
         return "-"
     lost = _failed(burst)
@@ -154,7 +159,7 @@ def _recovery(burst: Mapping[str, Any] | None) -> str:
 
 
 def _figure(figure: Mapping[str, Any], digits: int | None = None) -> str:
-    """The median and, over more than one round, the quartiles."""
+    """Write the median and, over more than one round, the quartiles."""
     if digits is None:
         digits = 0 if figure["median"] >= 100 else 1
     middle, low, high = (f"{figure[name]:.{digits}f}" for name in ("median", "q1", "q3"))
@@ -162,6 +167,7 @@ def _figure(figure: Mapping[str, Any], digits: int | None = None) -> str:
 
 
 def _setting(found: Mapping[str, Any]) -> str:
+    """Write where and how the figures were measured, and what each column means."""
     s, plan = found["setting"], found["plan"]
     pinned = f"the servers on processor {s['servers_on'][0]}, the client on {s['client_on'][0]}"
     free = "servers and client on all processors"
@@ -199,7 +205,7 @@ PNG codec unless it says otherwise, same OpenMP settings for all.{late}
 
 
 def soak_table(found: Mapping[str, Any]) -> str:
-    """Markdown: the verdict, then minute by minute."""
+    """Write the verdict on a long run, then a line for each minute."""
     memory, s = found["memory"], found["setting"]
     verdict = "flat" if memory["flat"] else "**not flat**"
     checked, wrong = (sum(minute[name] for minute in found["minutes"]) for name in ("served", "wrong"))
@@ -230,7 +236,7 @@ Measured by `{" ".join(again)}`.
 
 
 def plot(found: Mapping[str, Any], path: Path, side: int = 330) -> None:
-    """Images a second by callers, a panel for each workload; the raw loop with encoding as a line across. A PNG."""
+    """Draw images a second by callers as a PNG, a panel for each workload; a line shows the raw loop with encoding."""
     font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
     margin, top, legend = 62, 44, 300
     panels = found["workloads"]
@@ -277,6 +283,6 @@ def plot(found: Mapping[str, Any], path: Path, side: int = 330) -> None:
 
 
 def _step(rough: float) -> float:
-    """The next of 1, 2, 5, 10, ... ."""
+    """Round up to the next of 1, 2, 5, 10, ... ."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
