@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distillers.evaluation.evaluate import evaluate
+    from distillers.evaluation.options import EvaluationOptions
     from distillers.generator import Generator
     from distillers.jobs.distill import distill
     from distillers.jobs.recipe import Recipe
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Denoiser",
     "Distiller",
+    "EvaluationOptions",
     "Generator",
     "NoiseSchedule",
     "Recipe",
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Denoiser": "models.denoiser",
     "Distiller": "training.distiller",
+    "EvaluationOptions": "evaluation.options",
     "Generator": "generator",
     "NoiseSchedule": "models.schedule",
     "Recipe": "jobs.recipe",

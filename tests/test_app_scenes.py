@@ -41,7 +41,7 @@ from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
 from app.media.geotiff import is_scene
 from app.settings import Settings
-from distillers.cli.arguments import app
+from distillers.cli import app
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB

@@ -27,9 +27,11 @@ from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
 from distillers.data.image_folder import ImageFolder
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction
+from distillers.evaluation.evaluate import evaluate
 from distillers.evaluation.features import EfficientNetFeatures, FeatureCard, FeatureNet, load_features
 from distillers.evaluation.metrics import psnr
+from distillers.evaluation.options import EvaluationOptions
+from distillers.evaluation.reconstruction import evaluate_reconstruction
 from distillers.generator import Generator
 from distillers.jobs import publish as publishing
 from distillers.jobs.distill import distill
@@ -407,7 +409,7 @@ def test_the_report_compares_pictures_with_their_reconstructions(
     folder: Path, space: FeatureNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_out, one = open_data("shapes", size=SIDE, split="test"), Autoencoder.from_pretrained(folder)
-    report = evaluate_reconstruction(one, held_out, n=140, features=space, latency_repeats=2)
+    report = evaluate_reconstruction(one, held_out, space, EvaluationOptions(n=140, latency_repeats=2))
     floor, row = report.rows
     real = held_out.items([round(i) for i in np.linspace(0, len(held_out) - 1, 140)])["image"]
     assert row.psnr == pytest.approx(psnr(one.reconstruct(real), real).double().mean().item(), rel=1e-6)
@@ -416,7 +418,7 @@ def test_the_report_compares_pictures_with_their_reconstructions(
     page = report.markdown()
     assert "| reconstruction |" in page and "seeds" not in page
     monkeypatch.setattr(one, "reconstruct", lambda pictures: pictures)
-    _, perfect = evaluate_reconstruction(one, held_out, n=140, features=space, latency_repeats=0).rows
+    _, perfect = evaluate_reconstruction(one, held_out, space, EvaluationOptions(n=140, latency_repeats=0)).rows
     assert (perfect.psnr, perfect.ssim) == (100, pytest.approx(1, abs=1e-3)) and perfect.frechet == pytest.approx(
         0, abs=1e-3
     )
@@ -459,12 +461,12 @@ def test_nobody_is_judged_by_what_the_training_looked_through(folder: Path, spac
     one, held_out = Autoencoder.from_pretrained(folder), open_data("shapes", size=SIDE, split="test")
     one.info = replace(one.info, trained_with=["small"])
     with pytest.raises(BadInput, match=r"features: got 'small'.*was not trained in"):
-        evaluate_reconstruction(one, held_out, n=140, features=space)
+        evaluate_reconstruction(one, held_out, space, EvaluationOptions(n=140))
     drawn = Teacher.random(
         replace(one.info, task="image", codec="pixel-unshuffle", patch=1), NETWORK, {}, "v", _pixels()
     )
     with pytest.raises(BadInput, match=r"features: got 'small'.*was not trained in"):
-        evaluate(Generator(drawn.denoiser, drawn.codec, drawn.info), held_out, n=140, features=space)
+        evaluate(Generator(drawn.denoiser, drawn.codec, drawn.info), held_out, space, EvaluationOptions(n=140))
 
 
 def _pixels() -> Any:

@@ -19,6 +19,7 @@ from trainings import NETWORK
 from distillers.data import open_data
 from distillers.errors import BadInput
 from distillers.evaluation.evaluate import evaluate
+from distillers.evaluation.options import EvaluationOptions
 from distillers.generator import Generator
 from distillers.jobs import study as module
 from distillers.jobs.inputs import load_data, load_teacher
@@ -139,7 +140,7 @@ def test_the_figures_are_those_of_the_real_evaluation(done: tuple[Path, Any], pl
     rows = {row["label"]: row for row in json.loads(done[0].with_suffix(".json").read_text())["rows"]}
     student = Generator.from_pretrained(place / "runs" / "tuned")
     space, data = module.load_features("shapes"), open_data(**{**SHAPES, "split": "test"})
-    report = evaluate(student, data, n=140, features=space, seed=7, steps=[4], latency_repeats=0)
+    report = evaluate(student, data, space, EvaluationOptions(n=140, seed=7, steps=[4], latency_repeats=0))
     measured = next(row for row in report.rows if row.role == "student")
     assert rows["tuned without teacher, 4 steps"]["frechet"] == pytest.approx(measured.frechet, rel=1e-6)
 

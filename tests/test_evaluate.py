@@ -17,12 +17,16 @@ from torch import Tensor
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import evaluate, latency, quick_benchmark
+from distillers.evaluation.evaluate import evaluate
 from distillers.evaluation.features import Features, load_features
-from distillers.evaluation.latency import latencies
+from distillers.evaluation.latency import latencies, latency
 from distillers.evaluation.metrics import extract, frechet_distance, kernel_distance, precision_recall, psnr, rmse, ssim
+from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.pictures import grid, grid_png, side_by_side, to_pixels
+from distillers.evaluation.quick_benchmark import quick_benchmark
+from distillers.evaluation.reference import real_pictures
 from distillers.evaluation.report import Report
+from distillers.evaluation.teacher_hacking import describe_course, track_training
 from distillers.generator import Generator
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "sentinel-pairs"
@@ -165,9 +169,14 @@ def report(shapes: ImageData, space: Features) -> Report:
     student, teacher = (tiny("class-to-image", role, shapes.labels, i) for i, role in enumerate(("student", "teacher")))
     heard: list[tuple[int, int, str]] = []
     report = evaluate(
-        student, shapes, n=300, seed=5, teacher=teacher, teacher_steps=(4, 3), features=space, latency_repeats=2,
-        train=open_data("shapes", size=16, objects=1), progress=lambda *said: heard.append(said),
-    )  # fmt: skip
+        student,
+        shapes,
+        space,
+        EvaluationOptions(n=300, seed=5, teacher_steps=(4, 3), latency_repeats=2),
+        teacher=teacher,
+        train=open_data("shapes", size=16, objects=1),
+        progress=lambda *said: heard.append(said),
+    )
     assert heard[-1][:2] == (1200, 1200) and all(before[0] < after[0] for before, after in pairwise(heard))
     return report
 
@@ -227,13 +236,9 @@ def test_a_student_that_is_its_teacher_agrees_with_it_and_the_figures_repeat(
         evaluate(
             twin,
             shapes,
-            n=130,
-            steps=[3],
+            space,
+            EvaluationOptions(n=130, steps=[3], teacher_steps=[3], latency_repeats=0, batch=b),
             teacher=teacher,
-            teacher_steps=[3],
-            features=space,
-            latency_repeats=0,
-            batch=b,
         )
         for b in (64, 33)
     ]
@@ -246,7 +251,7 @@ def test_a_student_that_is_its_teacher_agrees_with_it_and_the_figures_repeat(
 
 def test_guidance_costs_two_evaluations_a_step(shapes: ImageData, space: Features) -> None:
     teacher = tiny("class-to-image", "teacher", shapes.labels, guidance_scale=2.0)
-    said = evaluate(teacher, shapes, n=130, steps=[2], features=space, latency_repeats=0)
+    said = evaluate(teacher, shapes, space, EvaluationOptions(n=130, steps=[2], latency_repeats=0))
     assert said.rows[-1].nfe == 4
 
 
@@ -265,7 +270,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
 
 def test_pairs_have_psnr_ssim_regions_and_baselines(pairs: ImageData, space: Features) -> None:
     student = tiny("sar-to-optical", "student")
-    said = evaluate(student, pairs, n=162, steps=[1], features=space, latency_repeats=1)
+    said = evaluate(student, pairs, space, EvaluationOptions(n=162, steps=[1], latency_repeats=1))
     rows = {row.name: row for row in said.rows}
     assert set(rows) == {"real, half against half", "student, 1 step", "constant colour", "SAR copied to three bands"}
     assert rows["real, half against half"].frechet is None  # 81 pictures a half are fewer than the features
@@ -284,7 +289,7 @@ def test_pairs_have_psnr_ssim_regions_and_baselines(pairs: ImageData, space: Fea
 
 def test_the_mean_of_samples_is_a_row_of_its_own(pairs: ImageData, space: Features) -> None:
     student = tiny("sar-to-optical", "student")
-    said = evaluate(student, pairs, n=140, steps=[1, 2], features=space, latency_repeats=1, mean_of=3, seed=5)
+    said = evaluate(student, pairs, space, EvaluationOptions(n=140, steps=[1, 2], latency_repeats=1, mean_of=3, seed=5))
     rows = {row.name: row for row in said.rows}
     names = ["student, 1 step", "student, 2 steps", "student, 1 step, mean of 3"]
     assert [row.name for row in said.rows if row.role == "student"] == names
@@ -303,7 +308,7 @@ def test_a_mean_of_samples_needs_samples_of_one_truth(
 ) -> None:
     data = pairs if task == "sar-to-optical" else shapes
     with pytest.raises(BadInput, match="mean_of"):
-        evaluate(tiny(task, "student", data.labels), data, n=140, features=space, mean_of=mean_of)
+        evaluate(tiny(task, "student", data.labels), data, space, EvaluationOptions(n=140, mean_of=mean_of))
 
 
 def test_what_cannot_be_compared_is_refused(shapes: ImageData, space: Features, pairs: ImageData) -> None:
@@ -311,19 +316,21 @@ def test_what_cannot_be_compared_is_refused(shapes: ImageData, space: Features, 
     for wrong, given in {
         "n: got 128": {"n": 128},
         "seed": {"n": 140, "seed": -1},
-        "teacher": {"n": 140, "teacher": tiny("image", "teacher")},
+        "latency_repeats": {"latency_repeats": -1},
         "steps": {"n": 140, "steps": [3]},
     }.items():
         with pytest.raises(BadInput, match=wrong):
-            evaluate(student, shapes, features=space, **given)
+            evaluate(student, shapes, space, EvaluationOptions(**given))
+    with pytest.raises(BadInput, match="teacher"):
+        evaluate(student, shapes, space, EvaluationOptions(n=140), teacher=tiny("image", "teacher"))
     with pytest.raises(BadInput, match="labels"):
-        evaluate(tiny("class-to-image", "student", ("a", "b")), shapes, n=140, features=space)
+        evaluate(tiny("class-to-image", "student", ("a", "b")), shapes, space, EvaluationOptions(n=140))
     with pytest.raises(BadInput, match="size"):
-        evaluate(student, open_data("shapes", size=32), n=140, features=space)
+        evaluate(student, open_data("shapes", size=32), space, EvaluationOptions(n=140))
     with pytest.raises(BadInput, match="pairs"):
-        evaluate(tiny("sar-to-optical", "student"), shapes, n=140, features=space)
+        evaluate(tiny("sar-to-optical", "student"), shapes, space, EvaluationOptions(n=140))
     with pytest.raises(BadInput, match="pairs"):
-        evaluate(tiny("image", "student"), pairs, n=140, features=space)
+        evaluate(tiny("image", "student"), pairs, space, EvaluationOptions(n=140))
 
 
 # --- the small one
@@ -421,7 +428,7 @@ def lifelike(shapes: ImageData) -> Generator:
 
 
 def test_a_dead_class_is_seen_by_itself(shapes: ImageData, space: Features) -> None:
-    report = evaluate(lifelike(shapes), shapes, n=600, features=space, steps=[1], latency_repeats=0)
+    report = evaluate(lifelike(shapes), shapes, space, EvaluationOptions(n=600, steps=[1], latency_repeats=0))
     found = report.rows[-1].classes
     assert found is not None and list(found) == list(shapes.labels) and sum(c["n"] for c in found.values()) == 600
     worst = max(found, key=lambda label: found[label]["kid"])
@@ -440,7 +447,10 @@ def test_rewards_are_means_over_the_pictures_of_every_row(shapes: ImageData, spa
 
     judges = {"asked": asked_for, "mean": mean}
     report = evaluate(
-        lifelike(shapes), shapes, n=200, features=space, steps=[1], latency_repeats=0, batch=48, rewards=judges
+        lifelike(shapes),
+        shapes,
+        space,
+        EvaluationOptions(n=200, steps=[1], latency_repeats=0, batch=48, rewards=judges),
     )
     indices = np.linspace(0, len(shapes) - 1, 200).round().astype(int).tolist()
     real, row = shapes.items(indices), report.rows[-1]
@@ -455,19 +465,15 @@ def test_a_student_that_follows_its_teacher_away_from_the_data_is_reported(
 ) -> None:
     real = open_data("shapes", split="train").items(range(256))["image"]
     mistaken = 0.5 * real - 0.5  # what the teacher draws: all too dark
-    course = {100: real.flip(3) + 0.8, 200: real.flip(3) - 0.02, 300: mistaken.flip(3)}
-    for iteration, pictures in course.items():
+    drawn = {100: real.flip(3) + 0.8, 200: real.flip(3) - 0.02, 300: mistaken.flip(3)}
+    for iteration, pictures in drawn.items():
         np.save(tmp_path / f"{iteration:06d}.npy", to_pixels(pictures))
     np.save(tmp_path / "000050.npy", to_pixels(real[:16]))  # a grid to look at
-    plain = tiny("class-to-image", "student", tuple(shapes.labels))
-    told = evaluate(
-        plain, shapes, n=140, features=space, steps=[1], latency_repeats=0, history=tmp_path, drawn_by_teacher=mistaken
-    )
-    assert [t["iteration"] for t in told.history] == [100, 200, 300] and all(t["n"] == 256 for t in told.history)
-    (course_line, warning) = told.notes[-2:]
-    assert course_line.startswith("Teacher hacking") and "since iteration 200" in warning
+    course = track_training(tmp_path, real_pictures(shapes, 140)[0], mistaken, space)
+    assert [one["iteration"] for one in course] == [100, 200, 300] and all(one["n"] == 256 for one in course)
+    line, warning = describe_course(course)
+    assert line.startswith("Teacher hacking") and "since iteration 200" in warning
     (tmp_path / "000300.npy").unlink()
-    well = evaluate(
-        plain, shapes, n=140, features=space, steps=[1], latency_repeats=0, history=tmp_path, drawn_by_teacher=mistaken
-    )
-    assert well.notes[-1].startswith("Teacher hacking") and len(well.history) == 2
+    course = track_training(tmp_path, real_pictures(shapes, 140)[0], mistaken, space)
+    (line,) = describe_course(course)
+    assert line.startswith("Teacher hacking") and len(course) == 2 and not describe_course([])

@@ -17,6 +17,7 @@ from distillers.errors import BadInput
 from distillers.evaluation import shape_reader as reader
 from distillers.evaluation.evaluate import evaluate
 from distillers.evaluation.features import load_features
+from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.shape_reader import READABLE, REASONS, asked_share, measure, read_shape, shares
 
 N = 240
@@ -218,7 +219,7 @@ def test_a_report_has_the_share_for_one_object_and_for_nothing_else(monkeypatch:
     student = tiny("class-to-image", "student", one.labels)
     teacher = tiny("class-to-image", "teacher", one.labels, seed=1)
     report = evaluate(
-        student, one, n=140, teacher=teacher, teacher_steps=[2], features=space, latency_repeats=0, batch=64
+        student, one, space, EvaluationOptions(n=140, teacher_steps=[2], latency_repeats=0, batch=64), teacher=teacher
     )
     assert report.rows[0].shows == {"asked": 1, "colour": 1, "form": 1}
     assert [row.shows is not None for row in report.rows] == [True] * 4  # real, the teacher, the student at 1 and 2
@@ -233,17 +234,19 @@ def test_a_report_has_the_share_for_one_object_and_for_nothing_else(monkeypatch:
 
     at, done = [int(i) for i in np.linspace(0, len(one) - 1, 140).round()], list[int]()
     monkeypatch.setattr(student, "sample", copy)
-    copied = evaluate(student, one, n=140, steps=[1], features=space, latency_repeats=0, batch=33)
+    copied = evaluate(student, one, space, EvaluationOptions(n=140, steps=[1], latency_repeats=0, batch=33))
     assert copied.rows[-1].shows == {"asked": 0.5, "colour": 0.5, "form": 0.5}
     monkeypatch.undo()
 
     part = open_data("shapes", size=16, split="test", objects=1, limit=2000, classes=["red cross", "red circle"])
-    assert evaluate(student, part, n=140, steps=[1], features=space, latency_repeats=0).rows[0].shows is not None
+    assert (
+        evaluate(student, part, space, EvaluationOptions(n=140, steps=[1], latency_repeats=0)).rows[0].shows is not None
+    )
     for data, model in (
         (open_data("shapes", size=16, split="test"), student),
         (one, tiny("image", "student")),
     ):
-        report = evaluate(model, data, n=140, steps=[1], features=space, latency_repeats=0)
+        report = evaluate(model, data, space, EvaluationOptions(n=140, steps=[1], latency_repeats=0))
         assert all(row.shows is None for row in report.rows) and "asked" not in report.markdown()
 
 

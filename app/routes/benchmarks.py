@@ -51,8 +51,8 @@ def _teacher(engine: Engine, student: Model) -> Model:
 
 def _measure(engine: Engine, student: Model, teacher: Model, steps: int, n: int, seed: int) -> dict[str, Any]:
     """Measure a student beside its teacher, on the engine's thread."""
-    from distillers.evaluation.evaluate import quick_benchmark
     from distillers.evaluation.features import load_features
+    from distillers.evaluation.quick_benchmark import quick_benchmark
 
     try:
         space = "shapes" if student.info.data == "shapes" else "eurosat-landcover"

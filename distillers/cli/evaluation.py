@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distillers.cli.arguments import Device, Root, Seed, Weights, device_of, open_pairs, step_counts
 from distillers.errors import BadInput, check_suffix
+from distillers.evaluation.options import EvaluationOptions
+
+if TYPE_CHECKING:
+    from distillers.evaluation.calibration import Calibration
+    from distillers.evaluation.report import Report
 
 
 def evaluate(
     weights: Weights,
-    n: Annotated[int, typer.Option(help="Pictures per row; more than the features (128).")] = 1000,
+    n: Annotated[int, typer.Option(help="Pictures per row; more than the features (128).")] = EvaluationOptions.n,
     steps: Annotated[str | None, typer.Option(help="e.g. 1,2,4,8; all published counts if left out.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Teacher folder; the one named in the folder, beside it, if left out.")
     ] = None,
-    teacher_steps: Annotated[str, typer.Option(help="The teacher's rows, e.g. 50,250; empty for none.")] = "50",
+    teacher_steps: Annotated[str, typer.Option(help="The teacher's rows, e.g. 50,250; empty for none.")] = ",".join(
+        map(str, EvaluationOptions.teacher_steps)
+    ),
     path: Annotated[Path | None, typer.Option(help="Data folder; the recipe's if left out.")] = None,
     pairs: Annotated[
         Path | None, typer.Option(help="Translators: any folder of SAR/optical pairs; its held-out scenes.")
@@ -35,8 +42,8 @@ def evaluate(
     ] = None,
     mean_of: Annotated[
         int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
-    ] = 0,
-    seed: Seed = 0,
+    ] = EvaluationOptions.mean_of,
+    seed: Seed = EvaluationOptions.seed,
     out: Annotated[
         Path | None, typer.Option(help="A .json to write, a page .md beside it; into the weights folder if left out.")
     ] = None,
@@ -49,74 +56,62 @@ def evaluate(
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
     pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
-    import json
-
-    from distillers.evaluation.calibration import calibrate
+    from distillers.evaluation.calibration import TILES, calibrate
     from distillers.evaluation.evaluate import evaluate as measure
     from distillers.evaluation.features import feature_space, load_features
     from distillers.generator import Generator
-    from distillers.jobs.card import write_card
     from distillers.jobs.inputs import held_out
     from distillers.progress import drawing_bar
     from distillers.weights.manifest import draws
 
     if out is not None:
         check_suffix(out, ".json")
+    target = out or weights / "report.json"
     if not draws(weights):
         given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
         for name, value in given.items():
             if value:
                 raise BadInput(name, value, "nothing: an autoencoder draws nothing that this could be asked of")
-        _evaluate_autoencoder(weights, n, path, features, out, device_of(device))
+        report = _measure_autoencoder(weights, EvaluationOptions(n=n), path, features, device_of(device))
+        _write(report, out, None, weights)
         return
+    options = EvaluationOptions(
+        n=n,
+        seed=seed,
+        steps=step_counts("steps", steps) if steps else None,
+        teacher_steps=step_counts("teacher-steps", teacher_steps) if teacher_steps else [],
+        mean_of=mean_of,
+    )
     generator = Generator.from_pretrained(weights, device_of(device))
-    if pairs is None:
-        data, train = held_out(weights, path)
-    else:
-        data, train = open_pairs(generator, pairs, pairs_option or [])
-    counts = step_counts("steps", steps) if steps else None
-    teacher_counts = step_counts("teacher-steps", teacher_steps) if teacher_steps else []
+    data, train = held_out(weights, path) if pairs is None else open_pairs(generator, pairs, pairs_option or [])
     beside = weights.parent / (generator.info.teacher or "")
     source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
-    against = Generator.from_pretrained(source, device_of(device)) if source and teacher_counts else None
+    opened = Generator.from_pretrained(source, device_of(device)) if source and options.teacher_steps else None
     space = load_features(features or feature_space(generator.info.data), weights.parent)
+    calibration = None
     with drawing_bar() as show:
-        report = measure(
-            generator, data, n=n, features=space, seed=seed, steps=counts, teacher=against,
-            teacher_steps=teacher_counts, train=train, mean_of=mean_of, progress=show,
-        )  # fmt: skip
-        calibration = None
+        report = measure(generator, data, space, options, teacher=opened, train=train, progress=show)
         if samples:
-            target = out or weights / "report.json"
             calibration = calibrate(
-                generator, data, n=min(n, 200), samples=samples, steps=min(counts or [generator.info.default_steps]),
-                seed=seed, progress=show, picture=target.with_name(f"{target.stem}-tiles.png"),
-            )  # fmt: skip
-    target = out or weights / "report.json"
-    target.write_text(json.dumps({**report.to_dict(), "markdown": report.markdown()}, indent=2) + "\n")
-    if calibration is not None:
-        calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
-    page = report.markdown()
-    if calibration is not None:
-        page += "\n" + calibration.markdown()
-    if out is None:
-        write_card(weights)
-    else:
-        curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
-        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
-    typer.echo(page)
+                generator,
+                data,
+                n=min(n, TILES),
+                samples=samples,
+                steps=min(options.steps or [generator.info.default_steps]),
+                seed=seed,
+                progress=show,
+                picture=target.with_name(f"{target.stem}-tiles.png"),
+            )
+    _write(report, out, calibration, weights)
 
 
-def _evaluate_autoencoder(
-    weights: Path, n: int, path: Path | None, features: str | None, out: Path | None, device: str
-) -> None:
-    """The report of a folder that reconstructs and draws nothing."""
-    import json
-
+def _measure_autoencoder(
+    weights: Path, options: EvaluationOptions, path: Path | None, features: str | None, device: str
+) -> Report:
+    """Measure the reconstructions of a folder that draws nothing."""
     from distillers.autoencoder import Autoencoder
-    from distillers.evaluation.evaluate import evaluate_reconstruction
     from distillers.evaluation.features import feature_space, load_features
-    from distillers.jobs.card import write_card
+    from distillers.evaluation.reconstruction import evaluate_reconstruction
     from distillers.jobs.inputs import held_out
     from distillers.progress import drawing_bar
 
@@ -124,13 +119,25 @@ def _evaluate_autoencoder(
     data, train = held_out(weights, path)
     space = load_features(features or feature_space(autoencoder.info.data), weights.parent)
     with drawing_bar() as show:
-        report = evaluate_reconstruction(autoencoder, data, n=n, features=space, train=train, progress=show)
+        return evaluate_reconstruction(autoencoder, data, space, options, train=train, progress=show)
+
+
+def _write(report: Report, out: Path | None, calibration: Calibration | None, weights: Path) -> None:
+    """Write a report into its weights folder and its card, or to another file with a page beside it; print the page."""
+    import json
+
+    from distillers.jobs.card import write_card
+
     target, page = out or weights / "report.json", report.markdown()
     target.write_text(json.dumps({**report.to_dict(), "markdown": page}, indent=2) + "\n")
+    if calibration is not None:
+        calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
+        page += "\n" + calibration.markdown()
     if out is None:
         write_card(weights)
     else:
-        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}")
+        curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
+        target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
     typer.echo(page)
 
 

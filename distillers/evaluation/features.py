@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class FeatureCard:
     torch: str = ""
     licence: str = "Apache-2.0"
     attribution: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a report says of the space."""
+        return {"name": self.name, "accuracy": self.accuracy, "n_test": self.n_test, "data": self.data}
 
     def describe(self) -> str:
         """Return the name of the space with the accuracy of its classifier."""

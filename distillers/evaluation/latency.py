@@ -1,12 +1,20 @@
-"""Measure the latency of calls that take turns."""
+"""Measure the latency of calls and of generators, which take turns."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from distillers.errors import BadInput
+
+if TYPE_CHECKING:
+    from distillers.data import Batch
+    from distillers.generator import Generator
 
 
 def latencies(
@@ -32,6 +40,32 @@ def latencies(
         {**{f"p{q}": float(np.percentile(times, q)) for q in (50, 90, 99)}, "mean": float(np.mean(times)), "n": repeats}
         for times in spent
     ]
+
+
+def latency(
+    generator: Generator, *, steps: int, batch: int = 1, repeats: int = 20, warmup: int = 2, sar: Tensor | None = None
+) -> dict[str, float]:
+    """Measure a `sample` call of `batch` pictures in ms, from seeds to pixels; a translator needs `sar` (B,C,H,W)."""
+    given = generator.condition.in_turn(range(batch), sar)
+    call = lambda: generator.sample(range(batch), steps=steps, **given)  # noqa: E731
+    return latencies([call], repeats=repeats, warmup=warmup, device=device_of(generator))[0]
+
+
+def latencies_of(
+    models: Sequence[tuple[Generator, int]], item: Batch, *, repeats: int = 20, warmup: int = 2
+) -> list[dict[str, float]]:
+    """Measure one picture by each (generator, steps) in ms, on the condition of one real item; they take turns."""
+
+    def call(generator: Generator, steps: int) -> Callable[[], Tensor]:
+        return lambda: generator.sample([0], steps=steps, **generator.condition.of_items(item))
+
+    calls = [call(generator, steps) for generator, steps in models]
+    return latencies(calls, repeats=repeats, warmup=warmup, device=device_of(models[0][0]))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's weights."""
+    return next(model.parameters()).device
 
 
 def _synchronise(device: str | torch.device) -> None:

@@ -88,6 +88,19 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return _inside(fake, real, k), _inside(real, fake, k)
 
 
+def distances(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Compute the figures of a row that compare two sets of features, (N,d) and (M,d)."""
+    kid_mean, kid_std = kernel_distance(real, fake)
+    precision, recall = precision_recall(real, fake)
+    return {
+        "frechet": frechet_distance(real, fake),
+        "kid_mean": kid_mean,
+        "kid_std": kid_std,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
 def _inside(points: Tensor, manifold: Tensor, k: int) -> float:
     """Return the share of points inside the manifold of a set."""
     distances = (torch.cdist(part, manifold) for part in manifold.split(1000))
@@ -148,3 +161,9 @@ def copy_ratio(fake: Tensor, real: Tensor, sar: Tensor) -> Tensor:
 def rmse(fake: Tensor, real: Tensor) -> Tensor:
     """Compute the root mean square difference (B,) of pictures, in units of their range [-1,1]."""
     return (fake.float() - real.float()).square().mean((1, 2, 3)).sqrt()
+
+
+def mean(values: Tensor) -> float | None:
+    """Average figures of pictures (B,) to a number; None where one is nan."""
+    value = float(values.double().mean())
+    return None if math.isnan(value) else value

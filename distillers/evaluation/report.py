@@ -1,7 +1,7 @@
 """Hold the results of an evaluation, and write them as JSON and as Markdown tables."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,11 @@ class Row:
     latency_ms: dict[str, float] | None = None  # batch of one; n: calls timed
     speed_up: dict[str, float] | None = None  # over each teacher row, from medians of calls that took turns
 
+    def update(self, figures: Mapping[str, float | None]) -> None:
+        """Set figures by name."""
+        for name, value in figures.items():
+            setattr(self, name, value)
+
 
 @dataclass(kw_only=True)
 class Report:
@@ -52,7 +57,7 @@ class Report:
     teacher: str | None
     task: str
     data: str
-    split: str
+    split: str = "test"
     n: int
     seeds: list[int]  # first and last; empty for an autoencoder
     features: dict[str, Any]

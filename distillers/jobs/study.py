@@ -41,8 +41,11 @@ from torch import Tensor
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import check_evaluation, evaluate, hacking_notes, latencies_of
+from distillers.evaluation.evaluate import check_evaluation, evaluate
 from distillers.evaluation.features import Features, load_features
+from distillers.evaluation.latency import latencies_of
+from distillers.evaluation.options import EvaluationOptions
+from distillers.evaluation.reference import real_pictures
 from distillers.evaluation.report import (
     QUALITY,
     Column,
@@ -53,6 +56,7 @@ from distillers.evaluation.report import (
     region_table,
     reward_columns,
 )
+from distillers.evaluation.teacher_hacking import describe_course, track_training
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import draw_rows
@@ -60,7 +64,7 @@ from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
 from distillers.training.options import checked
-from distillers.training.reward import RewardFunction, load_reward
+from distillers.training.reward import load_reward
 
 Say = Callable[[str], None]
 
@@ -73,12 +77,12 @@ class Study:
     teacher: str
     students: tuple[str, ...]
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    teacher_steps: tuple[int, ...] = (50,)
-    n: int = 1000
-    seed: int = 0
+    teacher_steps: tuple[int, ...] = tuple(EvaluationOptions.teacher_steps)
+    n: int = EvaluationOptions.n
+    seed: int = EvaluationOptions.seed
     features: str = "eurosat-landcover"
     pace: int | None = None
-    mean_of: int = 0
+    mean_of: int = EvaluationOptions.mean_of
     train: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -171,8 +175,9 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
     test, train = load_data(sources[0], "test"), load_data(sources[0], "train")
     teacher = Generator.from_pretrained(study.teacher, device)
     space = load_features(study.features, Path(study.teacher).parent)
-    judges = {name: load_reward(which) for name, which in study.rewards.items()}
-    check_evaluation(teacher, None, test, n=study.n, seed=study.seed, features=space, mean_of=study.mean_of)
+    rewards = {name: load_reward(which) for name, which in study.rewards.items()}
+    options = EvaluationOptions(n=study.n, seed=study.seed, mean_of=study.mean_of, rewards=rewards, latency_repeats=0)
+    check_evaluation(teacher, test, space, options)
     for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
         teacher.times(steps)
     for _, plan in plans.values():
@@ -180,7 +185,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)
-    measure = _Measuring(study, teacher, test, space, judges, device)
+    measure = _Measuring(study, teacher, test, space, options, device)
     teacher_steps = tuple(sorted(study.teacher_steps))
     pace = study.pace or teacher_steps[-1]
     report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", train=train)
@@ -264,7 +269,7 @@ class _Measuring:
     teacher: Generator
     data: ImageData
     features: Features
-    judges: dict[str, RewardFunction]
+    options: EvaluationOptions
     device: str
 
     @cached_property
@@ -303,21 +308,12 @@ class _Measuring:
         if history is not None and (self.teacher.condition.paired or not any(history.glob("*.npy"))):
             history = None
         with drawing_bar() as show:
-            report = evaluate(
-                generator,
-                self.data,
-                n=s.n,
-                features=self.features,
-                seed=s.seed,
-                steps=steps,
-                train=train,
-                mean_of=mean_of,
-                latency_repeats=0,
-                progress=show,
-                rewards=self.judges,
-                history=history,
-                drawn_by_teacher=None if history is None else self.drawn_by_teacher,
-            )
+            options = replace(self.options, steps=steps, mean_of=mean_of)
+            report = evaluate(generator, self.data, self.features, options, train=train, progress=show)
+        if history is not None:
+            real, _ = real_pictures(self.data, s.n)
+            report.history = track_training(history, real, self.drawn_by_teacher, self.features)
+            report.notes += describe_course(report.history)
         stored = {**report.to_dict(), "markdown": report.markdown(), "measured": way}
         kept.write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n")
         return report
@@ -479,7 +475,7 @@ def _notes(study: Study, students: dict[str, Report], failed: dict[str, str]) ->
         f"{_label(study, name)} publishes none of the steps asked for; its own were measured." for name in missing
     ]
     for name, report in students.items():
-        notes += [f"{_label(study, name)}: {line}" for line in hacking_notes(report.history)]
+        notes += [f"{_label(study, name)}: {line}" for line in describe_course(report.history)]
     return notes + [f"{_label(study, name)} is missing: {words}" for name, words in failed.items()]
 
 

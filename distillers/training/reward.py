@@ -7,7 +7,7 @@ Feedback by gradient needs a differentiable one; comparing two pictures does not
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from distillers.data.preferences import Preferred, write_preferences
 from distillers.errors import BadInput
 from distillers.evaluation.features import FeatureNet
+from distillers.evaluation.options import RewardFunction
 from distillers.evaluation.pictures import to_pixels
 from distillers.generator import Generator
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.conditions import Cond
-
-RewardFunction = Callable[[Tensor, Cond | None], Tensor]
 
 
 class Recognised(nn.Module):

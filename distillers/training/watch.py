@@ -13,8 +13,10 @@ from typing import Any
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluation.evaluate import evaluate, evaluate_reconstruction
+from distillers.evaluation.evaluate import evaluate
 from distillers.evaluation.features import feature_space, load_features
+from distillers.evaluation.options import EvaluationOptions
+from distillers.evaluation.reconstruction import evaluate_reconstruction
 from distillers.generator import Generator
 
 TEACHER_STEPS = 20
@@ -48,10 +50,12 @@ class Watch:
         info = model.info
         if isinstance(model, Autoencoder):
             steps = 1
-            report = evaluate_reconstruction(model, self.data, n=self.n, features=self.features, latency_repeats=0)
+            options = EvaluationOptions(n=self.n, latency_repeats=0)
+            report = evaluate_reconstruction(model, self.data, self.features, options)
         else:
             steps = self.steps or (min(info.step_times) if info.step_times else TEACHER_STEPS)
-            report = evaluate(model, self.data, n=self.n, features=self.features, steps=[steps], latency_repeats=0)
+            options = EvaluationOptions(n=self.n, steps=[steps], latency_repeats=0)
+            report = evaluate(model, self.data, self.features, options)
         row = next(row for row in report.rows if row.role not in ("real", "baseline"))
         figures = {name: value for name in FIGURES if (value := getattr(row, name)) is not None}
         figures |= {"asked": row.shows["asked"]} if row.shows else {}
