@@ -19,7 +19,7 @@ class TrainingStopped(RuntimeError):
     """Report that a training cannot go on; the message says why and where its last good checkpoint is."""
 
 
-def check_suffix(path: Path, *suffixes: str, field: str = "out") -> None:
-    """Check that a file name has one of these suffixes, whatever their case. Raises BadInput otherwise."""
+def check_suffix(path: Path, *suffixes: str) -> None:
+    """Refuse with BadInput a file to write whose name has none of these suffixes, in whatever case."""
     if path.suffix.lower() not in suffixes:
-        raise BadInput(field, str(path), f"a name that ends in {suffixes[0]}")
+        raise BadInput("out", str(path), f"a name that ends in {suffixes[0]}")

@@ -77,7 +77,7 @@ def translate(
 
     picture = sar.suffix.lower() not in (".tif", ".tiff")
     if preview is not None:
-        check_suffix(preview, ".png", field="preview")
+        check_suffix(preview, ".png")
     if picture:
         check_suffix(out, ".png")
     generator = Generator.from_pretrained(model, device_of(device))
