@@ -125,7 +125,7 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
 
 def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
     """Return the teacher if it can learn from these data or teach on them. Raises BadInput otherwise."""
-    if teacher.info.task == "sar-to-optical":
+    if teacher.condition.paired:
         if "sar" not in data.items([0]):
             raise BadInput("data", data.name, 'kind = "pairs": the task needs SAR')
         expected, found = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)

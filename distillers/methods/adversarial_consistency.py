@@ -72,9 +72,9 @@ class AdversarialConsistency(Distiller):
         if not 0 <= self.target_decay < 1:
             raise BadInput("adversarial_consistency.target_decay", self.target_decay, "0 up to, not including, 1")
         check_steps("adversarial_consistency.steps", self.steps)
-        for name in ("adversarial_weight", "adversarial_start", "adversarial_ramp", "colour_weight", "guidance_scale"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"adversarial_consistency.{name}", getattr(self, name), "0 or more")
+        self._at_least(
+            0, "adversarial_weight", "adversarial_start", "adversarial_ramp", "colour_weight", "guidance_scale"
+        )
 
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": trainable_copy(teacher.denoiser)})

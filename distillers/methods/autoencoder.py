@@ -54,14 +54,10 @@ class Autoencoder(Distiller):
     discriminator_channels: int = 64  # of its first layer
 
     def __post_init__(self) -> None:
-        for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"autoencoder.{name}", getattr(self, name), "0 or more")
+        self._at_least(0, "kl_weight", "perceptual_weight", "adversarial_weight")
         if not 0 <= self.adversarial_start <= 1:
             raise BadInput("autoencoder.adversarial_start", self.adversarial_start, "0 to 1")
-        for name in ("latent_channels", "layers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"autoencoder.{name}", getattr(self, name), "1 or more")
+        self._at_least(1, "latent_channels", "layers")
         if not self.channels or min(self.channels) < 1:
             raise BadInput("autoencoder.channels", self.channels, "one number of 1 or more for each resolution")
         if self.discriminator_channels < 8 or self.discriminator_channels % 8:

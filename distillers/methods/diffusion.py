@@ -35,9 +35,7 @@ class Diffusion(Distiller):
     sampling_steps: int = 50  # network calls when the teacher is served
 
     def __post_init__(self) -> None:
-        for name in ("snr_cap", "log_std"):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"diffusion.{name}", getattr(self, name), "0 or more")
+        self._at_least(0, "snr_cap", "log_std")
         for name in ("label_dropout", "last_time_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"diffusion.{name}", getattr(self, name), "0 to 1")

@@ -54,9 +54,8 @@ class DisBack(Distiller):
     patience: int = 50  # iterations without a fall of the gap by a hundredth (advance = plateau)
 
     def __post_init__(self) -> None:
-        for name, least in (("critic_turns", 1), ("nodes", 1), ("patience", 1), ("guidance_scale", 0)):
-            if not getattr(self, name) >= least:
-                raise BadInput(f"disback.{name}", getattr(self, name), f"{least} or more")
+        self._at_least(1, "critic_turns", "nodes", "patience")
+        self._at_least(0, "guidance_scale")
         if not 0 < self.record < self.back < 1:
             raise BadInput("disback.record, back", (self.record, self.back), "0 < record < back < 1")
 

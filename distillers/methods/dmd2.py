@@ -81,10 +81,8 @@ class Dmd2(Distiller):
 
     def __post_init__(self) -> None:
         check_steps("dmd2.steps", self.steps)
-        least = {"critic_turns": 1, "pair_steps": 1, "pairs": 0, "gan_weight": 0, "regression_weight": 0}
-        for name, value in {**least, "discriminator_weight": 0, "guidance_scale": 0}.items():
-            if not getattr(self, name) >= value:
-                raise BadInput(f"dmd2.{name}", getattr(self, name), f"{value} or more")
+        self._at_least(1, "critic_turns", "pair_steps")
+        self._at_least(0, "pairs", "gan_weight", "regression_weight", "discriminator_weight", "guidance_scale")
         if self.divergence != "reverse-kl" and (not self.gan_weight or self.loss == "sid"):
             allowed = 'reverse-kl, or a gan_weight above 0 and loss = "dmd": a discriminator tells the density ratio'
             raise BadInput("dmd2.divergence", self.divergence, allowed)

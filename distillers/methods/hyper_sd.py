@@ -93,9 +93,8 @@ class HyperSD(Distiller):
         if not 0 <= self.target_decay < 1:
             raise BadInput("hyper_sd.target_decay", self.target_decay, "0 up to, not including, 1")
         check_steps("hyper_sd.steps", self.steps)
-        for name, least in (("reward_weight", 0), ("score_weight", 0), ("critic_turns", 1), ("guidance_scale", 0)):
-            if not getattr(self, name) >= least:
-                raise BadInput(f"hyper_sd.{name}", getattr(self, name), f"{least} or more")
+        self._at_least(0, "reward_weight", "score_weight", "guidance_scale")
+        self._at_least(1, "critic_turns")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise BadInput("hyper_sd.lora_rank", self.lora_rank, "1 or more, or absent")
         if (self.reward or self.score_weight) and self.segments[-1] != 1:

@@ -59,9 +59,8 @@ class Pso(Distiller):
     policy_std: float = 0.0  # online, experimental: std of the last step, in the unit of x0; 0 leaves that step out
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("lora_rank", 1), ("policy_std", 0)):
-            if not getattr(self, name) >= least:
-                raise BadInput(f"pso.{name}", getattr(self, name), f"{least} or more")
+        self._at_least(1, "steps", "lora_rank")
+        self._at_least(0, "policy_std")
         if not self.beta > 0:
             raise BadInput("pso.beta", self.beta, "a number above 0")
         if not 0 < self.clip < 1:

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import torch
 
-from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Discriminator, frozen_gradients
@@ -56,16 +55,8 @@ class Refine(Distiller):
 
     def __post_init__(self) -> None:
         check_steps("refine.steps", self.steps)
-        for name in (
-            "pixel_weight",
-            "perceptual_weight",
-            "frequency_weight",
-            "adversarial_weight",
-            "adversarial_ramp",
-            "shift",
-        ):
-            if not getattr(self, name) >= 0:
-                raise BadInput(f"refine.{name}", getattr(self, name), "0 or more")
+        self._at_least(0, "pixel_weight", "perceptual_weight", "frequency_weight", "adversarial_weight")
+        self._at_least(0, "adversarial_ramp", "shift")
 
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": trainable_copy(teacher.denoiser), "teacher": frozen(teacher.denoiser)})

@@ -79,6 +79,13 @@ class Distiller(ABC):
         """Adjust what was trained to the data that it learnt from, once, before it is published."""
         return made
 
+    def _at_least(self, least: float, *names: str) -> None:
+        """Raise BadInput unless each of these hyper-parameters is at least so much."""
+        method = type(self).__module__.rpartition(".")[2]
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise BadInput(f"{method}.{name}", getattr(self, name), f"{least} or more")
+
 
 def frozen(module: M) -> M:
     """Put a module into evaluation mode, without gradients, and return it."""
