@@ -549,10 +549,10 @@ def test_edits_begin_from_a_picture(weights: Path) -> None:
         assert off[2] < off[1] < off[0] and off[2] < 0.2
 
 
-# --- the dial
+# --- the latency budget
 
 
-def test_the_dial(weights: Path) -> None:
+def test_a_latency_budget_chooses_model_and_steps(weights: Path) -> None:
     report = {"rows": [{"role": "student", "steps": n, "frechet": f} for n, f in ((1, 20.0), (2, 15.0))]}
     report["rows"] += [{"role": "teacher", "steps": n, "frechet": 90.0 / n} for n in (4, 10, 50)]
     (weights / "student" / "report.json").write_text(json.dumps(report))
@@ -579,7 +579,7 @@ def test_the_dial(weights: Path) -> None:
         assert (most.model.name, most.steps) == ("teacher", 4) and most.quality is None
 
 
-def test_the_dial_goes_by_the_picture_that_was_drawn_at_load_until_backends_are_measured(weights: Path) -> None:
+def test_the_budget_goes_by_the_picture_that_was_drawn_at_load_until_backends_are_measured(weights: Path) -> None:
     with running(weights) as engine:
         model = engine.named("teacher")
         assert model.profile is None and model.step_s is not None and 0 < model.step_s < 5

@@ -85,7 +85,7 @@ class Batcher(Generic[Key, Order, Result]):
         self._waiting = self._number = 0
         self.closed = False
         self._lock, self._bell, self._asleep = threading.Lock(), threading.Lock(), False
-        self._bell.acquire()  # whoever takes sleeps by asking for it again
+        self._bell.acquire()  # take() sleeps by acquiring it again
 
     def __len__(self) -> int:
         """Count the orders that wait, including cancelled ones that were not removed yet."""
@@ -127,7 +127,7 @@ class Batcher(Generic[Key, Order, Result]):
                 self._number += 1
             self._waiting += len(entries)
             asleep, self._asleep = self._asleep, False
-        if asleep:  # after the lock is free: who wakes up needs it at once
+        if asleep:  # after the lock is free, which the woken thread needs at once
             self._bell.release()
         return [entry.answer for entry in entries]
 
@@ -210,7 +210,7 @@ class Batcher(Generic[Key, Order, Result]):
         """Remove an empty queue. Its last tag stays while the key is ahead of its share."""
         if not self._queues[key]:
             del self._queues[key]
-        if not self._queues:  # nobody is owed anything
+        if not self._queues:  # no key is behind its share
             self._virtual = max(self._virtual, *self._last_tag.values())
             self._last_tag.clear()
         elif self._last_tag[key] <= self._virtual and key not in self._queues:

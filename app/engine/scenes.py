@@ -154,7 +154,7 @@ class Scenes:
                 raise Cancelled
             return self.engine.run(turn)
 
-        # On a CPU one tile at a time, and one that waits: whoever else asks waits for two tiles at most.
+        # On a CPU one tile runs and one waits, so that other requests wait for two tiles at most.
         limit = min(self.settings.max_batch, self.settings.max_pixels // TILE**2)
         batch = 2 if self.engine.device == "cpu" else max(1, limit)
         try:

@@ -113,7 +113,7 @@ class Worker:
         while True:
             try:
                 (future,) = self.batcher.put([(Call(function), None)])
-            except Full:  # a caller would be sent away; work of our own gives way
+            except Full:  # a request would get 503; internal work waits
                 time.sleep(0.02)
                 continue
             except Closed:

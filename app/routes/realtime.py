@@ -147,19 +147,19 @@ class _Session:
             raise BadInput("image", False, f"true, and a binary message with the SAR picture: {plan.model.name}")
         else:
             work = from_noise(plan, body)
-        (drawn,) = await draw(engine, work)
+        (picture,) = await draw(engine, work)
         facts = {
             "seq": body.seq,
             **facts_of(work),
             "label": work.labels[0],
             "width": work.crop[1],
             "height": work.crop[0],
-            "timings": timings_of([drawn]),
+            "timings": timings_of([picture]),
             "chosen": choice_of(plan),
             "dropped": self.dropped,
         }
         header = to_json(facts)
-        return b"%b%b%b" % (len(header).to_bytes(4), header, drawn.file)
+        return b"%b%b%b" % (len(header).to_bytes(4), header, picture.file)
 
     async def _send_error(self, seq: int | None, error: Exception) -> None:
         message = {"seq": seq, "error": from_exception(error).body.model_dump()}
