@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import GENERATE, engine_held, engine_of, http_get, http_post, publish, until, until_ready
+from service import GENERATE, PATIENT, engine_held, engine_of, http_get, http_post, publish, until, until_ready
 from starlette.testclient import TestClient
 
 from app.main import create_app
@@ -61,9 +61,7 @@ def running(weights: Path, server: str = "uvicorn", **more: str) -> Iterator[Ser
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = (
-        os.environ | {"FEWSTEP_WEIGHTS": str(weights), "FEWSTEP_DEVICE": "cpu", "FEWSTEP_TUNE_SECONDS": "0"} | more
-    )
+    environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights), **PATIENT} | more
     command = [sys.executable, *SERVERS[server], "--port", str(port)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

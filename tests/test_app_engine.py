@@ -49,7 +49,10 @@ def weights(published: Path, tmp_path: Path) -> Path:
 @contextmanager
 def running(weights: Path, **settings: Any) -> Iterator[Engine]:
     engine = Engine(
-        Settings(weights=weights, **{"device": "cpu", "tune_seconds": 0, "rescan_seconds": 0.1, **settings})
+        Settings(
+            weights=weights,
+            **{"device": "cpu", "tune_seconds": 0, "rescan_seconds": 0.1, "max_wait_seconds": 10_000, **settings},
+        )
     )
     engine.start()
     try:
