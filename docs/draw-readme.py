@@ -7,7 +7,9 @@ call, so the figure shown is the median of the quietest third of each model's ca
 """
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +72,8 @@ def main() -> None:
     torch.set_num_threads(1)
     teacher, student = (Generator.from_pretrained(ROOT / "weights" / name) for name in (TEACHER, STUDENT))
     slow, fast = milliseconds({teacher: STEPS, student: 1}, given.turns)
+    if (load := os.getloadavg()[0]) > 1.5:
+        print(f"the machine is busy (load average {load:.1f}): run this again when nothing else runs", file=sys.stderr)
     seeds = range(COLUMNS)
     rows = [
         (teacher.sample(seeds, labels=LABELS, steps=STEPS), f"teacher, {STEPS} steps: {slow:.0f} ms a picture"),
