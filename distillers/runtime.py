@@ -80,8 +80,8 @@ def device_name(device: str | torch.device) -> str:
 
 def package_versions(*names: str) -> dict[str, str]:
     """Return the installed versions of packages by name; a package that is not installed is left out."""
-    found = {}
+    versions = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions

@@ -46,7 +46,7 @@ class SceneSpeed:
     tile_megapixels_per_second: float  # that the network saw
     bare_megapixels_per_second: float
     ratio: float  # tile over bare, the median of rounds
-    overlap: float  # pixels seen over pixels of the scene
+    overlap: float  # pixels of all tiles over pixels of the scene
     peak_mb: float  # of a process that translates this scene and does nothing else
     idle_mb: float  # of one that has only opened the model
 
@@ -94,11 +94,11 @@ def _measure_side(generator: Generator, folder: Path, side: int, rounds: int, st
         bare = _bare(generator, steps)
         facts = translate(generator, scene, out, SceneOptions(steps=steps))
         bare = (bare + _bare(generator, steps)) / 2
-        seen = facts.tiles * facts.tile[0] * facts.tile[1] / 1e6
+        tiled = facts.tiles * facts.tile[0] * facts.tile[1] / 1e6
         ours.append(facts.megapixels_per_second)
         bares.append(bare)
-        ratios.append(seen / facts.seconds / bare)
-    overlap = seen / (side * side / 1e6)
+        ratios.append(tiled / facts.seconds / bare)
+    overlap = tiled / (side * side / 1e6)
     return SceneSpeed(
         side=side,
         tiles=facts.tiles,

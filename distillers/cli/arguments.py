@@ -67,9 +67,8 @@ def device_of(name: str) -> str:
     try:
         torch.zeros((), device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(
-            "device", name, f"cpu, or a CUDA device of this machine ({str(error).splitlines()[0]})"
-        ) from None
+        allowed = f"cpu, or a CUDA device of this machine ({str(error).splitlines()[0]})"
+        raise BadInput("device", name, allowed) from None
     return chosen
 
 
@@ -84,7 +83,11 @@ def label_of(given: str, labels: list[str]) -> int:
 
 
 def open_pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, Any]:
-    """The test and train split of a user's own pairs, shown as the model has seen its own."""
+    """Open the test and train split of a user's own pairs at the model's size and in its radiometry.
+
+    Raises:
+        BadInput: an option without a value, or what the data refuse.
+    """
     import tomllib
 
     from distillers.data import open_data
@@ -98,10 +101,8 @@ def open_pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, A
             table[key] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             table[key] = text
-    return (
-        open_data("pairs", path=str(folder), split="test", **table),
-        open_data("pairs", path=str(folder), split="train", **table),
-    )
+    test, train = (open_data("pairs", path=str(folder), split=split, **table) for split in ("test", "train"))
+    return test, train
 
 
 def step_counts(field: str, text: str) -> list[int]:

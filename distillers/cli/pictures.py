@@ -113,28 +113,29 @@ def translate(
 
 
 def _translate_picture(generator: Any, sar: Path, out: Path, options: SceneOptions) -> None:
-    """One grey picture, of the size a network takes at once."""
+    """Translate one grey picture, of a size that the network takes at once."""
     from distillers.data import read_sar
     from distillers.evaluation.pictures import grid_png
     from distillers.models.radiometry import Radiometry
 
-    seen = read_sar(sar, Radiometry.of(generator.info.sar), options.bands)
-    grid_png(generator.translate(seen, seed=options.seed, steps=options.steps), columns=1, path=out, gap=0)
-    typer.echo(f"{out}: {seen.shape[-1]}x{seen.shape[-2]} px")
+    array = read_sar(sar, Radiometry.of(generator.info.sar), options.bands)
+    grid_png(generator.translate(array, seed=options.seed, steps=options.steps), columns=1, path=out, gap=0)
+    typer.echo(f"{out}: {array.shape[-1]}x{array.shape[-2]} px")
     typer.echo(f"warning: {WARNING}", err=True)
 
 
 def _calibrated(model: Path) -> str | None:
-    """What the folder's calibration says of its bands, in one line; None without one."""
+    """Describe the folder's calibration in one line; None without one."""
     import json
 
     file = model / "calibration.json"
     if not file.is_file():
         return None
-    told = json.loads(file.read_text())
+    figures = json.loads(file.read_text())
+    spread, correlation = figures["spread_over_skill"], figures["rank_correlation"]
     return (
-        f"calibration on {told['n']} tiles of {told['data']}: spread over skill {told['spread_over_skill']:.2f}, 1 if "
-        f"right; rank correlation of deviation and error {told['rank_correlation']:.2f}"
+        f"calibration on {figures['n']} tiles of {figures['data']}: spread over skill {spread:.2f}, 1 if "
+        f"right; rank correlation of deviation and error {correlation:.2f}"
     )
 
 

@@ -81,7 +81,7 @@ def run(
         bool, typer.Option("--serve/--no-serve", help="Serve afterwards, or stop after the table.")
     ] = True,
 ) -> None:
-    """The whole job, small: distil the shapes teacher into four steps (once), say what it cost, serve everything."""
+    """Distil a small teacher into four steps (once), show what that cost in quality, and serve everything."""
     folder = weights / "shapes-quickstart"
     if not (folder / "report.json").is_file():
         distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder)

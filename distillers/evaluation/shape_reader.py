@@ -29,7 +29,7 @@ OVERLAP = 0.93  # intersection over union of matte and template; a circle and a 
 BORDER = 0.53  # of the side, from the picture's middle: how far an object may reach, which a border would cut off
 EDGE = 0.24  # pixels: what is off the template, spread along its outline; a blur by s pixels has 0.8 s
 
-READABLE = "colour and form are told"
+READABLE = "colour and form are readable"
 REASONS = (
     READABLE,
     "no coloured region",

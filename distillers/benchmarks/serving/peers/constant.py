@@ -2,12 +2,12 @@
 
 import numpy as np
 import uvicorn
-from work import PORT, TOLD, constant
+from work import OPTIONS, PORT, constant
 
 from app.engine.model import Model
 from app.main import create_app
 
-picture = constant(*TOLD["size"])
+picture = constant(*OPTIONS["size"])
 
 
 def draw(self, steps, orders, *_, **__):

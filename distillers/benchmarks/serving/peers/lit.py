@@ -4,7 +4,7 @@ from typing import Any
 
 import litserve
 from fastapi import Response
-from work import BATCH, PORT, TOLD, Work, png
+from work import BATCH, OPTIONS, PORT, Work, png
 
 
 class Pictures(litserve.LitAPI):
@@ -36,6 +36,6 @@ class Pictures(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Pictures(max_batch_size=BATCH, batch_timeout=TOLD["wait_s"], api_path="/draw")
+    api = Pictures(max_batch_size=BATCH, batch_timeout=OPTIONS["wait_s"], api_path="/draw")
     server = litserve.LitServer(api, accelerator="cpu", timeout=120, disable_openapi_url=True)
     server.run(host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False, access_log=False)

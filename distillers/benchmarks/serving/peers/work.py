@@ -1,7 +1,7 @@
-"""What every system in the serving benchmark does alike: read an order, draw, encode. It knows no server.
+"""Read an order, draw it and encode the picture, alike for every server of the benchmark.
 
 The scripts of this folder run in other environments, one for each peer, in which this project's own packages are
-appended to the path: same torch, same weights, same codec. `FEWSTEP_BENCHMARK` tells them the rest, as JSON.
+appended to the path: same torch, same weights, same codec. Their options are JSON in `FEWSTEP_BENCHMARK`.
 """
 
 import base64
@@ -19,15 +19,15 @@ from PIL import Image
 from app.media.image_files import decode_sar, encode
 
 Pixels = NDArray[np.uint8]
-TOLD: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # see Workload.told
-BATCH: int = TOLD["batch"]
-PORT: int = TOLD["port"]
+OPTIONS: dict[str, Any] = json.loads(os.environ["FEWSTEP_BENCHMARK"])  # see Workload.script_options
+BATCH: int = OPTIONS["batch"]
+PORT: int = OPTIONS["port"]
 MAX_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw."""
+    """Describe one picture to draw."""
 
     seed: int
     label: int | None = None
@@ -36,10 +36,10 @@ class Order:
 
 
 class Work:
-    """A generator, or for the workload without one a constant picture in its place."""
+    """Draw by a generator, or return a constant picture in the workload without a forward pass."""
 
     def __init__(self) -> None:
-        self.constant = constant(*TOLD["size"]) if TOLD["constant"] else None
+        self.constant = constant(*OPTIONS["size"]) if OPTIONS["constant"] else None
         if self.constant is not None:
             return
         import torch
@@ -47,16 +47,16 @@ class Work:
         from distillers.generator import Generator
         from distillers.models.conditions import scatter
 
-        device, dtype = TOLD["device"], getattr(torch, TOLD["dtype"])
-        self.generator = Generator.from_pretrained(TOLD["folder"], device, dtype)
+        device, dtype = OPTIONS["device"], getattr(torch, OPTIONS["dtype"])
+        self.generator = Generator.from_pretrained(OPTIONS["folder"], device, dtype)
         self.condition, self.pipe = self.generator.condition, None
-        if TOLD.get("stock"):
+        if OPTIONS.get("stock"):
             from diffusers import DiffusionPipeline
 
             if self.condition.argument != "prompts":
                 raise SystemExit("stock diffusers has no pipeline for all that this folder needs")
             self.generator = None
-            self.pipe = DiffusionPipeline.from_pretrained(TOLD["folder"], torch_dtype=dtype).to(device)
+            self.pipe = DiffusionPipeline.from_pretrained(OPTIONS["folder"], torch_dtype=dtype).to(device)
             self.pipe.set_progress_bar_config(disable=True)
         (first,) = scatter(self.condition.probe(1), 1)
         for count in (1, BATCH):  # so that the first caller does not pay for what is only done once
@@ -69,7 +69,7 @@ class Work:
         return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture, body.get("bands")))
 
     def draw(self, orders: Sequence[Order]) -> Pixels:
-        """(B, H, W, 3) of B orders of one shape."""
+        """Draw pictures (B, H, W, 3) of B orders of one shape."""
         if self.constant is not None:
             return np.broadcast_to(self.constant, (len(orders), *self.constant.shape))
         from distillers.evaluation.pictures import to_pixels
@@ -79,17 +79,17 @@ class Work:
         given = gather(orders)
         if self.pipe is not None:
             return self._by_diffusers(seeds, list(given["prompts"]))
-        return to_pixels(self.generator.sample(seeds, steps=TOLD["steps"], **given))
+        return to_pixels(self.generator.sample(seeds, steps=OPTIONS["steps"], **given))
 
     def _by_diffusers(self, seeds: Sequence[int], prompts: list[str]) -> Pixels:
-        """Stock diffusers' own pipeline, on the same noises."""
+        """Draw by stock diffusers' own pipeline, on the same noises."""
         import torch
 
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-        found = self.pipe(
-            prompts, num_inference_steps=TOLD["steps"], guidance_scale=1.0, generator=noises, output_type="np"
+        output = self.pipe(
+            prompts, num_inference_steps=OPTIONS["steps"], guidance_scale=1.0, generator=noises, output_type="np"
         )
-        return (found.images * 255).round().astype(np.uint8)
+        return (output.images * 255).round().astype(np.uint8)
 
     def _sar(self, picture: bytes | None, bands: str | None) -> NDArray[np.float32] | None:
         """Turn a PNG into the network's SAR, read as our server reads it."""
@@ -99,8 +99,8 @@ class Work:
 
 
 def png(pixels: Pixels) -> bytes:
-    """By the project's codec, or as Pillow does it when nobody says otherwise."""
-    if TOLD["codec"] == "project":
+    """Encode a PNG by the project's codec, or by Pillow with its defaults."""
+    if OPTIONS["codec"] == "project":
         return encode(pixels, "png")
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, "PNG")
@@ -108,7 +108,7 @@ def png(pixels: Pixels) -> bytes:
 
 
 def constant(height: int, width: int) -> Pixels:
-    """A picture that compresses as a photograph does: slopes and some noise."""
+    """Make a picture of slopes and noise, which compresses as a photograph does."""
     slope = np.linspace(0, 200, height)[:, None, None] * np.linspace(0.4, 1, width)[None, :, None]
     noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
     return (slope * np.array([1.0, 0.8, 0.6]) + noise).clip(0, 255).astype(np.uint8)
