@@ -152,9 +152,9 @@ def test_a_second_call_makes_only_what_is_missing_or_was_measured_otherwise(
     measured: list[tuple[str, list[int]]] = []
     real = module.evaluate
 
-    def counted(generator: Generator, *args: Any, **options: Any) -> Any:
-        measured.append((generator.info.name, list(options["steps"])))
-        return real(generator, *args, **options)
+    def counted(generator: Generator, data: Any, features: Any, options: EvaluationOptions, **more: Any) -> Any:
+        measured.append((generator.info.name, list(options.steps or ())))
+        return real(generator, data, features, options, **more)
 
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is left to train")
