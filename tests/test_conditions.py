@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from distillers.data import open_data, read_sar
 from distillers.errors import BadInput
-from distillers.evaluation.pictures import grey_sar
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
@@ -188,7 +187,7 @@ def test_a_picture_of_any_size_is_translated_and_looked_at(trained: tuple[Recipe
     assert generator.translate(sar[..., :50, :37]).shape == (1, 3, 50, 37)
     picture, band = SENTINEL1.to_picture(sar[0].numpy())
     assert band == "VV" and np.abs(SENTINEL1.from_picture(picture, band) - sar[0].numpy()).max() < 1e-3
-    assert grey_sar(sar, SENTINEL1.to_dict()).shape == (1, 1, 64, 64)
+    assert generator.condition.pictures({"sar": sar})["SAR"].shape == (1, 1, 64, 64)
 
 
 @pytest.mark.parametrize(("units", "plane"), [("db", 1), ("dn", -1)])

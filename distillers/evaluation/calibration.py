@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.evaluation.pictures import Curve, chart, grey_sar, side_by_side
+from distillers.evaluation.pictures import Curve, chart, side_by_side
 from distillers.evaluation.report import setting
 from distillers.generator import Generator
 from distillers.sar.translate import COLLAPSED
@@ -216,10 +216,11 @@ def _draw_tiles(
     shown = [*ranked[:SHOWN], *ranked[middle : middle + SHOWN], *ranked[-SHOWN:]]
     items = data.items(shown)
     drawn = _samples(generator, items["sar"], samples, steps, [seed + i for i in range(len(shown))], len(shown))
+    sar = generator.condition.pictures({"sar": items["sar"]})
     deviation: Tensor = drawn.std(0).mean(1, keepdim=True) * LEVELS / 64 * 2 - 1
     side_by_side(
         {
-            f"SAR: {SHOWN} best, {SHOWN} median, {SHOWN} worst tiles": grey_sar(items["sar"], generator.info.sar),
+            f"SAR: {SHOWN} best, {SHOWN} median, {SHOWN} worst tiles": sar["SAR"],
             "one sample": drawn[0],
             f"mean of {samples}": drawn.mean(0),
             "optical, the truth": items["image"],

@@ -23,9 +23,9 @@ from distillers.evaluation.metrics import (
     ssim,
 )
 from distillers.evaluation.options import EvaluationOptions
-from distillers.evaluation.pictures import grey_sar
 from distillers.evaluation.report import Row
 from distillers.evaluation.shape_reader import read_shape, shares
+from distillers.models.conditions import Condition
 
 if TYPE_CHECKING:
     from distillers.data import Batch
@@ -136,7 +136,8 @@ def _baselines(generator: Generator, colour: Tensor, n: int, n_reference: int) -
         return colour.float().reshape(1, 3, 1, 1).expand_as(items["image"])
 
     def copied(items: Batch, seeds: Sequence[int]) -> Tensor:
-        return grey_sar(items["sar"], generator.info.sar).expand_as(items["image"])
+        own = generator.condition
+        return own.pictures(own.of_items(items))["SAR"].expand_as(items["image"])
 
     for name, draw in (("constant colour", constant), ("SAR copied to three bands", copied)):
         yield Candidate(Row(name=name, role="baseline", n=n, n_reference=n_reference), draw)
@@ -148,7 +149,7 @@ def accumulate(
     seeds: Sequence[int],
     features: Features,
     options: EvaluationOptions,
-    sar: dict[str, object] | None,
+    condition: Condition,
     readable: bool,
 ) -> Iterator[Candidate]:
     """Let every candidate draw for a batch of real items, and yield each when its figures are added.
@@ -156,20 +157,20 @@ def accumulate(
     Students are compared with the pictures of the last teacher before them.
 
     Args:
-        sar: the model's `Info.sar`.
+        condition: what the measured model is conditioned on.
         readable: whether a program can read off the pictures what their labels ask.
     """
     teacher: tuple[str, Tensor] | None = None
-    condition = {name: items[name] for name in items if name == "label"}
+    labels = {name: items[name] for name in items if name == "label"}
     for one in candidates:
         pictures = one.draw(items, seeds).float().cpu()
         one.features.append(extract(features, pictures, len(pictures)))
         for name, reward in options.rewards.items():
-            one.rewards.setdefault(name, []).append(reward(pictures, condition))
+            one.rewards.setdefault(name, []).append(reward(pictures, labels))
         if readable:
             one.matches.append(read_shape(pictures).matches(items["label"]))
-        if "sar" in items:
-            one.add_paired(pictures, items["image"], grey_sar(items["sar"], sar))
+        if condition.paired:
+            one.add_paired(pictures, items["image"], condition.pictures(condition.of_items(items))["SAR"])
         if one.row.role == "teacher":
             teacher = (one.row.name, pictures)
         elif one.row.role == "student" and teacher is not None:

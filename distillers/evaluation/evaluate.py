@@ -88,7 +88,7 @@ def evaluate(
         part = indices[start : start + batch]
         seeds, items = range(options.seed + start, options.seed + start + len(part)), data.items(part)
         labels += generator.condition.of_items(items).get("labels") or []
-        for one in accumulate(candidates, items, seeds, features, options, generator.info.sar, readable):
+        for one in accumulate(candidates, items, seeds, features, options, generator.condition, readable):
             done += len(part)
             if progress:
                 progress(done, n * len(candidates), one.row.name)

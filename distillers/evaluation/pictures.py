@@ -3,16 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distillers.errors import BadInput
-from distillers.models.radiometry import Radiometry
 
 GAP = 2  # pixels between two pictures
 
@@ -73,12 +70,6 @@ def side_by_side(rows: Mapping[str, Tensor], path: str | Path, zoom: int = 1) ->
         top += line + strip.height
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
-
-
-def grey_sar(sar: Tensor, described: Mapping[str, Any] | None) -> Tensor:
-    """Convert SAR as a model takes it, (B,C,H,W), to grey (B,1,H,W) in [-1,1]; `described` is its manifest's `sar`."""
-    radiometry = Radiometry.of(described)
-    return torch.stack([torch.from_numpy(radiometry.to_picture(one)[0])[None] for one in sar.cpu().numpy()]) * 2 - 1
 
 
 @dataclass(frozen=True)
