@@ -19,8 +19,8 @@ iterations = 500
 [rewards]                           # column = "module:function" or a feature classifier's folder; means over pictures
 green = "distillers.training.reward:greenness"
 
-Paths are seen from where the command runs. One call makes the whole table, and a second one only what is missing or was
-measured otherwise. Every training is a process of its own, so that its peak memory is its own.
+Paths are relative to where the command runs. One call makes the whole table, and a second one only what is missing or
+was measured otherwise. Every training is a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _train_missing(
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, int(cpu_quota() or usable_cores()) // jobs))
 
-    def distil(name: str) -> tuple[str, str | None]:
+    def distill(name: str) -> tuple[str, str | None]:
         log = runs / f"{name}.log"
         say(f"{name}: training; what it says goes to {log}")
         command = [sys.executable, "-m", "distillers.cli", "distill", plans[name][0], *study.overrides(name)]
@@ -238,7 +238,7 @@ def _train_missing(
         return name, words[-1].strip()
 
     with ThreadPoolExecutor(jobs) as pool:
-        ends = list(pool.map(distil, [name for name in plans if not _finished(runs / name)]))
+        ends = list(pool.map(distill, [name for name in plans if not _finished(runs / name)]))
     return {name: words for name, words in ends if words is not None}
 
 
@@ -331,10 +331,12 @@ def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData)
         if row.steps and row.name == f"{generator.info.role}, {_count(row.steps)}"  # not the mean of some
     ]
     teacher = measured[0][0]
-    found = latencies_of([(teacher, steps), *((generator, row.steps or 0) for generator, row in rows)], data.items([0]))
-    for (_, row), latency in zip(rows, found[1:], strict=True):
+    latencies = latencies_of(
+        [(teacher, steps), *((generator, row.steps or 0) for generator, row in rows)], data.items([0])
+    )
+    for (_, row), latency in zip(rows, latencies[1:], strict=True):
         row.latency_ms = latency
-    return found[0]["p50"]
+    return latencies[0]["p50"]
 
 
 def _read_report(file: Path) -> dict[str, Any]:

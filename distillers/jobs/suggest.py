@@ -60,7 +60,7 @@ def suggest(teacher: Teacher, *, budget_ms: float | None = None, candidates: int
         candidates: at most so many, from the largest to the smallest.
 
     Raises:
-        BadInput: a budget or count that is not above 0, or a network whose size is not told by width or depth.
+        BadInput: a budget or count that is not above 0, or a network whose size is not given by width or depth.
     """
     if budget_ms is not None and not budget_ms > 0:
         raise BadInput("budget_ms", budget_ms, "a number above 0")
@@ -121,25 +121,25 @@ def table(candidates: Sequence[Candidate], teacher: Teacher, budget_ms: float | 
 def variants(network: nn.Module) -> list[dict[str, Any]]:
     """List options that make a network of this class smaller, the largest first; {} is its own size."""
     config: Any = network.config
-    found: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
     if "block_out_channels" in config:  # UNet2DModel
         widths = config.block_out_channels
         group = math.lcm(config.norm_num_groups, config.attention_head_dim or 1)  # both divide a width
         for size in SIZES:
             scaled = [max(group, round(size * width / group) * group) for width in widths]
             for layers in dict.fromkeys((config.layers_per_block, 1)):
-                given = {"block_out_channels": scaled, "layers_per_block": layers}
-                found.append({key: value for key, value in given.items() if value != _plain(config[key])})
+                options = {"block_out_channels": scaled, "layers_per_block": layers}
+                sizes.append({key: value for key, value in options.items() if value != _plain(config[key])})
     elif "num_attention_heads" in config:  # DiTTransformer2DModel
         layers, heads = config.num_layers, config.num_attention_heads
         depths = dict.fromkeys((layers, max(1, layers // 2), max(1, layers // 4)))
         for h in dict.fromkeys((heads, max(1, heads // 2), max(1, heads // 4))):
             for depth in depths:
-                given = {"num_layers": depth, "num_attention_heads": h}
-                found.append({key: value for key, value in given.items() if value != config[key]})
+                options = {"num_layers": depth, "num_attention_heads": h}
+                sizes.append({key: value for key, value in options.items() if value != config[key]})
     else:
         raise BadInput("teacher", type(network).__name__, "UNet2DModel or DiTTransformer2DModel")
-    return [options for i, options in enumerate(found) if options not in found[:i]]
+    return [options for i, options in enumerate(sizes) if options not in sizes[:i]]
 
 
 def _plain(value: Any) -> Any:
@@ -161,20 +161,20 @@ def diffused_inputs(teacher: Teacher, device: torch.device) -> list[Input]:
     t = torch.tensor(schedule.t_max, dtype=torch.float64, device=device)
     noise = torch.randn(shape, generator=rng).to(device)
     x_t = schedule.start(noise, t)
-    found: list[Input] = [(x_t, t, cond)]
+    inputs: list[Input] = [(x_t, t, cond)]
     for share in NOISES[1:]:
         x0 = denoiser(x_t, t, cond)
         t = schedule.spaced(torch.tensor(share, dtype=torch.float64, device=device))
         x_t = schedule.add_noise(x0, torch.randn(shape, generator=rng).to(device), t)
-        found.append((x_t, t, cond))
-    return found
+        inputs.append((x_t, t, cond))
+    return inputs
 
 
 @torch.inference_mode()
 def activations(denoiser: Denoiser, inputs: Sequence[Input]) -> list[Tensor]:
     """Compute the middle block's activations at each time, a row for each position of each input, (N, channels)."""
-    found = [denoiser.features(*one, (middle(denoiser.network),))[0] for one in inputs]
-    return [(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in found]
+    features = [denoiser.features(*one, (middle(denoiser.network),))[0] for one in inputs]
+    return [(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in features]
 
 
 def middle(network: nn.Module) -> str:

@@ -42,7 +42,7 @@ class Recognised(nn.Module):
 def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
     """Compute mean green minus the mean of red and blue; 1 is half the range of values. (B, 3, H, W) -> (B,).
 
-    Pixels count as they are seen, cut to [-1, 1]: no picture is greener than green.
+    Pixels are cut to [-1, 1], as they are displayed.
     """
     red, green, blue = pixels.clamp(-1, 1).mean((2, 3)).unbind(1)
     return green - (red + blue) / 2
@@ -59,12 +59,12 @@ def load_reward(name: str) -> RewardFunction:
     module, colon, function = name.partition(":")
     allowed = "a folder of a feature classifier, or module:function, a callable (pixels, cond) -> (B,)"
     try:
-        found: RewardFunction = getattr(importlib.import_module(module), function)
+        loaded: RewardFunction = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadInput("reward", name, f"{allowed} ({error})") from None
-    if not colon or not callable(found):
+    if not colon or not callable(loaded):
         raise BadInput("reward", name, allowed)
-    return found
+    return loaded
 
 
 class Reward(nn.Module):
@@ -119,7 +119,7 @@ def choose_pairs(
         raise BadInput("model", info.name, "one that draws pictures, with classes or without: no translator")
     if n < 1:
         raise BadInput("n", n, "1 or more")
-    rewards: list[Tensor] = []  # (winners, losers) of what was told apart
+    rewards: list[Tensor] = []  # (winners, losers) of pairs that differ
     ties = 0
 
     def pairs(batch: int = 32) -> Iterator[Preferred]:
