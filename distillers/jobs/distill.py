@@ -102,10 +102,8 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
         iteration = best_iteration(place)
     state.close()
     data = method.data(whole, teacher)
-    made, learnt_from = (
-        method.finish(state.generator("best" if which == "best" else "last"), data),
-        teacher if recipe.teacher else None,
-    )
+    made = method.finish(state.generator("best" if which == "best" else "last"), data)
+    learnt_from = teacher if recipe.teacher else None
     publish(made, recipe, folder, teacher=learnt_from, data=data, iteration=iteration)
     return f"the averages of iteration {iteration} of {settings.iterations}"
 
