@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -590,3 +592,29 @@ def test_the_budget_goes_by_the_picture_that_was_drawn_at_load_until_backends_ar
         assert choose(engine, [model], 105).steps == 10
         with pytest.raises(BadInput, match="10 or more now"):
             choose(engine, [model], 9)
+
+
+SIGNALS = """
+import faulthandler, gc, signal, subprocess, sys, torch
+from app.engine.backends import openvino
+from diffusers import UNet2DModel
+faulthandler.enable()
+inputs = (torch.zeros(1, 3, 8, 8), torch.zeros(1))
+def network():
+    return UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                       block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+first, second = (openvino("f32")(network())(inputs) for _ in range(2))
+for one in (first, second):
+    one(*inputs)
+del one, first; gc.collect()
+del second; gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+subprocess.run([sys.executable, "-c", ""], capture_output=True)
+"""
+
+
+@pytest.mark.process
+def test_a_signal_is_survived_after_openvinos_models_are_gone() -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", SIGNALS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,6 +279,19 @@ _converting = threading.Lock()  # tracing patches torch's own functions
 _converted: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()  # one network, any shapes
 
 
+@cache
+def _openvino_core() -> Any:
+    """Return the one OpenVINO core of this process, which is never unloaded.
+
+    OpenVINO gives the thread that loads its CPU plugin a stack for signal handlers and frees it with the plugin. After
+    two plugins that are unloaded in the order they were loaded, the thread keeps a freed one, and its next signal (a
+    child that ends, say) ends the process without a word.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
     """Convert a network to OpenVINO once and compile it for each shape, on all cores this process may use."""
 
@@ -291,7 +305,7 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
                 if network not in _converted:
                     taken = [part is not None for part in inputs]
                     _converted[network] = ov.convert_model(_Positional(network, taken), example_input=tuple(given))
-                model = _converted[network].clone()
+                model, core = _converted[network].clone(), _openvino_core()
             shapes = zip(model.inputs, given, strict=True)
             model.reshape({port: ov.PartialShape(list(part.shape)) for port, part in shapes})
             settings = {
@@ -300,7 +314,7 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": 1,
             }
-            request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+            request = core.compile_model(model, "CPU", settings).create_infer_request()
 
             def forward(*parts: Tensor | None) -> Tensor:
                 arrays = [part.contiguous().numpy() for part in parts if part is not None]
