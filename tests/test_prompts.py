@@ -139,6 +139,7 @@ def test_what_is_wrong_is_named(stock: tuple[Any, Path], tmp_path: Path) -> None
             adopt(folder, tmp_path / "out", steps, sampler, None)
 
 
+@pytest.mark.slow
 def test_backends_run_words_network_and_decoder(stock: tuple[Any, Path], tmp_path: Path) -> None:
     adopt(stock[1], tmp_path / "few", [1], "consistency", None)
     model = Model.open("few", tmp_path / "few", "cpu", 250)
