@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import LABELS, NETWORK
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
@@ -21,15 +22,6 @@ from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
 
-LABELS = ["Forest", "River", "Sea Lake"]
-NETWORK = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
 SEEDS = [11, 7, 2**31 + 11, 0, MAX_SEED, 3, 5]
 
 

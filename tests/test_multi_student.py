@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+import trainings
 from diffusers import LCMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,14 +53,7 @@ from distillers.training.settings import TrainSettings
 from distillers.training.trainer import begin
 from distillers.weights.manifest import Info
 
-NETWORK: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-}
+NETWORK = trainings.NETWORK | {"block_out_channels": [8, 16]}
 SMALL = {"block_out_channels": [4, 8]}
 TRAIN: dict[str, Any] = {"iterations": 2, "batch": 4, "warmup": 0, "samples": 2, "tracker": "none"}
 SHAPES: dict[str, Any] = {"kind": "shapes", "size": 8}
