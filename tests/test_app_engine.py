@@ -172,6 +172,7 @@ def test_a_bucket_whose_pictures_depend_on_their_mates_is_not_used(
     assert set(profile.buckets) == {1} and "levels" in profile.dropped[2] and profile.against_one[2] > 1
 
 
+@pytest.mark.slow
 def test_the_server_tunes_beside_its_work_and_draws_the_same_before_and_after(weights: Path) -> None:
     with running(weights, tune_seconds=20, max_batch=4) as engine:
         before = [draw(engine, "student", Order(seed, 1))[0].pixels for seed in range(3)]
@@ -189,6 +190,8 @@ def test_the_server_tunes_beside_its_work_and_draws_the_same_before_and_after(we
 
 
 def test_strict_bytes_do_not_depend_on_the_load(weights: Path) -> None:
+    for other in ("teacher", "sar"):  # tuned before the student, and not looked at
+        shutil.rmtree(weights / other)
     with running(weights, tune_seconds=20) as engine:
         first = draw(engine, "student", *(Order(seed, 0) for seed in range(6)), strict=True)
         assert {drawn.batch for drawn in first} == {1}
@@ -197,6 +200,7 @@ def test_strict_bytes_do_not_depend_on_the_load(weights: Path) -> None:
         assert all((one.pixels == other.pixels).all() for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.slow
 def test_shapes_that_come_again_and_again_are_prepared(weights: Path) -> None:
     with running(weights, tune_seconds=20) as engine:
         until(lambda: engine.named("sar").profile)

@@ -72,7 +72,9 @@ def pictures(draw: st.DrawFn) -> NDArray:
 def test_pillow_reads_exactly_the_same_pixels(deflate: ModuleType, on: None) -> None:
     seen = set()
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(
+        max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    )
     @given(pictures(), st.sampled_from([1, 100, png.BLOCK]))
     def holds(pixels: NDArray, block: int) -> None:
         if not pixels.size:

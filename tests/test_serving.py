@@ -300,6 +300,7 @@ def test_the_same_order_reaches_every_system_in_its_own_form(tmp_path: Path) -> 
     assert b"POST /v1/images/translations?seed=5&model=sar&steps=1 " in request(SYSTEMS[0], work, work.orders[5])
 
 
+@pytest.mark.process
 def test_a_peer_that_cannot_be_installed_is_named_with_pips_words(tmp_path: Path) -> None:
     system = find_systems(["litserve"])[0]
     broken = type(system)(name="x", title="X", command=("lit.py",), environment="x", packages=("./not-there.whl",))
@@ -380,6 +381,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     yield out
 
 
+@pytest.mark.process
 @linux
 def test_our_server_draws_what_the_raw_loop_draws_and_the_report_says_so(measured: Path) -> None:
     found = json.loads(measured.read_text())
@@ -406,6 +408,7 @@ def test_our_server_draws_what_the_raw_loop_draws_and_the_report_says_so(measure
         assert image.width > 700
 
 
+@pytest.mark.process
 @linux
 def test_a_wrong_picture_and_a_missing_peer_stand_in_the_report(measured: Path, tmp_path: Path) -> None:
     found = json.loads(
@@ -430,6 +433,7 @@ def test_every_system_has_a_colour_of_its_own_and_one_more_is_drawn_too(tmp_path
     assert (tmp_path / "all.png").stat().st_size > 1000
 
 
+@pytest.mark.process
 @linux
 def test_a_soak_reports_every_minute(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "soak.json"

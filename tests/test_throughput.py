@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.process
 def test_throughput_is_measured_from_file_to_file_beside_the_bare_pass(folder: Path) -> None:
     found = measure(folder, [512], rounds=1)
     (size,) = found.sizes
