@@ -20,7 +20,7 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from trainings import TINY, Breaks, Duel, Regression, norm, same, settings, values
 
 from distillers.data import Batch, ImageData, open_data
@@ -40,6 +40,7 @@ from distillers.training.distiller import (
     Turn,
 )
 from distillers.training.trainer import Run, begin, train
+from distillers.training.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,26 @@ def test_a_turn_moves_its_player_by_its_own_gradient_only(teacher: Teacher, data
         assert distance(turn["gradient"], turn["own"]) < 1e-5 * norm(turn["own"])
         rate = distance(turn["before"], turn["after"]) / norm(turn["own"])
         assert rate == pytest.approx({"critic": 1e-2, "student": 1e-3}[turn["player"]], rel=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks(Regression):
+    """A pass of the student without gradients, then the one that it learns from."""
+
+    def loss(self, net: nn.Module, batch: Batch, progress: float) -> Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        with torch.no_grad():
+            super().loss(net, batch, progress)
+        self.seen.append({"cached": torch.is_autocast_cache_enabled()})
+        return super().loss(net, batch, progress)
+
+
+def test_a_pass_without_gradients_takes_none_from_the_next(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    """torch before 2.10 hands the weights that the first pass has cast, without gradients, to the second."""
+    method = Looks()
+    train(method, teacher, data, settings(iterations=1, precision="bf16"), tmp_path, device="cpu")
+    cast, turn = method.seen
+    assert cast == {"cached": False} and all(g.any() for g in turn["gradient"])
 
 
 def test_each_player_is_clipped_alone(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
@@ -383,6 +404,23 @@ def test_what_killed_processes_left_is_cleared_away(teacher: Teacher, data: Imag
     train(method, teacher, data, settings(iterations=5, checkpoint_every=1), tmp_path, device="cpu")
     assert len(method.seen) == 5
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000005"]
+
+
+# --- what a look at the pictures leaves behind ------------------------------------------------------------------------
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_samples_and_the_watch_leave_every_network_in_its_own_mode(
+    ema: float, teacher: Teacher, data: ImageData, tmp_path: Path
+) -> None:
+    """A discriminator's encoder learns in evaluation mode, beside a student in training mode."""
+    chosen = settings(ema=ema, tracker="none", watch_every=1, watch_samples=132)
+    run = begin(AdversarialConsistency(), teacher, chosen, tmp_path, device="cpu")
+    before = {name: part.training for name, part in run.nets.named_modules()}
+    assert before["student"] and before["discriminator"] and not before["discriminator.encoder"]
+    run.iteration(0, data)
+    run.draw_samples(1, data)
+    assert {name: part.training for name, part in run.nets.named_modules()} == before
+    run.watch(1, Watch(data, 132, 1, tmp_path))
+    assert {name: part.training for name, part in run.nets.named_modules()} == before
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------

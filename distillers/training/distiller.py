@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -90,6 +91,17 @@ class Distiller(ABC):
 def frozen(module: M) -> M:
     """Put a module into evaluation mode, without gradients, and return it."""
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Give every part of a module its own mode, training or evaluation, back at the end of the block."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def trainable_copy(module: M) -> M:

@@ -32,7 +32,7 @@ from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.batches import Batches
 from distillers.training.checkpoints import Checkpoints, newest_checkpoint
-from distillers.training.distiller import Distiller, Networks, Turn, follow, slow_copy
+from distillers.training.distiller import Distiller, Networks, Turn, follow, modes_kept, slow_copy
 from distillers.training.execution import DryRun, Execution, fastest_execution, run_as
 from distillers.training.settings import TrainSettings
 from distillers.training.watch import Watch
@@ -134,11 +134,16 @@ def begin(
     """Set up a run before its first iteration: networks, optimizers, seeds. Arguments as `train`'s."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import AutocastKwargs, set_seed
 
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training of this process may have differed
     accelerator = Accelerator(
-        mixed_precision=settings.precision, cpu=device == "cpu", log_with=tracker, project_dir=str(out / "logs")
+        mixed_precision=settings.precision,
+        cpu=device == "cpu",
+        log_with=tracker,
+        project_dir=str(out / "logs"),
+        # torch before 2.10 keeps a weight that a pass without gradients has cast for the next pass, which then has none
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     set_seed(settings.seed)  # networks() may add fresh parameters
     return Run(distiller, teacher, settings, accelerator, out, description or {})
@@ -383,12 +388,10 @@ class Run:
 
         count, folder = self.settings.samples, self.out / "samples"
         folder.mkdir(exist_ok=True)
-        generator = self._averaged()
         count = min(count, len(data))
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
-        pictures = generator.draw_items(batch)
-        for net in self.optimizers:
-            self.nets[net].train()
+        with modes_kept(self.nets):
+            pictures = self._averaged().draw_items(batch)
         condition = self.teacher.condition
         if condition.paired:
             given = condition.pictures(condition.of_items(batch))
@@ -409,9 +412,8 @@ class Run:
     def watch(self, done: int, watch: Watch) -> str:
         """Measure the averaged weights on held-out data, log the figures, keep the weights if they are the best."""
         self.check(done)
-        figures, best = watch.measure(self._averaged(), done)
-        for net in self.optimizers:
-            self.nets[net].train()
+        with modes_kept(self.nets):
+            figures, best = watch.measure(self._averaged(), done)
         self.accelerator.log({f"watch/{name}": value for name, value in figures.items()}, step=done)
         if best and self.averages:
             self.checkpoints.save_best(self.averages)
