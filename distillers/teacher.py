@@ -6,7 +6,7 @@ trains. Text-to-image pipelines are sampled and served, not distilled: no data w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,22 @@ from distillers.weights.read import read_pipeline
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen denoiser, its codec, and the manifest of the folder it came from."""
+    """A frozen denoiser, its codec, and the manifest of the folder it came from.
+
+    `learner` is what students and critics start as, where that is not the denoiser itself: see `training.head`.
+    `start_time` is where a student's sampling begins; None for the end of the learner's schedule.
+    """
 
     denoiser: Denoiser
     codec: ImageCodec
     info: Info
+    learner: Denoiser | None = field(default=None, kw_only=True)
+    start_time: float | None = field(default=None, kw_only=True)
+
+    @property
+    def initial(self) -> Denoiser:
+        """The denoiser that students and critics start as."""
+        return self.learner or self.denoiser
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> Teacher:

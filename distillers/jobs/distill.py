@@ -7,14 +7,19 @@ another; what is finished is not made again, so a job that was stopped goes on w
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.jobs.inputs import held_out_data, load_data, load_teacher
 from distillers.jobs.merge import merge
 from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
+from distillers.models.denoiser import Denoiser
+from distillers.teacher import Teacher
 from distillers.training.checkpoints import newest_checkpoint
+from distillers.training.head import HeadFit, check_start, fit_settings, head_errors, head_of, usable
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin, train
 from distillers.training.watch import best_iteration
@@ -55,6 +60,7 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     whole, method, settings = load_data(recipe), recipe.distiller(), recipe.settings()
     teacher = load_teacher(recipe, whole)
     data = method.data(whole, teacher)
+    teacher = with_head(teacher, recipe, data, folder / "training", device)
     made = train(
         method,
         teacher,
@@ -69,6 +75,35 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
         learnt_from = teacher if recipe.teacher else None
         publish(method.finish(made, data), recipe, folder, teacher=learnt_from, data=data)
     PartialState().wait_for_everyone()
+
+
+def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, device: str | None) -> Teacher:
+    """Give a teacher what its students start as and where they start sampling, as the recipe's [student] table says.
+
+    A head that is not the teacher's is trained first, in place/head, and its error printed; a finished one is reopened.
+    """
+    from accelerate import PartialState
+
+    method, settings, student = recipe.distiller(), recipe.settings(), recipe.student_settings()
+    if method.starts_from != "teacher":
+        return teacher
+    check_start(student, teacher)
+    teacher = replace(teacher, start_time=student.start_time)
+    own, head = teacher.denoiser, head_of(student, method, teacher)
+    if head == own.prediction:
+        if (schedule := usable(own)) is own.schedule:
+            return teacher
+        return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction, own.sigma_data))
+    fit = fit_settings(settings, student)
+    about = {**recipe.table(), "stage": "head"}
+    latents = encoded_once(data, teacher.codec)
+    made = train(HeadFit(prediction=head), teacher, latents, fit, place / "head", description=about, device=device)
+    learner = made.denoiser
+    assert isinstance(learner, Denoiser)
+    errors = head_errors(learner, teacher, data)
+    told = ", ".join(f"{error:.3f} at t = {t:g}" for t, error in errors.items())
+    PartialState().print(f"the student predicts {head} in place of {own.prediction}; its x0 is off by {told} (rms)")
+    return replace(teacher, learner=learner)
 
 
 def publish_run(run: Path, folder: Path, which: str = "last") -> str:
@@ -96,6 +131,7 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
         raise BadInput("run", str(run), alone)
     whole, method, settings = load_data(recipe), recipe.distiller(), recipe.settings()
     teacher = load_teacher(recipe, whole)
+    teacher = with_head(teacher, recipe, method.data(whole, teacher), place, "cpu")
     state = begin(method, teacher, settings, place, description=recipe.table(), device="cpu")
     iteration = state.resume()
     if which == "best":

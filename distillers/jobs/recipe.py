@@ -6,6 +6,7 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that 
 [data]                              # kind = "images" | "pairs" | "shapes" | "preferences", and that kind's options
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
+[student]                           # StudentSettings: what the student predicts, where its sampling starts
 [model]                             # only for "diffusion": task, patch or autoencoder, prediction, schedule, network
 """
 
@@ -22,6 +23,7 @@ from distillers import methods
 from distillers.errors import BadInput
 from distillers.models.schedule import Prediction
 from distillers.training.distiller import Distiller
+from distillers.training.head import StudentSettings
 from distillers.training.options import checked
 from distillers.training.settings import TrainSettings
 
@@ -61,6 +63,7 @@ class Recipe:
     teacher: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # the method's own table
     train: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -83,7 +86,7 @@ class Recipe:
         if kind is None:
             raise BadInput("method", method, ", ".join(methods.names()))
         assert isinstance(method, str)
-        known = {"name", "method", "teacher", "data", "train", "model", method, "versions"}
+        known = {"name", "method", "teacher", "data", "train", "student", "model", method, "versions"}
         for key in table:
             if key not in known:
                 raise BadInput(key, table[key], "one of " + ", ".join(sorted(known - {"versions"})))
@@ -101,9 +104,15 @@ class Recipe:
             data=_table(table, "data"),
             options=_table(table, method),
             train=_table(table, "train"),
+            student=_table(table, "student"),
             model=_table(table, "model"),
         )
-        recipe.distiller(), recipe.settings(), recipe.model_settings()  # refuse wrong keys before anything is opened
+        (
+            recipe.distiller(),
+            recipe.settings(),
+            recipe.student_settings(),
+            recipe.model_settings(),
+        )  # refuse wrong keys before anything is opened
         return recipe
 
     def table(self) -> dict[str, Any]:
@@ -126,6 +135,12 @@ class Recipe:
     def settings(self) -> TrainSettings:
         """Build the settings of the [train] table."""
         return TrainSettings(**checked(TrainSettings, self.train, "train"))
+
+    def student_settings(self) -> StudentSettings:
+        """Build the settings of the [student] table."""
+        if self.student and methods.find(self.method).starts_from != "teacher":
+            raise BadInput("student", self.student, f"absent: {self.method} has no teacher whose student it makes")
+        return StudentSettings(**checked(StudentSettings, self.student, "student"))
 
     def model_settings(self) -> ModelSettings:
         """Build the settings of the [model] table."""

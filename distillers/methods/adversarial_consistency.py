@@ -28,9 +28,9 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
+    new_student,
     slow_copy,
     split_batch,
-    trainable_copy,
 )
 from distillers.training.losses import (
     Solver,
@@ -77,12 +77,12 @@ class AdversarialConsistency(Distiller):
         )
 
     def networks(self, teacher: Teacher) -> Networks:
-        nets = Networks({"student": trainable_copy(teacher.denoiser)})
+        nets = Networks({"student": new_student(teacher)})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
         if self.target_decay:
             nets["target"] = slow_copy(nets["student"])
         if self.adversarial_weight:
-            nets["discriminator"] = Discriminator(teacher.denoiser, self.layers, *teacher.example(), views=2)
+            nets["discriminator"] = Discriminator(teacher.initial, self.layers, *teacher.example(), views=2)
         nets["codec"] = frozen(teacher.codec)
         return nets
 

@@ -24,10 +24,10 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import like
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, new_student, split_batch
 from distillers.training.losses import Solver, per_sample_mse, teacher_step
 
-SIGNAL_LEFT = 0.05  # alpha(t_max) / sigma(t_max) above which the start is visibly not noise
+SIGNAL_LEFT = 0.06  # alpha(t_max) / sigma(t_max) above which the start is visibly not noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,14 @@ class Boot(Distiller):
             allowed = "0 to 1; 0 or more; 0 or more"
             raise BadInput("boot.boundary_share, boundary_weight, guidance_scale", wrong, allowed)
 
+    @property
+    def fits_head(self) -> bool:
+        return False
+
     def networks(self, teacher: Teacher) -> Networks:
         if teacher.denoiser.prediction == "flow":  # stock flow schedulers sample flow only, and the signal is none
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
-        student = trainable_copy(teacher.denoiser)
+        student = new_student(teacher)
         student.prediction = "x0"  # a free head: the output is the signal, whatever the teacher's was
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))
         if left > SIGNAL_LEFT:

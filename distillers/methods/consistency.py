@@ -30,9 +30,9 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
+    new_student,
     slow_copy,
     split_batch,
-    trainable_copy,
 )
 from distillers.training.losses import (
     Lpips,
@@ -86,7 +86,7 @@ class Consistency(Distiller):
             raise BadInput("consistency.guidance_range", self.guidance_range, allowed)
 
     def networks(self, teacher: Teacher) -> Networks:
-        nets: dict[str, nn.Module] = {"student": trainable_copy(teacher.denoiser)}
+        nets: dict[str, nn.Module] = {"student": new_student(teacher)}
         if self.guidance_range:
             embed_guidance(nets["student"].network)  # type: ignore[arg-type]
         if self.source == "teacher":  # 0 stands for any scale but 1: the batch brings its own

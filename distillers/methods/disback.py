@@ -62,14 +62,14 @@ class DisBack(Distiller):
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": new_student(teacher, self.start, self.network, "disback")})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
-        nets["critic"] = trainable_copy(teacher.denoiser)
-        nets["target"] = slow_copy(teacher.denoiser)
-        nets["path"] = frozen(Path(self.nodes, teacher.denoiser))
+        nets["critic"] = trainable_copy(teacher.initial)
+        nets["target"] = slow_copy(teacher.initial)
+        nets["path"] = frozen(Path(self.nodes, teacher.initial))
         return nets
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, critic, path = nets["student"], nets["critic"], nets["path"]
-        schedule = student.schedule
+        schedule = critic.schedule  # the student's own ends where its sampling starts
         x0, cond = split_batch(batch)
 
         # P_1, ..., P_N at even times of stage 1

@@ -90,16 +90,16 @@ class Dmd2(Distiller):
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": new_student(teacher, self.start, self.network, "dmd2")})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
-        nets["critic"] = trainable_copy(teacher.denoiser)
+        nets["critic"] = trainable_copy(teacher.initial)
         x0, cond = teacher.example()
         if self.gan_weight:
-            t = torch.tensor(teacher.denoiser.schedule.t_max)
+            t = torch.tensor(teacher.initial.schedule.t_max)
             with torch.no_grad():
-                heads = Heads(teacher.denoiser.features(x0, t, cond, self.layers))
+                heads = Heads(teacher.initial.features(x0, t, cond, self.layers))
             if self.gan_features == "critic":
                 nets["critic"].heads = heads  # they learn in its turns
             else:
-                nets["backbone"], nets["discriminator"] = frozen(teacher.denoiser), heads
+                nets["backbone"], nets["discriminator"] = frozen(teacher.initial), heads
         if self.pairs:
             if cond and "sar" in cond:
                 raise BadInput("dmd2.pairs", self.pairs, "0 for translators: their conditions cannot be drawn")
@@ -110,7 +110,7 @@ class Dmd2(Distiller):
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, teacher, critic = nets["student"], nets["teacher"], nets["critic"]
-        schedule = student.schedule
+        schedule = critic.schedule  # the student's own ends where its sampling starts
         x0, cond = split_batch(batch)
         x = sample_student(student, torch.randn_like(x0), cond, self.steps)
 

@@ -36,6 +36,7 @@ from distillers.training.distiller import (
     Turn,
     follow,
     frozen,
+    new_student,
     slow_copy,
     split_batch,
     trainable_copy,
@@ -102,9 +103,13 @@ class HyperSD(Distiller):
                 "hyper_sd.segments", self.segments, "1 as the last: feedback and scores are of one-step samples"
             )
 
+    @property
+    def fits_head(self) -> bool:
+        return self.lora_rank is None  # an adapter is of the network as it is
+
     def networks(self, teacher: Teacher) -> Networks:
-        teacher.denoiser.schedule.segment_grid(self.points)  # refused where the clock has too few timesteps
-        nets = Networks({"student": trainable_copy(teacher.denoiser)})
+        nets = Networks({"student": new_student(teacher)})
+        nets["student"].schedule.segment_grid(self.points)  # refused where the clock has too few timesteps
         if self.lora_rank is not None:
             add_lora(nets["student"].network, self.lora_rank)
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
@@ -112,12 +117,12 @@ class HyperSD(Distiller):
             nets["target"] = slow_copy(nets["student"])
         x0, cond = teacher.example()
         if any(self.adversarial_weights):
-            nets["backbone"] = frozen(teacher.denoiser)
-            t = torch.tensor(teacher.denoiser.schedule.t_max)
+            nets["backbone"] = frozen(teacher.initial)
+            t = torch.tensor(teacher.initial.schedule.t_max)
             with torch.no_grad():
-                nets["discriminator"] = Heads(teacher.denoiser.features(x0, t, cond, self.layers))
+                nets["discriminator"] = Heads(teacher.initial.features(x0, t, cond, self.layers))
         if self.score_weight:
-            nets["critic"] = trainable_copy(teacher.denoiser)
+            nets["critic"] = trainable_copy(teacher.initial)
         if self.reward:
             nets["reward"] = frozen(Reward(load_reward(self.reward), teacher.codec, x0, cond))
         return nets
@@ -185,7 +190,7 @@ class HyperSD(Distiller):
         loss = x0.new_zeros(())
         if self.score_weight:
             with torch.no_grad():
-                t, x_t = diffuse(nets["student"].schedule, x)
+                t, x_t = diffuse(nets["critic"].schedule, x)
                 real, fake = nets["teacher"](x_t, t, cond), nets["critic"](x_t, t, cond)
             loss = loss + self.score_weight * distribution_matching(x, real, fake)
         if self.reward:

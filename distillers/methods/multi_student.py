@@ -109,6 +109,10 @@ class MultiStudent(Distiller):
         share = self.share(teacher)
         return data if self.students == 1 else Part(data, [data.labels[label] for label in share])
 
+    @property
+    def fits_head(self) -> bool:
+        return self.method.fits_head
+
     def networks(self, teacher: Teacher) -> Networks:
         self.share(teacher)
         nets = self.method.networks(teacher)

@@ -73,6 +73,10 @@ class Pso(Distiller):
         if online and self.steps == 1 and not self.policy_std:
             raise BadInput("pso.steps", 1, f"2 or more, for one step adds no noise and has no likelihood; {WAYS_OUT}")
 
+    @property
+    def fits_head(self) -> bool:
+        return False
+
     def networks(self, teacher: Teacher) -> Networks:
         sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info), self.steps)
         nets = Networks({"student": trainable_copy(teacher.denoiser), "sampler": frozen(sampler)})

@@ -58,6 +58,10 @@ class Refine(Distiller):
         self._at_least(0, "pixel_weight", "perceptual_weight", "frequency_weight", "adversarial_weight")
         self._at_least(0, "adversarial_ramp", "shift")
 
+    @property
+    def fits_head(self) -> bool:
+        return False
+
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": trainable_copy(teacher.denoiser), "teacher": frozen(teacher.denoiser)})
         x0, cond = teacher.example()

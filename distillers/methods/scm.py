@@ -30,7 +30,7 @@ from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser, uncompiled
 from distillers.models.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
-from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, new_student, split_batch
 from distillers.training.losses import (
     check_steps,
     consistency_function,
@@ -66,7 +66,7 @@ class ContinuousConsistency(Distiller):
     def networks(self, teacher: Teacher) -> Networks:
         return Networks(
             {
-                "student": trainable_copy(teacher.denoiser),
+                "student": new_student(teacher),
                 "teacher": frozen(teacher.guided(self.guidance_scale)),
             }
         )

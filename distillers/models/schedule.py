@@ -10,6 +10,7 @@ and rounded once, on multiplication with the data. `t` is a float tensor of shap
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
@@ -201,6 +202,18 @@ class NoiseSchedule(ABC):
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
+    def until(self, t_max: float) -> NoiseSchedule:
+        """Return this schedule with an earlier end: the process is the same, and its noisiest time is t_max.
+
+        Raises:
+            BadInput: an end that is not within the range.
+        """
+        if not self.t_min < t_max <= self.t_max:
+            raise BadInput("t_max", t_max, f"above {self.t_min:g}, up to {self.t_max:g}")
+        shorter = copy.copy(self)
+        shorter.t_max = t_max
+        return shorter
+
     def to_config(self) -> dict[str, Any]:
         """Describe the schedule as a dictionary that `from_config` takes."""
         return {"name": self.name, "t_min": self.t_min, "t_max": self.t_max}
@@ -280,6 +293,7 @@ class VariancePreserving(NoiseSchedule):
             raise BadInput("betas", f"shape {tuple(betas.shape)}", "a vector of at least two values in (0, 1)")
         abar = torch.cumprod(1 - betas, 0)
         self.log_ratio = ((1 - abar) / abar).log() / 2  # ln(sigma/alpha) at the integers
+        self.betas = betas
         self.betas_config = betas_config or {"trained_betas": betas.tolist()}
         self.t_min, self.t_max = 0.0, float(len(betas) - 1)
 
@@ -301,6 +315,12 @@ class VariancePreserving(NoiseSchedule):
         if not 1 <= n <= clock // 2:
             raise BadInput("grid points", n, f"1 to {int(clock // 2)}: half of the schedule's {int(clock)} timesteps")
         return torch.tensor([0.0] + [float(round(i * clock / n) - 1) for i in range(1, n + 1)], dtype=torch.float64)
+
+    def until(self, t_max: float) -> VariancePreserving:
+        """Return the schedule of the first betas, whose last whole timestep is t_max or the one before."""
+        if not 1 <= t_max <= self.t_max:
+            raise BadInput("t_max", t_max, f"1 to {self.t_max:g}")
+        return self if t_max == self.t_max else VariancePreserving(self.betas[: int(t_max) + 1])
 
     def to_config(self) -> dict[str, Any]:
         return {"name": self.name, **self.betas_config}

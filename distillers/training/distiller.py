@@ -50,6 +50,11 @@ class Distiller(ABC):
     starts_from: ClassVar[Literal["teacher", "model", "data"]] = "teacher"
     published: ClassVar[str] = "student"  # prefix of the names of the networks whose averaged weights are published
 
+    @property
+    def fits_head(self) -> bool:
+        """Say whether its student may predict something else than its teacher does: see `training.head`."""
+        return True
+
     def parts(self) -> list[dict[str, Any]]:
         """Return the options that tell the trainings of one job apart: one training, unless a method has several."""
         return [{}]
@@ -113,8 +118,10 @@ def trainable_copy(module: M) -> M:
     return learner
 
 
-def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] | None, field: str) -> Denoiser:
-    """Make a denoiser to train, with the teacher's schedule and prediction.
+def new_student(
+    teacher: Teacher, start: str | None = None, network: Mapping[str, Any] | None = None, field: str = ""
+) -> Denoiser:
+    """Make a denoiser to train, with the prediction of `teacher.initial` and its schedule up to `teacher.start_time`.
 
     Args:
         start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network.
@@ -124,7 +131,8 @@ def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] 
     Raises:
         BadInput: options that the class does not have, a folder with another network, or both at once.
     """
-    own = teacher.denoiser
+    own = teacher.initial
+    schedule = own.schedule if teacher.start_time is None else own.schedule.until(teacher.start_time)
     if start not in (None, "untrained"):
         if network:
             raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
@@ -134,10 +142,12 @@ def new_student(teacher: Teacher, start: str | None, network: Mapping[str, Any] 
         shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (opened, own)]
         if shapes[0] != shapes[1] or opened.prediction != own.prediction:
             raise BadInput(f"{field}.start", start, "a folder whose network and prediction are the teacher's")
-        return trainable_copy(opened)
-    if start is None and not network:
-        return trainable_copy(own)
-    return trainable_copy(Denoiser(rebuilt(own.network, network or {}, field), own.schedule, own.prediction))
+        begun = opened.network
+    elif start is None and not network:
+        begun = own.network
+    else:
+        begun = rebuilt(own.network, network or {}, field)
+    return trainable_copy(Denoiser(begun, schedule, own.prediction, own.sigma_data))
 
 
 def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Module:

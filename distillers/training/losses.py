@@ -184,9 +184,12 @@ def denoising(
     """Compute the denoising score matching loss E (min(SNR, cap) + 1) || x0_theta(x_t, t) - x0 ||^2.
 
     SNR + 1 makes it the velocity loss (Salimans and Ho 2022, sec. 4); the cap keeps the last, almost clean times from
-    taking most of it (Hang et al. 2023). Mean over samples and elements.
+    taking most of it (Hang et al. 2023). A network that predicts noise has the weight min(SNR, cap), the loss of its
+    output: with SNR + 1 the noisiest time of DDPM, where x0 is 157 times as wrong as the output, would be the whole
+    loss. Mean over samples and elements.
     """
-    weight = (denoiser.schedule.snr(t).clamp(max=cap) + 1).to(x0)  # type: ignore[operator, union-attr]
+    weight = denoiser.schedule.snr(t).clamp(max=cap) + (denoiser.prediction != "eps")  # type: ignore[operator, union-attr]
+    weight = weight.to(x0)
     return (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
 
 

@@ -178,7 +178,7 @@ class Run:
         teacher.codec.to(accelerator.device)
         distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
         self.of_teacher = {"teacher"}  # made of the teacher alone, and again on resume: checkpoints do not hold them
-        of_teacher = {id(p) for p in teacher.denoiser.parameters()}
+        of_teacher = {id(p) for own in (teacher.denoiser, teacher.initial) for p in own.parameters()}
         for name, net in self.nets.items():
             parameters = {id(p) for p in net.parameters()}
             if parameters <= of_teacher and (parameters or not net.state_dict()):

@@ -1,0 +1,135 @@
+"""The head of a student is what its network predicts: a teacher of noise gets students of velocity.
+
+x0 = (x_t - sigma eps) / alpha multiplies an error of eps by sigma / alpha, 157 at the last time of DDPM's linear
+schedule, where a one-step student is called; of v it is sigma. A network of noise therefore learns to predict v first,
+by teacher score matching: its target is the teacher's own x0 (stage one of Meng, Rombach, Gao, Kingma, Ermon, Ho and
+Salimans, "On Distillation of Guided Diffusion Models", 2023). Stock diffusers knows both predictions, so nothing has to
+be undone when the student is published. Times whose noise is over 20 times the signal are left out altogether: the
+teacher's x0 is its own error there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distillers.data import ImageData
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import NoiseSchedule, Prediction, VariancePreserving
+from distillers.teacher import Teacher
+from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
+from distillers.training.losses import denoising
+from distillers.training.settings import TrainSettings
+
+NOISE_LIMIT = 20.0  # sigma / alpha, above which the x0 of a network of noise is mostly its error
+LAST_SHARE = 0.1  # of the samples, at the last time: the only one that a one-step student is called at
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """The [student] table of a recipe, checked when it is built. Raises BadInput naming the field."""
+
+    head: Literal["auto", "teacher", "v", "x0"] = "auto"  # auto: v where the teacher predicts noise and ends in it
+    head_iterations: int = 0  # in which the network learns its head; 0 = a tenth of train.iterations, 200 at least
+    start_time: float | None = None  # where sampling starts, in the teacher's t; absent: the end of its schedule
+
+    def __post_init__(self) -> None:
+        if self.head_iterations < 0:
+            raise BadInput("student.head_iterations", self.head_iterations, "0 or more")
+
+
+def usable(denoiser: Denoiser) -> NoiseSchedule:
+    """Return the part of a teacher's schedule in which its x0 is not mostly error: all of it unless it predicts eps."""
+    schedule = denoiser.schedule
+    if denoiser.prediction != "eps":
+        return schedule
+    end = float(schedule.time_at_ratio(torch.tensor(NOISE_LIMIT)))
+    return schedule if end >= schedule.t_max else schedule.until(end)
+
+
+def head_of(student: StudentSettings, distiller: Distiller, teacher: Teacher) -> Prediction:
+    """Choose what the students of a teacher predict."""
+    own = teacher.denoiser.prediction
+    if student.head == "auto":
+        return "v" if distiller.fits_head and usable(teacher.denoiser) is not teacher.denoiser.schedule else own
+    if student.head == "teacher" or student.head == own:
+        return own
+    if not distiller.fits_head:
+        raise BadInput("student.head", student.head, "teacher: this method's student cannot start with another head")
+    return student.head
+
+
+def check_start(student: StudentSettings, teacher: Teacher) -> None:
+    """Raise BadInput for a start time that the teacher's schedule does not have, or that no folder can tell."""
+    if student.start_time is None:
+        return
+    schedule = usable(teacher.denoiser)
+    if not isinstance(schedule, VariancePreserving):
+        raise BadInput("student.start_time", student.start_time, f"absent: schedules of {schedule.name} have one start")
+    if not 1 <= student.start_time <= schedule.t_max:
+        raise BadInput("student.start_time", student.start_time, f"1 to {schedule.t_max:g}, or absent for the last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFit(Distiller):
+    """E (min(SNR, 20) + 1) || x0_learner(x_t, t) - x0_teacher(x_t, t) ||^2, with the learner's own prediction type."""
+
+    prediction: Prediction
+
+    def networks(self, teacher: Teacher) -> Networks:
+        own = teacher.denoiser
+        learner = Denoiser(own.network, usable(own), self.prediction, own.sigma_data)
+        return Networks({"student": trainable_copy(learner), "teacher": frozen(own)})
+
+    def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
+        student, schedule = nets["student"], nets["student"].schedule
+        x0, cond = split_batch(batch)
+        t = schedule.spaced(torch.rand(len(x0), device=x0.device, dtype=torch.float64))
+        t = t.masked_fill(torch.rand(len(x0), device=x0.device) < LAST_SHARE, schedule.t_max)
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+        with torch.no_grad():
+            target = nets["teacher"](x_t, t, cond)
+        yield "student", denoising(student, x_t, t, target, cond)
+
+    def generator(self, nets: Networks, teacher: Teacher) -> Generator:
+        info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=20)
+        return Generator(nets["student"], teacher.codec, info)
+
+
+def fit_settings(settings: TrainSettings, student: StudentSettings) -> TrainSettings:
+    """Make the settings of the fit from those of the training that follows."""
+    iterations = student.head_iterations or max(200, settings.iterations // 10)
+    return replace(
+        settings,
+        iterations=iterations,
+        learning_rates=None,
+        warmup=min(settings.warmup, iterations // 10),
+        decay="cosine",
+        ema=min(settings.ema, 0.99),
+        samples=1,
+        sample_every=0,
+        watch_every=0,
+        publish="last",
+    )
+
+
+@torch.no_grad()
+def head_errors(learner: Denoiser, teacher: Teacher, data: ImageData, count: int = 64) -> dict[float, float]:
+    """Measure how far a learner's x0 is from its teacher's: root mean square, by time (four of them, ascending)."""
+    items = data.items(range(min(count, len(data))))
+    batch = teacher.encode_batch(items, next(learner.parameters()).device)
+    x0, cond = split_batch(batch)
+    schedule, errors = learner.schedule, {}
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        t = schedule.spaced(torch.tensor(share, dtype=torch.float64))
+        x_t = schedule.add_noise(x0, noise, t)
+        gap: Tensor = learner(x_t, t, cond) - teacher.denoiser(x_t, t, cond)
+        errors[round(float(t), 3)] = float(gap.square().mean().sqrt())
+    return errors
