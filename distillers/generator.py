@@ -147,7 +147,9 @@ class Generator(nn.Module):
         size: tuple[int, int] | None = None,
         **condition: Unpack[Given],
     ) -> Tensor:
-        """Sample pixels (B, 3, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its condition only.
+        """Sample pixels (B, C, H, W), float32 on CPU in [-1, 1]; image i depends on seeds[i] and its condition only.
+
+        C is `info.channels`: 3 for RGB, 1 for grey; `distillers.models.bands` says how others are shown.
 
         Alone or in any batch it is the same picture to about 1e-5: torch may sum in another order at another size.
 
@@ -161,7 +163,7 @@ class Generator(nn.Module):
         cond = self.encode_condition(len(seeds), **condition)
         height, width = self.condition.size(condition) or size or self.info.size
         self._check_size("size", height, width)
-        shape = (self.codec.channels(3), height // self.codec.factor, width // self.codec.factor)
+        shape = (self.codec.channels(self.info.channels), height // self.codec.factor, width // self.codec.factor)
         stream = seeded_noise(seeds, shape)
         device = next(self.denoiser.parameters()).device
         x0 = self.forward(next(stream).to(device), cond, steps, stream)

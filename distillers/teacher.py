@@ -67,7 +67,7 @@ class Teacher:
         """
         from diffusers import UNet2DModel
 
-        channels = codec.channels(3)
+        channels = codec.channels(info.channels)
         options = {
             "sample_size": info.size[0] // codec.factor,
             "in_channels": channels + info.condition(codec).channels,
@@ -95,7 +95,7 @@ class Teacher:
     def example(self) -> tuple[Tensor, Cond | None]:
         """Make an example for shapes: zeros (1, C, H, W) in the network's space, and a condition of the task."""
         side = (length // self.codec.factor for length in self.info.size)
-        return torch.zeros(1, self.codec.channels(3), *side), self.condition.example()
+        return torch.zeros(1, self.codec.channels(self.info.channels), *side), self.condition.example()
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """Encode a batch of pictures (see `data.pixels.Batch`): "x0", "loser", and the condition's tensors.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.errors import ApiError
-from app.media.image_files import decode_rgb, decode_sar, encode, pad
+from app.media.image_files import decode_picture, decode_sar, encode, pad
 from distillers.errors import BadInput
 
 LIMIT = 1 << 16
@@ -171,7 +171,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_every_accepted_picture_becomes_colour_as_a_viewer_shows_it(name: str) -> None:
     data, expected = ACCEPTED[name]
-    colour = decode_rgb(data, LIMIT)
+    colour = decode_picture(data, LIMIT)
     assert colour.dtype == np.float32 and colour.flags.c_contiguous
     levels = 127.5 * (colour + 1)
     np.testing.assert_allclose(levels, np.moveaxis(expected, -1, 0), atol=1e-3)
@@ -180,10 +180,10 @@ def test_every_accepted_picture_becomes_colour_as_a_viewer_shows_it(name: str) -
 def test_a_jpeg_is_near_and_white_and_black_are_exact() -> None:
     smooth = np.stack([np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))] * 3, -1)
     np.testing.assert_allclose(
-        decode_rgb(file_of(smooth, "JPEG", quality=95), LIMIT)[0], smooth[..., 0] / 127.5 - 1, atol=0.05
+        decode_picture(file_of(smooth, "JPEG", quality=95), LIMIT)[0], smooth[..., 0] / 127.5 - 1, atol=0.05
     )
     for value, unit in ((0, -1.0), (255, 1.0)):
-        assert (decode_rgb(file_of(np.full((8, 8, 3), value, np.uint8)), LIMIT) == unit).all()
+        assert (decode_picture(file_of(np.full((8, 8, 3), value, np.uint8)), LIMIT) == unit).all()
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -210,7 +210,7 @@ NO_COLOUR = {
 def test_broken_colour_pictures_are_named_as_what_they_are(name: str) -> None:
     data, message = NO_COLOUR[name]
     with pytest.raises(BadInput, match=message) as caught:
-        decode_rgb(data, LIMIT)
+        decode_picture(data, LIMIT)
     assert caught.value.field == "image"
 
 
@@ -236,7 +236,7 @@ def huge_jpeg(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [300, 12_000, 16_383])
 def test_a_colour_bomb_is_refused_by_its_header(make: Callable[[int, int], bytes], side: int) -> None:
     with pytest.raises(ApiError, match="image: got") as caught:
-        decode_rgb(make(side, side), LIMIT)
+        decode_picture(make(side, side), LIMIT)
     assert caught.value.status == 413
 
 
@@ -249,7 +249,7 @@ def test_a_colour_bomb_is_refused_by_its_header(make: Callable[[int, int], bytes
 )
 def test_damage_anywhere_in_colour_is_bad_input_or_a_picture(noise: bytes, file: bytes, at: int) -> None:
     try:
-        colour = decode_rgb(file[:at] + noise + file[at + len(noise) :], LIMIT)
+        colour = decode_picture(file[:at] + noise + file[at + len(noise) :], LIMIT)
     except (BadInput, ApiError):
         return
     assert colour.shape[0] == 3 and abs(colour).max() <= 1

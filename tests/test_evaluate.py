@@ -402,7 +402,7 @@ def test_side_by_side_labels_every_row_and_takes_grey(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="one picture size"):
             side_by_side(wrong, tmp_path / "no.png")
     with pytest.raises(BadInput, match="images"):
-        grid(torch.zeros(2, 4, 8, 8), 2)
+        grid(torch.zeros(2, 0, 8, 8), 2)
     with pytest.raises(BadInput, match="columns"):
         grid(colour, 0)
 

@@ -38,8 +38,8 @@ class Order:
         label: the class, for models with classes.
         prompt: for text-to-image models.
         sar: (channels, H, W) in [-1, 1], for translators.
-        start: (3, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
-        on_partial: called on the engine's thread with a step's index and its estimate, (H, W, 3) uint8.
+        start: (C, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
+        on_partial: called on the engine's thread with a step's index and its estimate, (H, W, C) uint8.
         partial_steps: the steps, all but the last, that it is called for.
     """
 
@@ -95,7 +95,7 @@ class Model:
     # -- drawing: on the engine's thread ---------------------------------------------------------------------------
 
     def draw(self, steps: int, orders: Sequence[Order], first: int = 0, strict: bool = False) -> Pixels:
-        """Draw the pictures of B orders of one shape, (B, H, W, 3) uint8.
+        """Draw the pictures of B orders of one shape, (B, H, W, C) uint8.
 
         Args:
             first: steps left out at the beginning.
@@ -115,7 +115,7 @@ class Model:
         with torch.inference_mode():
             cond = generator.encode_condition(len(orders), **gather(orders))
             start = _stacked([order.start for order in orders])
-            factor, channels = generator.codec.factor, generator.codec.channels(3)
+            factor, channels = generator.codec.factor, generator.codec.channels(generator.info.channels)
             height, width = orders[0].sar.shape[-2:] if orders[0].sar is not None else self.info.size
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
 
@@ -314,6 +314,7 @@ class Model:
             "parameters_mb": round(self.bytes / 2**20, 3),
             "reads_text": self.generator.prompts is not None,
             "size": {"height": info.size[0], "width": info.size[1]},
+            "channels": info.channels,
             "steps": self.steps,
             "max_steps": max(self.steps or [self.max_steps]),
             "default_steps": self.default_steps,

@@ -176,7 +176,7 @@ def prepare(
 
 
 def probe(model: Model, steps: int, prepared: Prepared | None = None, threads: int | None = None) -> Pixels:
-    """Draw the probes one by one, (N, H, W, 3); without prepared functions by the reference. On the engine's thread."""
+    """Draw the probes one by one, (N, H, W, C); without prepared functions by the reference. On the engine's thread."""
     students = range(model.students)
     orders = [order for k in students for order in model.probes(max(2, PROBES // len(students)), k)]
     with model.using(prepared, threads):

@@ -58,7 +58,7 @@ class Task:
 class Picture:
     """Holds a picture that was drawn, and how long that took."""
 
-    pixels: Pixels  # (H, W, 3)
+    pixels: Pixels  # (H, W, C), all bands of the model
     file: Any  # what `finish` made of it, or None
     queue_s: float
     forward_s: float  # of the whole batch

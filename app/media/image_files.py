@@ -3,7 +3,8 @@
 An upload is checked in this sequence: its format against an allow-list, its size from the header against the limit, and
 only then its pixels. Every broken file ends in BadInput or ApiError.
 
-Accepted colour has 8 bits a band: grey, RGB, or a palette, which become three bands. Transparent pixels show white, and
+Accepted colour has 8 bits a band: grey, RGB, or a palette, which become the bands of the model: three, or one that is
+grey. Transparent pixels show white, and
 the orientation in EXIF is followed. CMYK is refused: without its profile it is no colour.
 
 Accepted SAR has one band (three equal bands count as one):
@@ -43,8 +44,8 @@ def decode_sar(data: bytes, max_pixels: int) -> NDArray[np.float32]:
         return _one_band(picture)
 
 
-def decode_rgb(data: bytes, max_pixels: int) -> NDArray[np.float32]:
-    """Decode a PNG, JPEG or WebP to colour (3, H, W) in [-1, 1]."""
+def decode_picture(data: bytes, max_pixels: int, channels: int = 3) -> NDArray[np.float32]:
+    """Decode a PNG, JPEG or WebP to (C, H, W) in [-1, 1]: RGB where `channels` is 3, grey where it is 1."""
     with _loaded(data, COLOUR_KINDS, max_pixels) as picture:
         if picture.mode not in COLOURS:
             raise BadInput("image", f"pixels of mode {picture.mode}", "grey or RGB of 8 bits a band, with alpha or not")
@@ -55,7 +56,7 @@ def decode_rgb(data: bytes, max_pixels: int) -> NDArray[np.float32]:
         if picture.has_transparency_data:
             page = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(page, picture.convert("RGBA"))
-        values = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        values = np.atleast_3d(np.asarray(picture.convert({1: "L", 3: "RGB"}[channels]))).transpose(2, 0, 1)
     colour = np.divide(values, 127.5, dtype=np.float32, order="C")
     colour -= 1
     return colour
@@ -132,17 +133,19 @@ def pad(sar: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
 
 
 def encode(pixels: Pixels, output_format: str, quality: int = 90, text: Mapping[str, str] | None = None) -> bytes:
-    """Encode a picture, (H, W, 3) uint8.
+    """Encode a picture, (H, W, C) or grey (H, W) uint8: of C bands the first three as RGB, of one or two the first.
 
     Args:
-        output_format: png (lossless), jpeg, webp, or raw: the bytes of the array itself, line by line.
+        output_format: png (lossless), jpeg, webp, or raw: the bytes of the array itself with all bands, line by line.
         quality: of JPEG and WebP, 0..100.
         text: keywords and values that a PNG carries.
     """
-    if output_format == "png":
-        return write_png(pixels, text)
     if output_format == "raw":
         return pixels.tobytes()
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    if output_format == "png":
+        return write_png(pixels, text)
     target = io.BytesIO()
     options = {"jpeg": {}, "webp": {"method": 0}}[output_format]
     Image.fromarray(pixels).save(target, output_format, quality=quality, **options)

@@ -15,7 +15,7 @@ from app.engine import budget
 from app.engine.budget import Choice
 from app.engine.engine import Engine, Order
 from app.engine.model import Model
-from app.media.image_files import MIN_SIDE, decode_rgb, decode_sar, pad, too_many_pixels
+from app.media.image_files import MIN_SIDE, decode_picture, decode_sar, pad, too_many_pixels
 from app.schemas import SEEDS, ContentFields, EditRequest, PictureFields, RealtimeRequest, SceneFields, SceneFormat
 from distillers.errors import BadInput
 
@@ -229,7 +229,10 @@ async def from_picture(
         raise BadInput("bands", body.bands, f"nothing: {plan.model.name} is no translator")
     height, width = check_size(plan.model, size)
     orders = orders_of(plan.model, body, plan.seeds)
-    start = await engine.decode(decode_rgb, data, engine.settings.max_pixels)
+    channels = plan.model.info.channels
+    if channels not in (1, 3):
+        raise BadInput("model", plan.model.name, f"a model of RGB or grey pictures; these have {channels} bands")
+    start = await engine.decode(decode_picture, data, engine.settings.max_pixels, channels)
     if start.shape[1:] != (height, width):
         given = f"a picture of {start.shape[2]}x{start.shape[1]} pixels"
         raise BadInput("image", given, f"{width}x{height} pixels, what {plan.model.name} draws; nothing is resized")

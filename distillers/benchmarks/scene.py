@@ -117,7 +117,7 @@ def _bare(generator: Generator, steps: int, seconds: float = 4.0) -> float:
     lanes, batch = lanes_and_batch(generator, None)
     device, codec = next(generator.parameters()).device, generator.codec
     channels, side = Radiometry.of(generator.info.sar).channels, TILE // codec.factor
-    noise = torch.randn(batch, codec.channels(3), side, side, device=device)
+    noise = torch.randn(batch, codec.channels(generator.info.channels), side, side, device=device)
     sar = torch.rand(batch, channels, TILE, TILE, device=device) * 2 - 1
 
     def once(_: int) -> None:

@@ -4,7 +4,7 @@ All kinds implement `ImageData`, so training and evaluation know none of them by
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,15 +18,19 @@ from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, read_sar
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 
-__all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "read_sar"]
+__all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "options_of", "read_sar"]
 
 
 class ImageData(Protocol):
-    """The interface of a data set. `labels` is () when unlabelled; `size` is the side of an image in pixels."""
+    """The interface of a data set.
+
+    `labels` is () when unlabelled; `size` is the side of an image in pixels, `channels` the number of its bands.
+    """
 
     name: str
     size: int
     labels: tuple[str, ...]
+    channels: int
 
     def __len__(self) -> int:
         """Count the items."""
@@ -51,7 +55,7 @@ class Part:
         wrong = [name for name in classes if name not in data.labels]
         if wrong or not classes:
             raise BadInput("data.classes", wrong or list(classes), f"classes of {data.name}: " + ", ".join(data.labels))
-        self.name, self.size, self.labels = data.name, data.size, data.labels
+        self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
         self.data, self.classes = data, torch.tensor([data.labels.index(name) for name in classes])
 
     @cached_property
@@ -93,15 +97,20 @@ KINDS: dict[str, Callable[..., ImageData]] = {
 }
 
 
+def options_of(kind: str) -> Mapping[str, inspect.Parameter]:
+    """Return the options that a kind of data takes, by name. Raises BadInput for an unknown kind."""
+    if kind not in KINDS:
+        raise BadInput("data.kind", kind, " | ".join(KINDS))
+    return inspect.signature(KINDS[kind]).parameters
+
+
 def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -> ImageData:
     """Open a data set of `kind` (a key of KINDS), whole or some of its classes.
 
     Raises:
         BadInput: an unknown kind, an unknown option or a missing one, and what the kind itself refuses.
     """
-    if kind not in KINDS:
-        raise BadInput("data.kind", kind, " | ".join(KINDS))
-    accepted = inspect.signature(KINDS[kind]).parameters
+    accepted = options_of(kind)
     for option in options:
         if option not in accepted:
             raise BadInput(

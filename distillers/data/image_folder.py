@@ -20,6 +20,7 @@ from distillers.data.pixels import (
     check_indices,
     check_size,
     check_split,
+    check_whole,
     dihedral,
     existing_folder,
     image_files,
@@ -39,6 +40,8 @@ class PicturesInMemory(ABC):
         size: the side in pixels of the squares that pictures are cropped and resized to.
         flip: mirror half of the drawn pictures left-right.
         dihedral: turn and mirror drawn pictures in all eight ways instead, which suits pictures without an up.
+        channels: bands of a picture: 3 makes every file RGB without alpha, 1 makes it grey; with another number every
+            file has as many bands of 8 bits, such as a PNG of four.
 
     Attributes:
         labels: the names of the classes; () where there are none.
@@ -48,8 +51,11 @@ class PicturesInMemory(ABC):
     labels: tuple[str, ...] = ()
     _classes: np.ndarray  # (N,) positions in labels
 
-    def __init__(self, path: str | Path, split: str | None, size: int, flip: bool, dihedral: bool) -> None:
+    def __init__(
+        self, path: str | Path, split: str | None, size: int, flip: bool, dihedral: bool, channels: int
+    ) -> None:
         self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
+        self.channels = check_whole("channels", channels, 1)
         if split is not None:
             check_split(split)
         self.root = self.path if split is None else existing_folder(self.path / split)
@@ -100,10 +106,11 @@ class ImageFolder(PicturesInMemory):
     """Images of `path[/split]/CLASS/*.jpg`, labelled by their sorted class folders, or of `path[/split]/*.jpg`.
 
     `limit` keeps an evenly spaced part. Images of another size are cropped to the centred square and resized with
-    antialiasing; grey and palette become RGB, alpha is dropped. Images beside class folders are left out.
+    antialiasing. Images beside class folders are left out.
 
     Raises:
-        BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit or smaller than 8 px, by name.
+        BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit, smaller than 8 px or of other
+            bands, by name.
     """
 
     def __init__(
@@ -114,8 +121,9 @@ class ImageFolder(PicturesInMemory):
         flip: bool = True,
         dihedral: bool = False,
         limit: int | None = None,
+        channels: int = 3,
     ) -> None:
-        super().__init__(path, split, size, flip, dihedral)
+        super().__init__(path, split, size, flip, dihedral, channels)
         # Labels come from both splits, so that a class absent from one of them never shifts the numbers of the others.
         siblings = [self.root] if split is None else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
         self.labels = tuple(sorted({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
@@ -135,10 +143,13 @@ class ImageFolder(PicturesInMemory):
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All images, (N,size,size,3), decoded at the first use."""
-        pixels = np.empty((len(self.files), self.size, self.size, 3), dtype=np.uint8)
+        """All images, (N,size,size,C), decoded at the first use."""
+        pixels = np.empty((len(self.files), self.size, self.size, self.channels), dtype=np.uint8)
         for i, file in enumerate(self.files):
-            pixels[i] = square(read_image(file), self.size)
+            try:
+                pixels[i] = square(read_image(file), self.size, self.channels)
+            except BadInput as error:
+                raise BadInput(str(file), error.given, error.allowed) from None
         return pixels
 
     def batch(self, pixels: Pixels) -> Batch:

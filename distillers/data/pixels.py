@@ -15,11 +15,12 @@ from torch import Tensor
 from distillers.errors import BadInput
 
 Batch = dict[str, Tensor]
-"""`image` float32 (B,3,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
+"""`image` float32 (B,C,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
 `loser` like `image`, in preference pairs, whose `image` is the winner."""
 
 Pixels = NDArray[np.uint8]
 SPLITS = ("train", "test")
+COLOURS = {1: "L", 3: "RGB"}  # Pillow's mode of so many bands, which any picture can be converted to
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 SMALLEST = 8  # px; below this there is no picture to learn from, most often it is a tracking pixel or a broken export
 _UNREADABLE = (
@@ -68,14 +69,25 @@ def read_image(path: Path) -> Image.Image:
     return upright
 
 
-def square(image: Image.Image, size: int) -> Pixels:
-    """Crop a picture to its centred square, as RGB, and resize it to (size, size, 3) with antialiasing."""
+def square(image: Image.Image, size: int, channels: int = 3) -> Pixels:
+    """Crop a picture to its centred square and resize it to (size, size, C) with antialiasing.
+
+    channels: 1 makes any picture grey, 3 makes any picture RGB; other numbers take pictures of as many bands.
+
+    Raises:
+        BadInput: another number of bands than `channels`, where that is neither 1 nor 3.
+    """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    cropped = image.convert("RGB").crop((left, top, left + side, top + side))
+    if channels in COLOURS:
+        image = image.convert(COLOURS[channels])
+    bands = image.split()
+    if len(bands) != channels:
+        raise BadInput("image", f"{len(bands)} bands, {image.mode}", f"{channels} bands")
+    cropped = [band.crop((left, top, left + side, top + side)) for band in bands]  # each alone: none is transparency
     if side != size:  # Pillow's filter widens when it shrinks, which is the antialiasing
-        cropped = cropped.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(cropped)
+        cropped = [band.resize((size, size), Image.Resampling.BICUBIC) for band in cropped]
+    return np.stack([np.asarray(band) for band in cropped], -1)
 
 
 def to_tensor(pixels: Pixels) -> Tensor:

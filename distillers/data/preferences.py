@@ -38,9 +38,15 @@ class PreferencePairs(PicturesInMemory):
     """
 
     def __init__(
-        self, path: str | Path, split: str | None = None, size: int = 64, flip: bool = True, dihedral: bool = False
+        self,
+        path: str | Path,
+        split: str | None = None,
+        size: int = 64,
+        flip: bool = True,
+        dihedral: bool = False,
+        channels: int = 3,
     ) -> None:
-        super().__init__(path, split, size, flip, dihedral)
+        super().__init__(path, split, size, flip, dihedral, channels)
         self.labels = self._read_labels()
         self.files, self._classes = self._read_pairs()
 
@@ -104,18 +110,20 @@ class PreferencePairs(PicturesInMemory):
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All pairs, (N,size,size,6), the winner's channels first, decoded at the first use."""
-        pixels = np.empty((len(self.files), self.size, self.size, 6), dtype=np.uint8)
+        """All pairs, (N,size,size,2 C), the winner's channels first, decoded at the first use."""
+        pixels = np.empty((len(self.files), self.size, self.size, 2 * self.channels), dtype=np.uint8)
         for i, pair in enumerate(self.files):
             try:
-                pixels[i] = np.concatenate([square(read_image(file), self.size) for file in pair], axis=2)
+                seen = [square(read_image(file), self.size, self.channels) for file in pair]
+                pixels[i] = np.concatenate(seen, axis=2)
             except BadInput as error:
                 line = f"{self.root / PAIRS}:{i + 1}: {error.field}"
                 raise BadInput(line, error.given, error.allowed) from None
         return pixels
 
     def batch(self, pixels: Pixels) -> Batch:
-        return {"image": to_tensor(pixels[..., :3]), "loser": to_tensor(pixels[..., 3:])}
+        winner, loser = pixels[..., : self.channels], pixels[..., self.channels :]
+        return {"image": to_tensor(winner), "loser": to_tensor(loser)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,7 @@ class SarOpticalPairs:
     """
 
     labels: tuple[str, ...] = ()
+    channels = 3
 
     def __init__(
         self,
@@ -388,6 +389,7 @@ class MixedPairs:
     """
 
     labels: tuple[str, ...] = ()
+    channels = 3
 
     def __init__(
         self,

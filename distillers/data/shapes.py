@@ -83,6 +83,7 @@ class CaptionedShapes:
 
     name = "shapes"
     labels = LABELS
+    channels = 3
 
     def __init__(
         self,

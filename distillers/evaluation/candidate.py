@@ -40,7 +40,7 @@ class Candidate:
     """Hold a model or baseline, its row, and the figures of its pictures so far, a tensor (B,) for each batch."""
 
     row: Row
-    draw: Callable[[Batch, Sequence[int]], Tensor]  # (real items, seeds) -> pictures (B,3,H,W)
+    draw: Callable[[Batch, Sequence[int]], Tensor]  # (real items, seeds) -> pictures (B,C,H,W)
     generator: Generator | None = None  # whose latency is measured
     features: list[Tensor] = field(default_factory=list)  # (B,d)
     paired: dict[str, list[Tensor]] = field(default_factory=dict)  # against the real picture of each
@@ -130,10 +130,10 @@ def _mean(one: Candidate, count: int) -> Candidate:
 
 
 def _baselines(generator: Generator, colour: Tensor, n: int, n_reference: int) -> Iterator[Candidate]:
-    """Make the candidates of a constant colour (3,) and of the SAR itself."""
+    """Make the candidates of a constant colour (C,) and of the SAR itself."""
 
     def constant(items: Batch, seeds: Sequence[int]) -> Tensor:
-        return colour.float().reshape(1, 3, 1, 1).expand_as(items["image"])
+        return colour.float().reshape(1, -1, 1, 1).expand_as(items["image"])
 
     def copied(items: Batch, seeds: Sequence[int]) -> Tensor:
         own = generator.condition

@@ -6,7 +6,7 @@
   baselines. Every report carries n, seeds, device, threads, versions and date.
 * Frechet distances grow as n falls: compare two of them only at the same n and in the same feature space.
 
-Pictures are (B,3,H,W) in [-1,1], features (N,d) float64.
+Pictures are (B,C,H,W) in [-1,1], features (N,d) float64.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ def check_evaluation(
         raise BadInput("data", data.name, allowed)
     if not paired and list(info.size) != [data.size, data.size]:
         raise BadInput("data.size", data.size, f"the model's {list(info.size)}")
+    if data.channels != info.channels:
+        raise BadInput("data.channels", data.channels, f"the model's {info.channels}")
 
 
 def check_teacher(student: Generator, teacher: Generator | None) -> None:
@@ -153,8 +155,11 @@ def check_teacher(student: Generator, teacher: Generator | None) -> None:
         return
     own, other = student.info, teacher.info
     sized = student.condition.paired or tuple(own.size) == tuple(other.size)
+    sized = sized and own.channels == other.channels
     if not (own.task == other.task and sized and _same_labels(own.labels, other.labels)):
-        raise BadInput("teacher", other.name, f"a teacher for {own.task} with the size and the labels of {own.name}")
+        raise BadInput(
+            "teacher", other.name, f"a teacher for {own.task} with the size, the bands and the labels of {own.name}"
+        )
 
 
 def _same_labels(labels: Sequence[str], others: Sequence[str]) -> bool:

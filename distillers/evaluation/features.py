@@ -1,7 +1,8 @@
 """Load and train feature spaces: small classifiers whose last layer but one is where sets of pictures are compared.
 
 A Frechet distance is a distance *in some feature space* and means nothing without that space's name. Two spaces are
-trained here and shipped in `weights/`, each with its measured accuracy:
+trained here and shipped in `weights/`, each with its measured accuracy; both see pictures as people do, see
+`distillers.models.bands`:
 
 * `eurosat-landcover`: ten land-cover classes of EuroSAT (Sentinel-2 RGB, 64 px at 10 m);
 * `shapes`: the 24 shape-colour classes of the procedural shapes set, one object a picture.
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
+from distillers.models.bands import as_rgb
 
 if TYPE_CHECKING:
     from distillers.data import ImageData
@@ -116,7 +118,7 @@ class FeatureNet(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Compute features (B,128)."""
-        x = pictures.to(self.device, torch.float32)
+        x = as_rgb(pictures).to(self.device, torch.float32)
         height, width, size = *x.shape[-2:], self.card.size
         if (min(height, width) < size) if self.card.keep_scale else ((height, width) != (size, size)):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -186,7 +188,7 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Compute features (B,2048) of (B,3,H,W) in [-1,1], rounded to 8 bits first as for the literature's numbers."""
-        return cast(Tensor, self.net(((pictures + 1) * 127.5).round().clamp(0, 255).byte().to(self.device)))
+        return cast(Tensor, self.net(((as_rgb(pictures) + 1) * 127.5).round().clamp(0, 255).byte().to(self.device)))
 
 
 EFFICIENTNET = "efficientnet"
@@ -220,7 +222,7 @@ class EfficientNetFeatures(nn.Module):
 
     def stages(self, pictures: Tensor, last: int = STAGES[-1]) -> list[Tensor]:
         """Compute maps (B,C,h,w) of `STAGES` up to and with block `last`, of pictures (B,3,H,W) in [-1,1]."""
-        x, maps = self.stem(((pictures + 1) * 127.5 - 127) / 128), []
+        x, maps = self.stem(((as_rgb(pictures) + 1) * 127.5 - 127) / 128), []
         for i, block in enumerate(self.blocks[: last + 1]):
             x = block(x)
             if i in self.STAGES or i == last:

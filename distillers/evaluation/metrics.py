@@ -1,6 +1,6 @@
 """Compute distances between sets of pictures in a feature space, and between pairs of pictures in pixels.
 
-Pictures are (B, 3, H, W) in [-1, 1]; features are (N, d) float64.
+Pictures are (B, C, H, W) in [-1, 1]; features are (N, d) float64.
 """
 
 import math
@@ -32,7 +32,7 @@ class _Extracted(nn.Identity):
 
 @torch.no_grad()
 def extract(features: nn.Module, pictures: Tensor, batch: int = 64) -> Tensor:
-    """Compute features (N,d), float64 on the CPU, of pictures (N,3,H,W) in [-1,1] by a module that returns (B,d)."""
+    """Compute features (N,d), float64 on the CPU, of pictures (N,C,H,W) in [-1,1] by a module that returns (B,d)."""
     return torch.cat([features(part).double().cpu() for part in pictures.split(batch)])
 
 

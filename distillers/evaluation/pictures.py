@@ -10,24 +10,27 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distillers.errors import BadInput
+from distillers.models.bands import as_rgb
 
 GAP = 2  # pixels between two pictures
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """Convert (B,3,H,W) or (B,1,H,W) in [-1,1] to (B,H,W,3) uint8, rounded and clipped; one channel becomes grey.
+    """Convert (B,C,H,W) in [-1,1] to (B,H,W,3) uint8, rounded and clipped: what `distillers.models.bands` shows of it.
 
     Raises:
         BadInput: another shape, or no pictures.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise BadInput("images", tuple(images.shape), "(B,3,H,W) or (B,1,H,W) with B of 1 or more")
-    scaled = (images.detach().float().cpu().expand(-1, 3, -1, -1) + 1) * 127.5
+    if images.ndim != 4 or not images.shape[1] or not len(images):
+        raise BadInput("images", tuple(images.shape), "(B,C,H,W) with B and C of 1 or more")
+    scaled = (as_rgb(images.detach().float().cpu()) + 1) * 127.5
     return scaled.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def grid(images: Tensor, columns: int, zoom: int = 1, gap: int = GAP) -> Image.Image:
     """Arrange pictures in reading order, each enlarged `zoom` times without smoothing, `gap` pixels apart.
+
+    Pictures of less than three bands make a grey sheet.
 
     Raises:
         BadInput: no columns, a zoom below 1, or what `to_pixels` refuses.
@@ -41,7 +44,7 @@ def grid(images: Tensor, columns: int, zoom: int = 1, gap: int = GAP) -> Image.I
     for i, picture in enumerate(pixels):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
-    return Image.fromarray(sheet)
+    return Image.fromarray(sheet if images.shape[1] >= 3 else sheet[..., 0])
 
 
 def grid_png(images: Tensor, columns: int, path: str | Path, zoom: int = 1, gap: int = GAP) -> None:

@@ -41,7 +41,7 @@ def real_pictures(data: ImageData, n: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def real_features(data: ImageData, n: int, features: Features, batch: int) -> tuple[Tensor, Tensor]:
-    """Compute the features (N,d) and the mean colour (3,) of a reference of n, each item once."""
+    """Compute the features (N,d) and the mean colour (C,) of a reference of n, each item once."""
     parts, colours, indices = [], [], sorted(set(spread_evenly(n, len(data))))
     for start in range(0, len(indices), batch):
         image = data.items(indices[start : start + batch])["image"]

@@ -57,10 +57,10 @@ def check(generator: Generator, folder: Path) -> None:
 
 
 def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:
-    """Draw (3, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
+    """Draw (C, H, W) in [-1, 1] of seed 0 and the first class, or of a ramp of backscatter."""
     return generator.sample([0], steps=steps, **generator.condition.probe(1, None if label is None else [label]))[0]
 
 
 def _cells(picture: Tensor) -> Tensor:
-    """Average a picture to (8, 8, 3) means in 0..255."""
+    """Average a picture to (8, 8, C) means in 0..255."""
     return F.adaptive_avg_pool2d((picture + 1) * 127.5, CELLS).permute(1, 2, 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distillers import methods
-from distillers.data import ImageData, Part, open_data
+from distillers.data import ImageData, Part, open_data, options_of
 from distillers.errors import BadInput
 from distillers.jobs.recipe import Recipe
 from distillers.models.codec import ImageCodec, PixelUnshuffle
@@ -16,24 +17,49 @@ from distillers.models.radiometry import Radiometry
 from distillers.teacher import Teacher
 from distillers.weights.manifest import AUTOENCODER, Info
 from distillers.weights.network import size_multiple
-from distillers.weights.read import read_autoencoder
+from distillers.weights.read import read_autoencoder, read_info
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
-def load_data(recipe: Recipe, split: str | None = None, path: Path | None = None) -> ImageData:
+def load_data(
+    recipe: Recipe, split: str | None = None, path: Path | None = None, drawn: Info | None = None
+) -> ImageData:
     """Open the data of a recipe, all classes of it: `Distiller.data` says which part a training learns from.
+
+    Pictures have the size and the channels that the teacher draws, where the recipe does not say otherwise.
 
     Args:
         split: "test" or "train"; None for the one that the recipe trains on.
         path: where the data are now, if not where the recipe says.
+        drawn: the manifest of the model that draws, in place of the teacher's.
 
     Raises:
-        BadInput: no such data or option, or a kind of data without this split.
+        BadInput: no such data or option, a kind of data without this split, or folders of images without a size where
+            no teacher says one.
     """
     options = dict(recipe.data)
     kind = str(options.pop("kind", "images"))
     options |= {} if split is None else {"split": split}
-    return open_data(kind, **options | ({} if path is None else {"path": str(path)}))
+    options |= {} if path is None else {"path": str(path)}
+    if drawn is None and recipe.teacher is not None:
+        drawn = read_info(recipe.teacher)
+    fitting = _as_drawn(drawn) if drawn is not None else {"channels": recipe.model_settings().channels}
+    accepted = options_of(kind)
+    options = {name: value for name, value in fitting.items() if name in accepted} | options
+    if "size" not in options and kind in SIZED:
+        raise BadInput("data.size", None, "the side of the pictures in pixels, such as 64: no teacher says it")
+    return open_data(kind, **options)
+
+
+SIZED = ("images", "preferences")  # kinds whose files have any size, so that none can be guessed
+
+
+def _as_drawn(info: Info) -> dict[str, Any]:
+    """Return the options of data whose pictures are like those of a model."""
+    height, width = info.size
+    if height != width:
+        raise BadInput("teacher", f"{info.name}, which draws {width}x{height} pixels", "a teacher of square pictures")
+    return {"size": height, "channels": info.channels}
 
 
 def held_out_data(recipe: Recipe) -> ImageData:
@@ -52,8 +78,8 @@ def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageDa
     if not (folder / "recipe.toml").is_file():
         raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
     recipe = Recipe.load(folder / "recipe.toml")
-    test, train = load_data(recipe, "test", path), load_data(recipe, "train", path)
     info = Info.read(folder)
+    test, train = load_data(recipe, "test", path, info), load_data(recipe, "train", path, info)
     if len(info.classes) == len(info.labels):
         return test, train
     names = [test.labels[label] for label in info.classes]
@@ -116,6 +142,7 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
         labels=list(data.labels) if model.task == "class-to-image" else [],
         codec=codec.kind,
         patch=codec.factor,
+        channels=model.channels,
         trained_with=trained_with,
         sar=sar if model.task == "sar-to-optical" else None,
     )
@@ -131,6 +158,11 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
         expected, found = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)
         if found is not None and replace(expected, range=None) != replace(found, range=None):
             raise BadInput("data.radiometry", found.to_dict(), f"what the model sees: {expected.to_dict()}")
+    elif [data.size, data.size] != list(teacher.info.size):
+        height, width = teacher.info.size
+        raise BadInput("data.size", data.size, f"absent, or what the teacher draws: {width}x{height}")
+    if data.channels != teacher.info.channels:
+        raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)
     if data.size % multiple:
         raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")

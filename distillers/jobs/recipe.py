@@ -36,6 +36,7 @@ class ModelSettings:
 
     task: Literal["image", "class-to-image", "sar-to-optical"] = "image"
     patch: int = 1  # pixel-unshuffle factor
+    channels: int = 3  # bands of its pictures: 3 = RGB, 1 = grey
     autoencoder: str | None = None  # in whose latents it works, in place of `patch`: a folder or hub id with a vae/
     prediction: Prediction = "v"
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp"})
@@ -43,8 +44,9 @@ class ModelSettings:
     sar: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.patch < 1:
-            raise BadInput("model.patch", self.patch, "1 or more")
+        for name in ("patch", "channels"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"model.{name}", getattr(self, name), "1 or more")
         if self.autoencoder is not None and self.patch > 1:
             raise BadInput("model.patch", self.patch, "absent: the autoencoder has its own factor")
         if self.autoencoder is not None and self.task == "sar-to-optical":

@@ -1,6 +1,6 @@
 """Codecs between pixels and the space that a network works in: pixel-unshuffle, or a diffusers VAE.
 
-Pixels are float (B, 3, H, W) in [-1, 1] on both ends.
+Pixels are float (B, C, H, W) in [-1, 1] on both ends; C is 3 for RGB and 1 for grey.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         self.config: Any = vae.config
 
     def forward(self, latents: Tensor) -> Any:
-        """Decode latents (B, C, h, w) to `.sample` (B, 3, H, W)."""
+        """Decode latents (B, C, h, w) to `.sample` (B, C, H, W)."""
         return self.vae.decode(latents)
 
 

@@ -142,7 +142,7 @@ class _Work:
         """Sample the scene and write it into the open rasters."""
         on_cpu = next(self.generator.parameters()).device.type == "cpu"
         lanes, together = lanes_and_batch(self.generator, self.options.batch)
-        noise = NoiseField(self.generator.codec.channels(3))
+        noise = NoiseField(self.generator.codec.channels(self.generator.info.channels))
 
         def draw(tiles: list[Tile]) -> NDArray[np.float32]:
             pictures = self.forward(lambda: self._pixels(tiles, noise))

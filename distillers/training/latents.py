@@ -25,7 +25,7 @@ class Latents:
     """
 
     def __init__(self, data: ImageFolder, codec: Vae) -> None:
-        self.name, self.size, self.labels = data.name, data.size, data.labels
+        self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
         self.data, self.codec = data, codec
 
     def __len__(self) -> int:

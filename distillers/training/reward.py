@@ -44,6 +44,8 @@ def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
 
     Pixels are cut to [-1, 1], as they are displayed.
     """
+    if pixels.shape[1] != 3:
+        raise BadInput("reward", f"greenness of {pixels.shape[1]} bands", "pictures of red, green and blue")
     red, green, blue = pixels.clamp(-1, 1).mean((2, 3)).unbind(1)
     return green - (red + blue) / 2
 

@@ -51,6 +51,7 @@ class Info:
     labels: list[str] = field(default_factory=list)
     codec: str = PixelUnshuffle.kind
     patch: int = 1  # pixels a side that become one position of the network
+    channels: int = 3  # bands of its pictures: 3 = RGB, 1 = grey; more are shown by their first three
     guidance_scale: float = 1.0
     teacher: str | None = None
     sar: dict[str, Any] | None = None  # `Radiometry.to_dict` of its SAR input
@@ -93,8 +94,11 @@ class Info:
             raise BadInput(f"{path}: step_times", self.step_times, "as many times as steps")
         if self.step_times and self.default_steps not in self.step_times:
             raise BadInput(f"{path}: default_steps", self.default_steps, f"one of {sorted(self.step_times)}")
-        if self.patch < 1 or min(self.size) < 1 or not isinstance(self.sar_channels, int):
-            raise BadInput(f"{path}: patch, size, sar", (self.patch, self.size, self.sar), "whole numbers above 0")
+        if min(self.patch, self.channels, *self.size) < 1 or not isinstance(self.sar_channels, int):
+            given = (self.patch, self.channels, self.size, self.sar)
+            raise BadInput(f"{path}: patch, channels, size, sar", given, "whole numbers above 0")
+        if self.channels != 3 and self.task == "sar-to-optical":
+            raise BadInput(f"{path}: channels", self.channels, f"3: {self.task} draws red, green and blue")
         if self.shares:
             self._check_shares(f"{path}: shares")
         if self.lora and (self.lora.rank < 1 or ADAPTER not in self.sha256):
@@ -146,6 +150,8 @@ class Info:
         for name in ("lora", "shares", "trained_with"):  # unknown to folders and readers older than they are
             if not entries[name]:
                 del entries[name]
+        if self.channels == 3:
+            del entries["channels"]
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 

@@ -42,6 +42,7 @@ NETWORKS = (
     "DiTTransformer2DModel",
     "Transformer2DModel",  # DiT, as older diffusers saved it
 )
+VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
 GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
@@ -99,12 +100,48 @@ def read_pipeline(
     if type(networks[0]).__name__ == "UNet2DConditionModel":
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
         prompts = read_prompts(folder, zeros, dtype).to(device)
+    _check_autoencoder(folder, index)
     info = info or _describe(folder, networks[0], codec, index)
     for network in networks:
         _check_fit(folder, network, codec, info, prompts)
     denoisers = [Denoiser(network.to(device), schedule, prediction) for network in networks]
     denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
+
+
+def read_info(path_or_hub_id: str | Path) -> Info:
+    """Tell what a weights folder or a pipeline draws, from its manifest or its configurations; no weights are read.
+
+    Raises:
+        BadInput: no such folder, a network class we do not know, a configuration that builds no network.
+    """
+    folder = _local(path_or_hub_id)
+    if (folder / MANIFEST).is_file():
+        return Info.read(folder)
+    index = read_json(folder / "model_index.json")
+    network = _skeleton(_networks(folder, index, None)[0], NETWORKS)
+    vaes = [folder / part for part in VAES if (folder / part / "config.json").is_file()]
+    codec = Vae(_skeleton(vaes[0], ("AutoencoderKL",))) if vaes else PixelUnshuffle(1)
+    _check_autoencoder(folder, index)
+    return _describe(folder, network, codec, index)
+
+
+def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
+    """Build a network from its configuration, without memory for its weights."""
+    import diffusers
+
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind not in classes:
+        raise BadInput(str(folder / "config.json"), kind, "a network of class " + ", ".join(classes))
+    if kind == "Transformer2DModel":  # DiT, as older diffusers saved it
+        kind = "DiTTransformer2DModel"
+    try:
+        with torch.device("meta"):
+            network: nn.Module = getattr(diffusers, kind).from_config(config)
+    except Exception as error:  # whatever diffusers' constructors make of wrong options
+        raise BadInput(str(folder / "config.json"), f"{type(error).__name__}: {error}", f"options of {kind}") from None
+    return network
 
 
 def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
@@ -202,7 +239,7 @@ def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
 
 
 def _codec(folder: Path, info: Info | None, dtype: torch.dtype = torch.float32) -> ImageCodec:
-    for part in ("vae", "vqvae"):
+    for part in VAES:
         if (folder / part / "config.json").is_file():
             return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
     return PixelUnshuffle(info.patch if info else 1)
@@ -218,7 +255,7 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     names = index.get("id2label") or {}
     labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
-    extra = config.in_channels - codec.channels(3)
+    channels, extra = _channels(config, codec)
     task = "class-to-image" if labels else "image"
     if type(network).__name__ == "UNet2DConditionModel":
         task = "text-to-image"
@@ -236,16 +273,38 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
         labels=labels,
         codec=codec.kind,
         patch=codec.factor,
+        channels=channels,
         guidance_scale=GUIDANCE.get(index.get("_class_name", ""), 1.0),
         sar={"channels": extra, "range": [-1, 1]} if task == "sar-to-optical" else None,
     )
+
+
+def _check_autoencoder(folder: Path, index: dict[str, Any]) -> None:
+    """Refuse with BadInput a pipeline whose index names an autoencoder that is not there: latents are no pictures."""
+    for part in VAES:
+        if (index.get(part) or [None])[0] and not (folder / part / "config.json").is_file():
+            raise BadInput(f"{folder}: {part}", "missing", "the autoencoder that model_index.json names")
+
+
+def _channels(config: Any, codec: ImageCodec) -> tuple[int, int]:
+    """Count the bands of a network's pictures, and the channels of the condition beside them at its input.
+
+    As many come out as go in, or twice as many with a learned variance; if less come out, the others are a condition.
+    """
+    if isinstance(codec, Vae):
+        return int(codec.vae.config.out_channels), 0
+    taken, made = int(config.in_channels), int(config.out_channels or config.in_channels)
+    if made in (taken, 2 * taken):
+        return taken, 0
+    bands = made if made < taken else made // 2
+    return bands, taken - bands
 
 
 def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, prompts: PromptEncoder | None) -> None:
     """Refuse with BadInput a network that the manifest does not describe; torch would fail on it later."""
     _check_prompt_encoder(folder, network, info, prompts)
     config: Any = network.config
-    channels, sar, rows = codec.channels(3), info.sar_channels, class_rows(network)
+    channels, sar, rows = codec.channels(info.channels), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
         raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
     expected = channels + info.condition(codec).channels
