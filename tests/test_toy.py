@@ -8,7 +8,7 @@ from gaussians import diffused, each_schedule, single, start, under
 
 from distillers.errors import BadInput
 from distillers.models.schedule import NoiseSchedule, Trigonometric
-from distillers.training.toy import GaussianMixture, asymmetric, gaussian_flow_map, ring
+from distillers.training.toy import GaussianMixture, asymmetric, gaussian_flow_map, random_mixture, ring
 
 
 @each_schedule
@@ -94,6 +94,21 @@ def test_the_standard_mixtures_are_what_they_claim() -> None:
         torch.testing.assert_close(shares.double(), uneven.weights, atol=0.02, rtol=0)
         assert min(uneven.weights.max() / uneven.weights.min(), uneven.stds.max() / uneven.stds.min()) > 1.3
     assert not torch.equal(asymmetric(0).means, asymmetric(1).means)
+
+
+def test_random_mixtures_differ_in_dimension_and_modes_and_their_modes_are_apart() -> None:
+    rng, found = torch.Generator().manual_seed(0), []
+    for seed in range(8):
+        mixture = random_mixture(seed)
+        assert torch.equal(mixture.means, random_mixture(seed).means), "the seed says everything"
+        apart = torch.cdist(mixture.means, mixture.means) / torch.maximum(mixture.stds[:, None], mixture.stds)
+        assert float(apart[~torch.eye(len(apart), dtype=torch.bool)].min()) >= 5
+        points = mixture.sample(50_000, rng)
+        torch.testing.assert_close(points.mean(0), torch.zeros(points.shape[1]), atol=0.03, rtol=0)
+        assert float(points.var(0).mean()) == pytest.approx(1, abs=0.02)
+        found.append((points.shape[1], len(apart)))
+    assert {dimensions for dimensions, _ in found} == set(range(2, 9))
+    assert all(5 <= modes <= 9 for _, modes in found) and len({modes for _, modes in found}) > 2
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Exact teachers are Gaussian mixtures in the plane, whose score and probability-flow map are known.
+"""Exact teachers are Gaussian mixtures, whose score and probability-flow map are known.
 
 A network teacher is itself wrong, so a student that disagrees with it proves nothing. Here E[x0 | x_t] is a formula,
 the probability-flow map is that formula's ODE solved to 1e-6, and a method is right or wrong by a number.
 Any Distiller trains on `exact_teacher(ring())` with data `Points(ring())`, as it does on pictures; points have shape
-(B, 2).
+(B, D).
 """
 
 from __future__ import annotations
@@ -159,18 +159,45 @@ def asymmetric(seed: int) -> GaussianMixture:
     return GaussianMixture(means / scale, stds / scale, weights, Trigonometric())
 
 
+def random_mixture(seed: int, schedule: NoiseSchedule | None = None) -> GaussianMixture:
+    """Build 5 to 9 modes in 2 to 8 dimensions; everything but the schedule (trigonometric) follows from the seed.
+
+    Means are Gaussian, drawn again until each pair is 5 of the larger std apart, so that every point has a mode; stds
+    differ to 1:3, weights to 1:4. Centred, and scaled to unit variance on average over the dimensions, which are
+    2 + seed mod 7.
+    """
+    rng, dimensions = torch.Generator().manual_seed(seed), 2 + seed % 7
+    modes = int(torch.randint(5, 10, (), generator=rng))
+    std_u, weight_u = torch.rand(2, modes, generator=rng, dtype=torch.float64)
+    stds, weights = 0.1 + 0.2 * std_u, 1 + 3 * weight_u
+    share, apart = (weights / weights.sum())[:, None], 5 * torch.maximum(stds[:, None], stds)
+    while True:
+        means = torch.randn(modes, dimensions, generator=rng, dtype=torch.float64)
+        means = means - (share * means).sum(0)
+        scale = (share * (means.square() + stds[:, None] ** 2)).sum(0).mean().sqrt()
+        if bool((torch.cdist(means, means) + torch.diag(apart.diag()) >= apart).all()):
+            return GaussianMixture(means / scale, stds / scale, weights, schedule or Trigonometric())
+
+
 class StudentNetwork(nn.Module):
     """A student network has three hidden layers of 128 SiLU units over the point and sin/cos features of the time.
 
     He initialisation: with PyTorch's default the network starts so smooth that it takes many times as long to tell the
     modes apart.
+
+    Args:
+        dimensions: of a point.
+        width: units of a hidden layer.
+        frequencies: octaves of time features.
+        clock: time over which the slowest feature turns by one radian.
     """
 
     frequencies: Tensor
 
-    def __init__(self, dimensions: int = 2, width: int = 128, frequencies: int = 6) -> None:
+    def __init__(self, dimensions: int = 2, width: int = 128, frequencies: int = 6, clock: float = 1.0) -> None:
         super().__init__()
-        self.options = {"dimensions": dimensions, "width": width, "frequencies": frequencies}
+        self.options = {"dimensions": dimensions, "width": width, "frequencies": frequencies, "clock": clock}
+        self.clock = clock
         self.register_buffer("frequencies", 2.0 ** torch.arange(frequencies))
         sizes = (dimensions + 2 * frequencies, width, width, width, dimensions)
         linear = [nn.Linear(*pair) for pair in pairwise(sizes)]
@@ -179,7 +206,7 @@ class StudentNetwork(nn.Module):
         self.layers = nn.Sequential(*(part for layer in linear for part in (layer, nn.SiLU())))[:-1]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        phase = time[:, None] * self.frequencies
+        phase = (time / self.clock)[:, None] * self.frequencies
         out: Tensor = self.layers(torch.cat([x, phase.sin(), phase.cos()], 1))
         return out
 
@@ -222,10 +249,15 @@ class ExactTeacher(Teacher):
 def exact_teacher(
     mixture: GaussianMixture, seed: int = 0, prediction: Prediction = "v", frequencies: int = 6
 ) -> ExactTeacher:
-    """Make the mixture a teacher; its students start as a `StudentNetwork` with random weights of the seed."""
+    """Make the mixture a teacher; its students start as a `StudentNetwork` with random weights of the seed.
+
+    Where the schedule's clock counts a thousand timesteps, the network's is slowed to two radians over the range, as
+    the sinusoidal embeddings of stock networks slow it.
+    """
+    top = float(mixture.schedule.network_time(torch.tensor(mixture.schedule.t_max)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = StudentNetwork(mixture.means.shape[1], frequencies=frequencies)
+        network = StudentNetwork(mixture.means.shape[1], frequencies=frequencies, clock=max(1.0, top / 2))
     info = Info(
         name="mixture",
         task="image",

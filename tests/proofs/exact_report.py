@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from distillers.methods.disback import DisBack
 from distillers.methods.dmd2 import Dmd2
 from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.scm import ContinuousConsistency
+from distillers.models.schedule import VariancePreserving
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
@@ -45,11 +46,15 @@ from distillers.training.toy import (
     asymmetric,
     energy_distance,
     exact_teacher,
+    random_mixture,
     ring,
 )
 from distillers.training.trainer import Run
 
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {"ring": ring, "asymmetric": lambda: asymmetric(0)}
+PLANE = tuple(MIXTURES)
+VP = VariancePreserving.from_betas()
+MIXTURES |= {f"random-{i}": partial(random_mixture, i, VP if i % 2 else None) for i in range(10)}
 SETTINGS = TrainSettings(
     iterations=4000, batch=256, learning_rate=2e-2, warmup=100, decay="cosine", clip=10.0, ema=0.99, tracker="none"
 )
@@ -63,7 +68,7 @@ class Proof:
     settings: TrainSettings = SETTINGS
     trained_start: bool = False  # students start as a network taught by score matching, as they do on pictures
     frequencies: int = 6  # octaves of the network's time features
-    mixtures: tuple[str, ...] = tuple(MIXTURES)  # on which it is proved
+    mixtures: tuple[str, ...] = PLANE  # on which it is proved
 
 
 # the critic has to keep up with the student: three times its rate, and no momentum (two time scales)
@@ -198,7 +203,7 @@ def prove(method: str, name: str, seed: int) -> tuple[Run, dict[str, float]]:
 def exact_map(name: str) -> tuple[Tensor, Tensor]:
     """4000 fixed noises and where the exact probability flow carries them, float32 and float64 (4000, 2)."""
     mixture = MIXTURES[name]()
-    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(4000))
+    noise = torch.randn(4000, mixture.means.shape[1], generator=torch.Generator().manual_seed(4000))
     return noise, mixture.flow_map(noise, mixture.schedule.t_max, mixture.schedule.t_min)
 
 
@@ -215,7 +220,8 @@ def judge(generator: nn.Module, name: str, steps: int = 1) -> Verdict:
 def judge_samples(generator: nn.Module, mixture: GaussianMixture, steps: int = 1) -> dict[str, float]:
     """Energy distance of 8000 samples to as many exact ones (two exact sets: 0.0003); the modes' shares of 100,000."""
     samples, many = (
-        generator(torch.randn(n, 2, generator=torch.Generator().manual_seed(n)), steps=steps) for n in (8000, 100_000)
+        generator(torch.randn(n, mixture.means.shape[1], generator=torch.Generator().manual_seed(n)), steps=steps)
+        for n in (8000, 100_000)
     )
     exact = mixture.sample(8000, torch.Generator().manual_seed(8001))
     shares = torch.bincount(mixture.mode_of(many), minlength=len(mixture.weights)).double() / len(many)

@@ -1,0 +1,995 @@
+"""Every term of every method's loss against its paper's formula, with weights other than 1 and networks of one line.
+
+The networks are affine, so a loss is a short sum. What a method drew is read off its own calls: a call at x_t is one
+of x0 if (x_t - alpha x0) / sigma is unit noise. So these tests hold however draws are ordered, and fail when
+another sample, time, noise, sign, weight or player is used. `tests/proofs/mutate.py` changes one line at a time and
+asks whether they do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+
+from distillers.methods.adversarial_consistency import AdversarialConsistency
+from distillers.methods.boot import Boot
+from distillers.methods.consistency import Consistency
+from distillers.methods.diffusion import Diffusion
+from distillers.methods.disback import DisBack, Path
+from distillers.methods.dmd2 import Dmd2, Pairs
+from distillers.methods.hyper_sd import HyperSD
+from distillers.methods.multi_student import MultiStudent
+from distillers.methods.pso import Pso, Sampler
+from distillers.methods.refine import Refine
+from distillers.models.codec import PixelUnshuffle
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import Trigonometric, VariancePreserving
+from distillers.training.distiller import Networks
+from distillers.training.losses import (
+    denoising,
+    diffuse,
+    discriminator_loss,
+    neighbours,
+    ratio_weight,
+    sample_student,
+    sampling_times,
+    score_identity,
+)
+
+VP = VariancePreserving.from_betas()
+N, D = 2400, 2  # samples of a batch, and their elements
+
+
+# --- networks of one line, and what they were asked ------------------------------------------------------------------
+class Affine(nn.Module):
+    """x0 = gain x + shift; `hidden`, what heads read, is the answer itself."""
+
+    def __init__(self, gain: float, shift: float) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.tensor(gain)), nn.Parameter(torch.tensor(shift))
+        self.hidden = nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.hidden(self.gain * x + self.shift)
+
+
+class Head(nn.Module):
+    """A logit of activations: scale times their mean plus an offset."""
+
+    def __init__(self, scale: float = 0.8, offset: float = 0.3) -> None:
+        super().__init__()
+        self.scale, self.offset = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(offset))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.scale * features[0].flatten(1).mean(1) + self.offset
+
+
+def affine(gain: float, shift: float, schedule: Any = VP) -> Denoiser:
+    return Denoiser(Affine(gain, shift), schedule, "x0")
+
+
+@dataclass
+class Call:
+    """One call of a network: which, with what, and whether its answer can carry a gradient."""
+
+    who: str
+    x_t: Tensor
+    t: Tensor  # float64 (B,)
+    gradient: bool
+
+
+@dataclass
+class Turn:
+    """What a method yielded, and the calls since its last yield."""
+
+    player: str
+    loss: Tensor
+    calls: list[Call]
+
+    def of(self, who: str) -> list[Call]:
+        return [call for call in self.calls if call.who == who]
+
+
+def play(method: Any, nets: Any, batch: dict[str, Tensor], progress: float = 0.9, keep: bool = False) -> list[Turn]:
+    """One iteration in which nobody learns; a target network that followed is put back unless that is to be kept."""
+    calls: list[Call] = []
+    target = copy.deepcopy(nets["target"].state_dict()) if "target" in nets else {}
+
+    def watch(who: str) -> Any:
+        def hook(_: nn.Module, given: Any) -> None:
+            x, time = given[:2]
+            gradient = torch.is_grad_enabled() and (nets[who].network.gain.requires_grad or x.requires_grad)
+            calls.append(Call(who, x.detach().clone(), time.detach().double(), gradient))
+
+        return hook
+
+    handles = [n.network.register_forward_pre_hook(watch(k)) for k, n in nets.items() if isinstance(n, Denoiser)]
+    turns = []
+    torch.manual_seed(0)
+    try:
+        for player, loss in method.step(nets, batch, progress):
+            turns.append(Turn(player, loss, list(calls)))
+            calls.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if target and not keep:
+        nets["target"].load_state_dict(target)
+    return turns
+
+
+def column(values: Tensor) -> Tensor:
+    return values.double()[:, None]
+
+
+def noise_in(call: Call, x0: Tensor, schedule: Any = VP) -> Tensor:
+    """(x_t - alpha x0) / sigma."""
+    return (call.x_t - column(schedule.alpha(call.t)) * x0) / column(schedule.sigma(call.t))
+
+
+def is_noise(eps: Tensor, beside: Tensor) -> bool:
+    """Whether this is unit Gaussian noise, independent of what it was added to; by moments, at five standard errors."""
+    error, eps, beside = 5 / math.sqrt(eps.numel()), eps.flatten(), (beside - beside.mean(0)).flatten()
+    moments = [eps.mean(), eps.square().mean() - 1, (eps * beside / beside.std()).mean(), eps.pow(4).mean() / 3 - 1]
+    return all(abs(float(m)) < error * scale for m, scale in zip(moments, (1, 1.5, 1.2, 4), strict=True))
+
+
+def shows(call: Call, x0: Tensor, schedule: Any = VP) -> bool:
+    """Whether the call is at a diffused x0."""
+    return is_noise(noise_in(call, x0.double(), schedule), x0.double())
+
+
+def again(eps: Tensor, x0: Tensor, t: Tensor, schedule: Any = VP) -> Tensor:
+    """x_t of the same noise and another, or a live, x0."""
+    return (column(schedule.alpha(t)) * x0 + column(schedule.sigma(t)) * eps).float()
+
+
+def data(n: int = N) -> dict[str, Tensor]:
+    """Far from what any network here answers: mean 3, std 0.5."""
+    return {"x0": 3 + 0.5 * torch.randn(n, D, generator=torch.Generator().manual_seed(7))}
+
+
+def weight(t: Tensor, cap: float = 20.0) -> Tensor:
+    """min(SNR, cap) + 1."""
+    return (VP.alpha(t) ** 2 / VP.sigma(t) ** 2).clamp(max=cap) + 1
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean(1)
+
+
+def huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(D)."""
+    c = 0.00054 * math.sqrt(D)
+    return ((a - b).square().sum(1) + c * c).sqrt() - c
+
+
+def same(turn: Turn, expected: Tensor, net: nn.Module, player: str = "student") -> None:
+    """The turn is this player's; its loss and its gradient are those of `expected`."""
+    assert turn.player == player
+    torch.testing.assert_close(turn.loss.double(), expected.double(), atol=1e-6, rtol=2e-4)
+    learning = [p for p in net.parameters() if p.requires_grad]
+    ours, by_hand = (
+        torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for loss in (turn.loss, expected)
+    )
+    for one, other in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), atol=2e-5, rtol=2e-3)
+    assert any(float(g.abs().max()) > 1e-4 for g in by_hand), "a gradient that could be missing"
+
+
+# --- what methods share ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_denoising_weighs_by_the_capped_signal_to_noise_ratio_plus_one(cap: float | None) -> None:
+    """Times from snr 10,000 to 0.00004: many above the cap, many below."""
+    net, x0 = affine(0.6, 0.2), torch.randn(200, D)
+    t = torch.linspace(0, 999, 200).double()
+    x_t = VP.add_noise(x0, torch.randn_like(x0), t)
+    ours = denoising(net, x_t, t, x0, None, *([] if cap is None else [cap]))
+    torch.testing.assert_close(
+        ours.double(), (weight(t, cap or 20.0) * mse(0.6 * x_t + 0.2, x0)).mean(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("schedule", [VP, Trigonometric()], ids=lambda s: s.name)
+def test_samples_are_diffused_to_all_times_but_the_outer_two_hundredths(schedule: Any) -> None:
+    """t is uniform from 2 to 98 % of the range, high noise and low alike."""
+    torch.manual_seed(0)
+    x0 = 3 + 0.5 * torch.randn(20_000, D)
+    t, x_t = diffuse(schedule, x0)
+    share = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    assert 0.02 <= float(share.min()) < 0.021 and 0.979 < float(share.max()) <= 0.98
+    expected = torch.linspace(0.02, 0.98, 11).double()
+    torch.testing.assert_close(share.quantile(torch.linspace(0, 1, 11).double()), expected, atol=0.015, rtol=0)
+    call = Call("", x_t, t, False)
+    assert shows(call, x0, schedule) and not shows(call, x0 + 0.2, schedule)
+
+
+def test_neighbours_are_next_to_each_other_and_every_pair_is_drawn() -> None:
+    torch.manual_seed(0)
+    t, s = neighbours(VP, 7, 6000, torch.device("cpu"))
+    grid = torch.linspace(0, 999, 7).double()
+    n = torch.searchsorted(grid, t - 1e-6)
+    torch.testing.assert_close(grid[n], t), torch.testing.assert_close(grid[n - 1], s)
+    counts = n.bincount(minlength=7)
+    assert counts[0] == 0 and bool(((counts[1:] - 1000).abs() < 150).all())
+
+
+@pytest.mark.parametrize("steps", [(4,), (1, 3)])
+def test_each_call_of_the_sampler_is_trained_as_often(steps: tuple[int, ...]) -> None:
+    """k uniform among the step counts, the trained call uniform among its k; the calls before it carry no gradient."""
+    net, found = affine(0.9, 0.4), dict[tuple[int, int], int]()
+    seen: list[tuple[Tensor, Tensor, bool]] = []
+    net.network.register_forward_pre_hook(lambda _, g: seen.append((g[0].detach(), g[1], torch.is_grad_enabled())))
+    plan = {k: sampling_times(VP, k) for k in steps}
+    for seed in range(240):
+        torch.manual_seed(seed)
+        seen.clear()
+        noise = torch.randn(500 if seed < 20 else 2, D)
+        x = sample_student(net, noise, None, steps)
+        assert [gradient for *_, gradient in seen] == [False] * (len(seen) - 1) + [True] and x.requires_grad
+        assert torch.equal(seen[0][0], noise)
+        torch.testing.assert_close(x, 0.9 * seen[-1][0] + 0.4)
+        times = [float(t[0]) for _, t, _ in seen]
+        (k,) = {k for k in steps if plan[k][: len(times)] == times and (len(times) > 1 or k == max(steps))} or {0}
+        found[k, len(times)] = found.get((k, len(times)), 0) + 1
+        for (x_t, _, _), (x_s, s, _) in pairwise(seen if seed < 20 else []):
+            assert shows(Call("", x_s, s.double(), False), 0.9 * x_t + 0.4), "re-noised with fresh noise"
+    whole = 240 / len(steps)
+    assert set(found) == {(max(steps), i + 1) for i in range(max(steps))}
+    for (k, calls), count in found.items():
+        extra = whole if calls == 1 and len(steps) == 2 else 0  # one-step draws look like the first call of more
+        assert abs(count - whole / k - extra) < 35
+
+
+def test_the_discriminator_wants_high_logits_of_real_and_low_ones_of_fake() -> None:
+    fake, real = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    expected = (math.log1p(math.exp(2)) + math.log1p(math.exp(-1))) / 2
+    expected += (math.log1p(math.exp(-0.5)) + math.log1p(math.exp(-3))) / 2
+    assert float(discriminator_loss(fake, real)) == pytest.approx(expected)
+
+
+def test_density_ratios_are_bounded() -> None:
+    """One certain logit does not take the whole batch: r is cut at e^10."""
+    weight = ratio_weight(torch.tensor([50.0, 10.0, -50.0, -10.0]), "forward-kl")
+    torch.testing.assert_close(weight[0], weight[1]), torch.testing.assert_close(weight[2], weight[3])
+    assert float(weight.mean()) == pytest.approx(1)
+
+
+# --- consistency -----------------------------------------------------------------------------------------------------
+def skip(t: Tensor) -> Tensor:
+    """c_skip of the boundary condition, (B, 1): m^2 / ((r - m)^2 + m^2) with r = sigma/alpha and m that at t_min."""
+    ratio, least = VP.noise_ratio(t), VP.noise_ratio(torch.tensor(0.0))
+    return column(least**2 / ((ratio - least) ** 2 + least**2)).float()
+
+
+def f_of(net: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+    """The consistency function of an affine network."""
+    return skip(t) * x_t + (1 - skip(t)) * (net.network.gain * x_t + net.network.shift)
+
+
+def ddim(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    eps = (x_t - column(VP.alpha(t)) * x0) / column(VP.sigma(t))
+    return again(eps, x0, s)
+
+
+def heun(x_t: Tensor, t: Tensor, s: Tensor, teacher: Any) -> Tensor:
+    """In u = x/alpha, r = sigma/alpha: du/dr = (u - x0)/r, averaged over both ends."""
+    x_s = ddim(x_t, teacher(x_t), t, s)
+    r_t, r_s, a_t, a_s = (column(v) for v in (VP.noise_ratio(t), VP.noise_ratio(s), VP.alpha(t), VP.alpha(s)))
+    slopes = (x_t / a_t - teacher(x_t)) / r_t + (x_s / a_s - teacher(x_s)) / r_s
+    return (a_s * (x_t / a_t + (r_s - r_t) * slopes / 2)).float()
+
+
+def consistency_nets(**more: nn.Module) -> Networks:
+    nets = {"student": affine(0.7, 0.3), "target": affine(0.5, -0.2), "teacher": affine(0.4, 0.6)}
+    nets["target"].requires_grad_(False), nets["teacher"].requires_grad_(False)
+    return Networks({**nets, **more})
+
+
+def teacher_of(nets: Networks) -> Any:
+    return lambda x: nets["teacher"].network.gain * x + nets["teacher"].network.shift
+
+
+@pytest.mark.parametrize("distance", ["l2", "pseudo-huber"])
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_consistency_by_hand(distance: Any, solver: Any, decay: float) -> None:
+    """Student at x_t, target network (or the student) at the teacher's step from it, one grid point below."""
+    nets, batch, points = consistency_nets(), data(), 9
+    (turn,) = play(Consistency(points=points, solver=solver, distance=distance, target_decay=decay), nets, batch)
+    at, below = (turn.of("student")[-1], turn.of("target")[0] if decay else turn.of("student")[0])
+    assert shows(at, batch["x0"]) and at.gradient and not below.gradient
+    torch.testing.assert_close(below.t, at.t - 999 / (points - 1), atol=2e-3, rtol=0)
+    teacher = teacher_of(nets)
+    x_s = heun(at.x_t, at.t, below.t, teacher) if solver == "heun" else ddim(at.x_t, teacher(at.x_t), at.t, below.t)
+    torch.testing.assert_close(below.x_t, x_s, atol=2e-3, rtol=2e-3)
+    d = mse if distance == "l2" else huber
+    y = f_of(nets["target" if decay else "student"], below.x_t, below.t).detach()
+    same(turn, d(f_of(nets["student"], at.x_t, at.t), y).mean(), nets["student"])
+
+
+def test_a_guidance_scale_for_each_sample_reaches_teacher_student_and_target() -> None:
+    """w ~ U[low, high], the same for all three."""
+    seen: dict[str, Tensor] = {}
+
+    class Told(nn.Module):
+        def __init__(self, who: str) -> None:
+            super().__init__()
+            self.who, self.schedule, self.gain = who, VP, nn.Parameter(torch.ones(()))
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+            seen[self.who] = cond["guidance"]
+            return self.gain * x_t
+
+    nets: Any = nn.ModuleDict({who: Told(who) for who in ("student", "target", "teacher")})
+    torch.manual_seed(0)
+    method = Consistency(guidance_range=(2.0, 5.0), guidance_scale=3.0)
+    next(method.step(nets, data(), 0.5))
+    w = seen["student"]
+    assert torch.equal(w, seen["teacher"]) and torch.equal(w, seen["target"])
+    assert 2 <= float(w.min()) < 2.02 and 4.98 < float(w.max()) <= 5 and float(w.mean()) == pytest.approx(3.5, abs=0.08)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("distance", ["l2", "pseudo-huber"])
+def test_tuning_by_hand(distance: Any, decay: float) -> None:
+    """Both points share the noise; each sample is weighed by 1 / (t - r), in sigma/alpha (Geng et al. 2024)."""
+    nets, batch = consistency_nets(), data()
+    method = Consistency(source="data", distance=distance, target_decay=decay, ratio_base=2.0, stages=8)
+    (turn,) = play(method, nets, batch, progress=0.4)  # fourth stage: r = t (1 - 2^-4 (1 + 8 sigmoid(-t)))
+    at, below = turn.of("student")[-1], turn.of("target")[0] if decay else turn.of("student")[0]
+    assert not turn.of("teacher") and not below.gradient
+    ratio, lower = VP.noise_ratio(at.t), VP.noise_ratio(below.t)
+    expected = (ratio * (1 - 2.0**-4 * (1 + 8 * torch.sigmoid(-ratio)))).clamp_min(VP.noise_ratio(torch.tensor(0.0)))
+    torch.testing.assert_close(lower, expected, atol=1e-6, rtol=2e-4)
+    assert shows(at, batch["x0"])
+    eps = noise_in(at, batch["x0"].double())
+    torch.testing.assert_close(below.x_t, again(eps, batch["x0"], below.t), atol=2e-3, rtol=1e-3)
+    d = mse if distance == "l2" else huber
+    y = f_of(nets["target" if decay else "student"], below.x_t, below.t).detach()
+    each = d(f_of(nets["student"], at.x_t, at.t), y).double() / (ratio - lower)
+    same(turn, each.mean(), nets["student"])
+
+
+def test_the_target_network_follows_by_its_decay() -> None:
+    nets = consistency_nets()
+    for method in (
+        Consistency(target_decay=0.75),
+        HyperSD(segments=(1,), adversarial_weights=(0.0,), target_decay=0.75),
+        AdversarialConsistency(adversarial_weight=0.0, target_decay=0.75),
+    ):
+        with torch.no_grad():
+            nets["target"].network.gain.fill_(0.5)
+        play(method, nets, data(8), keep=True)
+        assert float(nets["target"].network.gain) == pytest.approx(0.75 * 0.5 + 0.25 * 0.7)
+
+
+# --- adversarial consistency -----------------------------------------------------------------------------------------
+class Judge(nn.Module):
+    """A discriminator of two views whose logit is known: 0.4 of the first, 0.9 of the second, by their mean."""
+
+    def __init__(self, schedule: Any = VP) -> None:
+        super().__init__()
+        self.scale, self.shown, self.schedule = nn.Parameter(torch.ones(())), list[tuple[Tensor, Tensor]](), schedule
+
+    def encode(self, x: Tensor, t: Tensor, cond: Any = None) -> list[Tensor]:
+        self.shown.append((x, t.expand(len(x))))
+        return [x]
+
+    def forward(self, *views: list[Tensor]) -> Tensor:
+        return self.scale * sum(w * view[0].flatten(1).mean(1) for w, view in zip((0.4, 0.9), views, strict=False))
+
+
+@pytest.mark.parametrize("real", ["data", "target"])
+@pytest.mark.parametrize(("progress", "ramped"), [(0.3, 0.0), (0.4, 0.25), (0.5, 0.5), (0.95, 1.0)])
+def test_adversarial_consistency_by_hand(real: Any, progress: float, ramped: float) -> None:
+    """lambda rises from 0.3 to 0.7 of the training to 2.5; D sees x_t at t beside a candidate at t_min."""
+    judge, batch = Judge(), data()
+    nets = consistency_nets(discriminator=judge, codec=PixelUnshuffle(1))
+    method = AdversarialConsistency(
+        real=real, adversarial_weight=2.5, adversarial_start=0.3, adversarial_ramp=0.4, points=9
+    )
+    turns = play(method, nets, batch, progress)
+    calls = [call for turn in turns for call in turn.calls]
+    at, below = (next(c for c in calls if c.who == who) for who in ("student", "target"))
+    assert shows(at, batch["x0"]) and at.gradient
+    torch.testing.assert_close(below.t, at.t - 999 / 8, atol=2e-3, rtol=0)
+    x_s = ddim(at.x_t, teacher_of(nets)(at.x_t), at.t, below.t)
+    torch.testing.assert_close(below.x_t, x_s, atol=2e-3, rtol=2e-3)
+    f, y = f_of(nets["student"], at.x_t, at.t), f_of(nets["target"], below.x_t, below.t).detach()
+    loss = huber(f, y).mean()
+    assert [turn.player for turn in turns] == (["discriminator", "student"] if ramped else ["student"])
+    if not ramped:
+        same(turns[0], loss, nets["student"])
+        return
+    for x, t in judge.shown:
+        noisy = torch.equal(x, at.x_t)
+        torch.testing.assert_close(t.double(), at.t if noisy else torch.zeros(N).double(), atol=1e-3, rtol=0)
+    pull = lambda made: 0.4 * at.x_t.mean(1) + 0.9 * made.mean(1)  # noqa: E731
+    wanted = batch["x0"] if real == "data" else y
+    same(
+        turns[0],
+        (softplus(judge.scale * pull(f.detach())) + softplus(-judge.scale * pull(wanted))).mean(),
+        judge,
+        "discriminator",
+    )
+    same(turns[1], loss + 2.5 * ramped * softplus(-judge.scale.detach() * pull(f)).mean(), nets["student"])
+
+
+def test_the_colour_term_by_hand() -> None:
+    """3.5 times the squared difference of means over squares of 2 px, of the student's answer and the picture."""
+    nets = consistency_nets(codec=PixelUnshuffle(1))
+    x0 = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+
+    def loss(colour_weight: float) -> Turn:
+        method = AdversarialConsistency(
+            adversarial_weight=0.0, colour_weight=colour_weight, colour_pixels=2, points=2, target_decay=0.9
+        )
+        return play(method, nets, {"x0": x0})[0]
+
+    turn, without = loss(3.5), loss(0.0)
+    at = turn.of("student")[0]  # two points: every t is t_max
+    f = nets["student"].network.gain * at.x_t + nets["student"].network.shift
+    squares = (f - x0).unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
+    turn.loss = turn.loss - without.loss
+    same(turn, 3.5 * squares.square().mean(), nets["student"])
+
+
+# --- distribution matching -------------------------------------------------------------------------------------------
+def matching_nets(**more: nn.Module) -> Networks:
+    nets = {"student": affine(0.7, 0.3), "teacher": affine(0.4, 0.6), "critic": affine(0.5, -0.2)}
+    nets["teacher"].requires_grad_(False)
+    return Networks({**nets, **more})
+
+
+def drawn(net: Denoiser, call: Call) -> Tensor:
+    """What the student answered, live."""
+    return net.network.gain * call.x_t + net.network.shift
+
+
+def adversary(features: str) -> tuple[Networks, Head, Any]:
+    """Networks whose heads read the critic or a frozen copy of the teacher; the head, and the logits of an x_t."""
+    head, backbone = Head(), affine(0.9, 0.1).requires_grad_(False)
+    nets = matching_nets(backbone=backbone, discriminator=head) if features == "teacher" else matching_nets()
+    if features == "critic":
+        nets["critic"].heads = head
+    reader = (backbone if features == "teacher" else nets["critic"]).network
+    return nets, head, lambda x_t: head.scale * (reader.gain * x_t + reader.shift).mean(1) + head.offset
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_the_critics_turns_of_dmd2_by_hand(features: Any) -> None:
+    """Each turn: denoise a fresh sample of the student; D on a diffused sample (fake) and diffused data (real)."""
+    nets, head, logits = adversary(features)
+    method = Dmd2(critic_turns=3, gan_weight=0.7, discriminator_weight=0.3, gan_features=features, layers=("hidden",))
+    batch, samples, used = data(), list[Tensor](), list[int]()
+    turns = play(method, nets, batch)
+    order = ["discriminator", "critic"] if features == "teacher" else ["critic"]
+    assert [turn.player for turn in turns] == order * 3 + ["student"]
+    for i in range(3):
+        round_of = turns[len(order) * i : len(order) * (i + 1)]
+        calls = [call for turn in round_of for call in turn.calls]
+        samples += [drawn(nets["student"], call).detach() for call in calls if call.who == "student"]
+        asked = [call for call in calls if call.who == "critic"]
+        denoised = asked[0]
+        judged = asked[1:] if features == "critic" else [call for call in calls if call.who == "backbone"]
+        (k,) = (k for k, x in enumerate(samples) if shows(denoised, x))
+        used.append(k)
+        (fake,) = (call for call in judged if shows(call, samples[k]))
+        (real,) = (call for call in judged if shows(call, batch["x0"]))
+        critic = (weight(denoised.t) * mse(drawn(nets["critic"], denoised), samples[k]).double()).mean()
+        gan = (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean()
+        if features == "critic":
+            same(round_of[0], critic + 0.3 * gan, nets["critic"], "critic")
+        else:
+            same(round_of[0], gan, head, "discriminator")
+            same(round_of[1], critic, nets["critic"], "critic")
+    assert sorted(used) == [0, 1, 2], "every turn has its own sample"
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", "jensen-shannon", "sid"])
+def test_the_students_turn_of_dmd2_by_hand(features: Any, divergence: Any) -> None:
+    nets, _, logits = adversary(features)
+    named: dict[str, Any] = {"loss": "sid", "alpha": 0.8} if divergence == "sid" else {"divergence": divergence}
+    method = Dmd2(critic_turns=1, gan_weight=0.7, gan_features=features, layers=("hidden",), **named)
+    turns = play(method, nets, data())
+    (noise,) = (call for turn in turns for call in turn.of("student") if call.gradient)
+    assert is_noise(noise.x_t.double(), noise.x_t.double() * 0 + torch.randn(N, D)) and float(noise.t.min()) == 999
+    x, calls = drawn(nets["student"], noise), turns[-1].calls
+    at = calls[0]
+    assert shows(at, x.detach()) and all(torch.equal(call.x_t, at.x_t) for call in calls)
+    assert all(torch.equal(call.t, at.t) for call in calls)
+    x_t = again(noise_in(at, x.detach().double()), x, at.t)
+    logit = logits(x_t)
+    if divergence == "sid":
+        real, fake = drawn(nets["teacher"], replace(at, x_t=x_t)), drawn(nets["critic"], replace(at, x_t=x_t))
+        size = (x - real).detach().abs().mean(1, keepdim=True)
+        loss = ((real - fake) * ((real - x) - 0.8 * (real - fake)) / size).mean()
+    else:
+        real, fake = drawn(nets["teacher"], at), drawn(nets["critic"], at)
+        ratio = logit.detach().exp()
+        h = {"reverse-kl": torch.ones(N), "forward-kl": ratio, "jensen-shannon": ratio / (ratio + 1)}[divergence]
+        gap = (h / h.mean())[:, None] * (fake - real) / (x - real).abs().mean(1, keepdim=True)
+        loss = ((x - (x - gap).detach()) ** 2).mean() / 2
+    same(turns[-1], loss + 0.7 * softplus(-logit).mean(), nets["student"])
+
+
+def test_the_pairs_of_dmd2_by_hand() -> None:
+    """0.6 times the distance of the student's samples of the pairs' noises to the teacher's pictures of them."""
+    pairs = Pairs(50, 3, torch.zeros(1, D), 0)
+    torch.manual_seed(1)
+    pairs.noise.normal_(), pairs.x0.normal_(2.0), pairs.ready.fill_(True)
+    nets = matching_nets(pairs=pairs)
+    method = Dmd2(critic_turns=1, pairs=50, regression_weight=0.6)
+    turns = play(method, nets, data())
+    given, again_given = (call for turn in turns for call in turn.of("student"))
+    gap, x_T = turns[-1].calls[0], drawn(nets["student"], given)
+    real, fake = drawn(nets["teacher"], gap), drawn(nets["critic"], gap)
+    step = (fake - real) / (x_T - real).abs().mean(1, keepdim=True)
+    which = torch.cdist(again_given.x_t, pairs.noise).argmin(1)
+    assert torch.equal(pairs.noise[which], again_given.x_t) and len(which) == N and len(which.unique()) == 50
+    expected = ((x_T - (x_T - step).detach()) ** 2).mean() / 2
+    expected = expected + 0.6 * mse(drawn(nets["student"], again_given), pairs.x0[which]).mean()
+    same(turns[-1], expected, nets["student"])
+
+
+def test_pairs_follow_the_teacher_down_the_grid() -> None:
+    """Heun from t_max to t_min in so many steps, and the teacher's last word there; of the classes in turn."""
+    teacher = affine(0.4, 0.6)
+    pairs = Pairs(100, 4, torch.zeros(1, D), 3)
+    torch.manual_seed(1)
+    noise, x0, cond = pairs(teacher, 300)
+    x_t, grid = pairs.noise, torch.linspace(999, 0, 5).double()
+    for t, s in pairwise(grid):
+        x_t = heun(x_t, t.expand(100), s.expand(100), lambda x: 0.4 * x + 0.6)
+    torch.testing.assert_close(pairs.x0, 0.4 * x_t + 0.6, atol=1e-4, rtol=1e-4)
+    which = torch.cdist(noise, pairs.noise).argmin(1)
+    assert cond is not None and torch.equal(cond["label"], which % 3) and torch.equal(x0, pairs.x0[which])
+    assert is_noise(pairs.noise.double(), torch.randn(100, D).double()) and len(which.unique()) > 80
+
+
+def test_several_steps_of_dmd2_judge_what_the_sampler_makes() -> None:
+    """The student's sample is of its own sampler of two or three steps, and the critic's samples, too."""
+    nets = matching_nets()
+    method, counts = Dmd2(critic_turns=2, steps=(2, 3)), set()
+    for seed in range(30):
+        batch = data(200)
+        calls: list[tuple[bool, int]] = []
+        nets["student"].network.register_forward_pre_hook(
+            lambda _, g, calls=calls: calls.append((torch.is_grad_enabled(), int(g[1][0])))
+        )
+        torch.manual_seed(seed)
+        list(method.step(nets, batch, 0.5))
+        counts.add(len(calls))
+        assert [gradient for gradient, _ in calls].count(True) == 1
+        assert all(t in {*sampling_times(VP, 2), *sampling_times(VP, 3)} for _, t in calls)
+    assert {2, 3, 4, 5, 6} >= counts and len(counts) > 3
+
+
+def test_the_ratio_of_sid_is_of_each_sample() -> None:
+    x0, real, fake = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    by_hand = torch.stack(
+        [
+            ((r - f) * ((r - x) - 0.8 * (r - f))).mean() / (x - r).abs().mean()
+            for x, r, f in zip(x0, real, fake, strict=True)
+        ]
+    )
+    torch.testing.assert_close(score_identity(x0, real, fake, 0.8), by_hand.mean())
+
+
+# --- disback ---------------------------------------------------------------------------------------------------------
+def way_back(recorded: int = 0, **options: Any) -> tuple[DisBack, Networks]:
+    """Four nodes; of those that are recorded the affine network of node k answers x / (k + 2) - k."""
+    method = DisBack(nodes=4, record=0.2, back=0.6, **options)
+    nets = matching_nets(target=affine(9.0, 9.0), path=Path(4, affine(0.4, 0.6)))
+    for k in range(1, recorded + 1):
+        nets["path"].record(affine(1 / (k + 2), -float(k)))
+    return method, nets
+
+
+@pytest.mark.parametrize(("progress", "before", "after"), [(0.0, 0, 0), (0.049, 0, 0), (0.051, 0, 1), (0.16, 1, 3)])
+def test_the_first_stage_of_disback_by_hand(progress: float, before: int, after: int) -> None:
+    """The critic denoises one-step samples; its states are recorded at even times up to 0.2 of the training."""
+    method, nets = way_back(before)
+    (turn,) = play(method, nets, data(), progress)
+    (given,), (asked,) = turn.of("student"), turn.of("critic")
+    x = drawn(nets["student"], given).detach()
+    assert shows(asked, x) and not given.gradient
+    same(turn, (weight(asked.t) * mse(drawn(nets["critic"], asked), x).double()).mean(), nets["critic"], "critic")
+    assert int(nets["path"].recorded) == after
+    for state in nets["path"].states[before + 1 : after + 1]:
+        assert state.tolist() == pytest.approx([0.5, -0.2])  # the critic's
+
+
+@pytest.mark.parametrize(
+    ("progress", "node"), [(0.2, 3), (0.33, 3), (0.34, 2), (0.46, 2), (0.47, 1), (0.59, 1), (0.6, 0), (1.0, 0)]
+)
+def test_the_way_back_of_disback_by_hand(progress: float, node: int) -> None:
+    """P_3, P_2, P_1 for a third of the time from 0.2 to 0.6 each, then the teacher; its gradient is DMD's."""
+    method, nets = way_back(4, critic_turns=2)
+    turns, samples = play(method, nets, data(), progress, keep=True), list[Tensor]()
+    assert [turn.player for turn in turns] == ["critic", "critic", "student"]
+    used = []
+    for turn in turns[:2]:
+        samples += [drawn(nets["student"], call) for call in turn.of("student")]
+        (asked,) = turn.of("critic")
+        (k,) = (k for k, x in enumerate(samples) if shows(asked, x.detach()))
+        used.append(k)
+        expected = (weight(asked.t) * mse(drawn(nets["critic"], asked), samples[k].detach()).double()).mean()
+        same(turn, expected, nets["critic"], "critic")
+    assert sorted(used) == [0, 1]
+    (x,) = (x for call, x in zip([c for t in turns for c in t.of("student")], samples, strict=True) if call.gradient)
+    asked = turns[-1].of("critic")[0]
+    assert shows(asked, x.detach())
+    real = 0.4 * asked.x_t + 0.6 if node == 0 else asked.x_t / (node + 2) - node
+    gap = (drawn(nets["critic"], asked) - real) / (x - real).abs().mean(1, keepdim=True)
+    same(turns[-1], ((x - (x - gap).detach()) ** 2).mean() / 2, nets["student"])
+
+
+def test_the_plateau_of_disback_by_hand() -> None:
+    """A running mean of a tenth; a fall below 0.99 of the best counts; after three without one the next node is due."""
+    path = Path(4, affine(0.4, 0.6))
+    gaps, mean, best, waited, node = (
+        [1.0, 0.9, 0.9, 0.97, 0.98, 0.9, 0.2, 0.2, 0.3, 0.9, 2.0, 2.0, 2.0],
+        None,
+        math.inf,
+        0,
+        3,
+    )
+    for gap in gaps:
+        path.watch(torch.tensor(gap), patience=3)
+        mean = gap if mean is None else 0.9 * mean + 0.1 * gap
+        waited, best = (0, mean) if mean < 0.99 * best else (waited + 1, best)
+        if waited == 3:
+            node, mean, best, waited = node - 1, None, math.inf, 0
+        assert int(path.node) == node and int(path.waited) == waited
+        assert float(path.best) == pytest.approx(best) and (mean is None or float(path.gap) == pytest.approx(mean))
+    assert node < 3
+    for _ in range(40):
+        path.watch(torch.tensor(1.0), patience=3)
+    assert int(path.node) == 0, "no further than the teacher"
+
+
+def test_the_plateau_sees_the_gap_between_critic_and_target() -> None:
+    method, nets = way_back(4, critic_turns=1, advance="plateau", patience=9)
+    turn = play(method, nets, data(), 0.3, keep=True)[-1]
+    asked = turn.of("critic")[0]
+    gap = (drawn(nets["critic"], asked) - (asked.x_t / 5 - 3)).abs().mean().detach()
+    assert float(nets["path"].gap) == pytest.approx(float(gap), rel=1e-4)
+
+
+# --- hyper-sd --------------------------------------------------------------------------------------------------------
+def jump(net: Denoiser, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """alpha_s x0hat + sigma_s epshat."""
+    return ddim(x_t, net.network.gain * x_t + net.network.shift, t, s)
+
+
+def segments_of(turn: Turn, k: int, points: int = 16) -> tuple[Call, Call, Tensor]:
+    """The student's call at t, the target's at m, and the lower end of the segment."""
+    grid = torch.tensor([0.0] + [float(round(i * 1000 / points) - 1) for i in range(1, points + 1)]).double()
+    at, below = next(c for c in turn.of("student") if c.gradient), turn.of("target")[0]
+    n = torch.cdist(at.t[:, None], grid[:, None]).argmin(1)
+    torch.testing.assert_close(at.t, grid[n], atol=1e-3, rtol=0)
+    torch.testing.assert_close(below.t, grid[n - 1], atol=1e-3, rtol=0)
+    assert sorted(n.unique().tolist()) == list(range(1, points + 1))
+    length = points // k
+    return at, below, grid[(n - 1) // length * length]
+
+
+@pytest.mark.parametrize(("progress", "k", "lambda_k"), [(0.1, 4, 0.6), (0.6, 1, 1.7)])
+@pytest.mark.parametrize("distance", ["l2", "pseudo-huber"])
+def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, lambda_k: float, distance: Any) -> None:
+    """Consistency in the segment, and lambda_k times an adversary that compares at a random time of the segment."""
+    head, backbone = Head(), affine(0.9, 0.1).requires_grad_(False)
+    nets, batch = consistency_nets(backbone=backbone, discriminator=head), data()
+    method = HyperSD(segments=(4, 1), adversarial_weights=(0.6, 1.7), points=16, layers=("hidden",), distance=distance)
+    turns = play(method, nets, batch, progress)
+    assert [turn.player for turn in turns] == ["discriminator", "student"]
+    at, below, b = segments_of(turns[0], k)
+    assert shows(at, batch["x0"])
+    x_m = ddim(at.x_t, teacher_of(nets)(at.x_t), at.t, below.t)
+    torch.testing.assert_close(below.x_t, x_m, atol=2e-3, rtol=2e-3)
+    x_b = jump(nets["student"], at.x_t, at.t, b)
+    y = jump(nets["target"], below.x_t, below.t, b).detach()
+    loss = (mse if distance == "l2" else huber)(x_b, y).mean()
+    views = [call for turn in turns for call in turn.of("backbone")]
+    assert len(views) == 3
+    u = views[0].t
+    high = b + (999 if k == 1 else 251)
+    assert bool((u >= b - 1e-3).all()) and bool((u <= high).all()) and all(torch.equal(v.t, u) for v in views)
+    # x_u = (a_u / a_b) x_b + what is missing of the noise
+    scale = column(VP.alpha(u) / VP.alpha(b))
+    noise = (column(VP.sigma(u)) ** 2 - (scale * column(VP.sigma(b))) ** 2).clamp_min(0).sqrt()
+    above = u > b + 1
+    fake = min(views[:2], key=lambda v: float((v.x_t - views[2].x_t).abs().max()))
+    (real,) = (v for v in views[:2] if v is not fake)
+    eps = ((fake.x_t - scale * x_b.detach()) / noise)[above]
+    assert is_noise(eps.double(), x_b.detach()[above].double()) and float(above.double().mean()) > 0.5
+    torch.testing.assert_close(real.x_t, (fake.x_t + scale * (y - x_b.detach())).float(), atol=5e-3, rtol=1e-3)
+    x_u = (fake.x_t + scale * (x_b - x_b.detach())).float()
+
+    def logits(x: Tensor) -> Tensor:
+        return head.scale * (0.9 * x + 0.1).mean(1) + head.offset
+
+    same(turns[0], (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean(), head, "discriminator")
+    same(turns[1], loss + lambda_k * softplus(-logits(x_u)).mean(), nets["student"])
+
+
+class Liking(nn.Module):
+    """A reward of samples that is known: three times their mean, less one."""
+
+    def forward(self, x: Tensor, cond: Any) -> Tensor:
+        return 3 * x.mean(1) - 1
+
+
+@pytest.mark.parametrize("score", [0.0, 0.8])
+@pytest.mark.parametrize("liked", [0.0, 0.45])
+def test_the_one_step_terms_of_hyper_sd_by_hand(score: float, liked: float) -> None:
+    """On one one-step sample: 0.8 times the score difference, 0.45 times relu(0.5 - reward); the critic denoises."""
+    if not score and not liked:
+        return
+    nets = consistency_nets(critic=affine(0.6, -0.5), reward=Liking())
+    method = HyperSD(
+        segments=(2, 1), adversarial_weights=(0.0, 0.0), points=16, critic_turns=2, score_weight=score,
+        reward="some:reward" if liked else None, reward_weight=liked, reward_margin=0.5,
+    )  # fmt: skip
+    assert [turn.player for turn in play(method, nets, data(), 0.2)] == ["student"], "in the last stage only"
+    turns = play(method, nets, data(), 0.7)
+    assert [turn.player for turn in turns] == ["critic"] * (2 if score else 0) + ["student"]
+    at, below, b = segments_of(Turn("", turns[0].loss, [c for t in turns for c in t.calls]), 1)
+    loss = huber(jump(nets["student"], at.x_t, at.t, b), jump(nets["target"], below.x_t, below.t, b).detach()).mean()
+    samples = []
+    for turn in turns[:-1]:
+        samples += [drawn(nets["student"], c).detach() for c in turn.of("student") if not c.gradient]
+        (asked,) = turn.of("critic")
+        assert shows(asked, samples[-1])
+        expected = (weight(asked.t) * mse(drawn(nets["critic"], asked), samples[-1]).double()).mean()
+        same(turn, expected, nets["critic"], "critic")
+    given = turns[-1].of("student")[-1]
+    assert given.gradient and float(given.t.min()) == 999
+    x = drawn(nets["student"], given)
+    if score:
+        asked = turns[-1].of("critic")[0]
+        assert shows(asked, x.detach())
+        real, fake = drawn(nets["teacher"], asked), drawn(nets["critic"], asked)
+        gap = (fake - real) / (x - real).abs().mean(1, keepdim=True)
+        loss = loss + 0.8 * ((x - (x - gap).detach()) ** 2).mean() / 2
+    if liked:
+        loss = loss + 0.45 * (0.5 - (3 * x.mean(1) - 1)).relu().mean()
+    same(turns[-1], loss, nets["student"])
+
+
+# --- boot ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize("beta", [0.0, 1.8])
+def test_boot_by_hand(solver: Any, beta: float) -> None:
+    """The bootstrap on every sample, over (1 - rho)^2; 1.8 times the boundary on the first third of them."""
+    nets = consistency_nets()
+    method = Boot(delta=0.1, solver=solver, boundary_weight=beta, boundary_share=1 / 3)
+    (turn,) = play(method, nets, data(), 0.5)
+    before, both = turn.of("student")
+    carried, *_, top = turn.of("teacher")
+    eps, k = before.x_t, N // 3
+    assert is_noise(eps.double(), torch.randn(N, D).double()) and not before.gradient and both.gradient
+    t, s = before.t, both.t[:N]
+    assert 99.9 <= float(t.min()) < 102 and 997 < float(t.max()) <= 999.01
+    assert float((t - 99.9).quantile(0.5)) == pytest.approx(0.9 * 999 / 2, rel=0.06), "uniform above delta"
+    torch.testing.assert_close(s, t - 99.9, atol=1e-3, rtol=0)
+    assert torch.equal(both.x_t, torch.cat([eps, eps[:k]])) and bool((both.t[N:] == 999).all())
+    assert torch.equal(top.x_t, eps[:k]) and bool((top.t == 999).all())
+    y_t = drawn(nets["student"], before).detach()
+    x_t = again(eps.double(), y_t, t)
+    torch.testing.assert_close(carried.x_t, x_t, atol=1e-3, rtol=1e-3)
+    if solver == "ddim":  # the paper's own form
+        rho = column(VP.sigma(s) * VP.alpha(t) / (VP.alpha(s) * VP.sigma(t)))
+        y_s = y_t + (1 - rho) * (0.4 * x_t + 0.6 - y_t)
+    else:
+        y_s = (heun(x_t, t, s, teacher_of(nets)) - column(VP.sigma(s)) * eps) / column(VP.alpha(s))
+    rho = (VP.noise_ratio(s) / VP.noise_ratio(t)).double()
+    y = drawn(nets["student"], both)
+    bootstrap = (mse(y[:N], y_s.detach().float()).double() / (1 - rho) ** 2).mean()
+    boundary = mse(y[N:], (0.4 * eps[:k] + 0.6)).mean()
+    same(turn, bootstrap + beta * boundary, nets["student"])
+
+
+# --- multi-student, diffusion ----------------------------------------------------------------------------------------
+def test_score_matching_by_hand() -> None:
+    """The student matches the teacher's estimate at diffused data of every noise level, weighed by min(SNR, 20) + 1."""
+    nets, batch = matching_nets(), data()
+    method = MultiStudent(start="untrained", matching=0.4)
+    (turn,) = play(method, nets, batch, 0.39)
+    (asked,), (answered,) = turn.of("student"), turn.of("teacher")
+    assert shows(asked, batch["x0"]) and torch.equal(asked.x_t, answered.x_t) and torch.equal(asked.t, answered.t)
+    assert float(asked.t.min()) < 25 and float(asked.t.max()) > 975
+    expected = (weight(asked.t) * mse(drawn(nets["student"], asked), drawn(nets["teacher"], asked)).double()).mean()
+    same(turn, expected, nets["student"])
+    assert play(method, nets, batch, 0.41)[0].player == "critic", "then the base method"
+
+
+@pytest.mark.parametrize("cap", [20.0, 4.0])
+@pytest.mark.parametrize(("log_std", "log_mean"), [(0.0, 0.0), (0.8, -1.0)])
+@pytest.mark.parametrize("last", [0.0, 0.3])
+def test_diffusion_by_hand(cap: float, log_std: float, log_mean: float, last: float) -> None:
+    """Times are uniform or lognormal in sigma/alpha, a share of them t_max; the weight is min(SNR, cap) + 1."""
+    nets, batch = Networks({"student": affine(0.7, 0.3)}), data()
+    method = Diffusion(snr_cap=cap, log_std=log_std, log_mean=log_mean, last_time_share=last)
+    (turn,) = play(method, nets, batch)
+    (asked,) = turn.calls
+    assert shows(asked, batch["x0"])
+    same(
+        turn, (weight(asked.t, cap) * mse(drawn(nets["student"], asked), batch["x0"]).double()).mean(), nets["student"]
+    )
+    at_end = asked.t == 999
+    assert float(at_end.double().mean()) == pytest.approx(last, abs=0.05)
+    inner = asked.t[~at_end]
+    if log_std:
+        ratio = VP.noise_ratio(inner).log()
+        assert float(ratio.mean()) == pytest.approx(-1.0, abs=0.06) and float(ratio.std()) == pytest.approx(
+            0.8, abs=0.05
+        )
+    else:
+        expected = torch.linspace(0, 999, 11).double()
+        torch.testing.assert_close(inner.quantile(torch.linspace(0, 1, 11).double()), expected, atol=45, rtol=0)
+
+
+def test_labels_are_dropped_for_the_null_class_at_their_share() -> None:
+    seen: list[Tensor] = []
+
+    class Classes(Affine):
+        config = type("Config", (), {"num_class_embeds": 6})()
+
+        def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Any:
+            assert class_labels is not None
+            seen.append(class_labels)
+            return type("Output", (), {"sample": self.gain * x + self.shift})()
+
+    nets = Networks({"student": Denoiser(Classes(0.7, 0.3), VP, "x0")})
+    label = torch.arange(N) % 5
+    list(Diffusion(label_dropout=0.25).step(nets, {**data(), "label": label}, 0.0))
+    dropped = seen[0] == 5
+    assert float(dropped.double().mean()) == pytest.approx(0.25, abs=0.04) and torch.equal(
+        seen[0][~dropped], label[~dropped]
+    )
+
+
+# --- refine ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("progress", "ramped"), [(0.0, 0.0), (0.05, 0.25), (0.1, 0.5), (0.6, 1.0)])
+def test_the_adversary_of_refine_by_hand(progress: float, ramped: float) -> None:
+    """1.6 times its loss over a ramp of a fifth, beside 0.7 times the pixels'; D sees both at t_min."""
+    judge, x0 = Judge(), torch.randn(30, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    nets = Networks({"student": affine(0.7, 0.3), "discriminator": judge, "codec": PixelUnshuffle(1)})
+    method = Refine(
+        pixel_weight=0.7, perceptual_weight=0.0, frequency_weight=0.0, adversarial_weight=1.6, adversarial_ramp=0.2,
+        shift=0, steps=(1,),
+    )  # fmt: skip
+    turns = play(method, nets, {"x0": x0}, progress)
+    assert [turn.player for turn in turns] == ["discriminator", "student"]
+    (given,) = (call for turn in turns for call in turn.of("student"))
+    x = drawn(nets["student"], given)
+    assert all(float(t.max()) == 0 for _, t in judge.shown)
+
+    def logits(made: Tensor) -> Tensor:
+        return 0.4 * judge.scale * made.flatten(1).mean(1)
+
+    same(turns[0], (softplus(logits(x.detach())) + softplus(-logits(x0))).mean(), judge, "discriminator")
+    expected = 0.7 * (x - x0).abs().mean() + 1.6 * ramped * softplus(-logits(x)).mean()
+    same(turns[1], expected, nets["student"])
+
+
+# --- pso -------------------------------------------------------------------------------------------------------------
+class Tuned(Affine):
+    """An affine network and a change of it, which can be switched off like an adapter."""
+
+    def __init__(self, gain: float, shift: float, change: float) -> None:
+        super().__init__(gain, shift)
+        self.gain.requires_grad_(False), self.shift.requires_grad_(False)
+        self.change, self.on = nn.Parameter(torch.tensor(change)), True
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.gain * x + self.shift + self.change * self.on
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A four-step base that answers x/2 + 0.1, its tuned copy 0.07 more; `without_lora` takes that off."""
+    from contextlib import contextmanager
+
+    from distillers.methods import pso
+
+    @contextmanager
+    def off(network: Any) -> Iterator[None]:
+        network.on = False
+        yield
+        network.on = True
+
+    monkeypatch.setattr(pso, "without_lora", off)
+    monkeypatch.setattr(pso, "guided", lambda denoiser, info, scale: denoiser)
+    sampler = Sampler.__new__(Sampler)
+    nn.Module.__init__(sampler)
+    sampler.info = type("Info", (), {"guidance_scale": 1.0})()
+    sampler.times, sampler.renoises = sampling_times(VP, 4), True
+    yield Networks({"student": Denoiser(Tuned(0.5, 0.1, 0.07), VP, "x0"), "sampler": sampler, "reward": Liking()})
+
+
+def policy(nets: Networks, x: Tensor, on: bool = True) -> Tensor:
+    return 0.5 * x + 0.1 + nets["student"].network.change * on
+
+
+@pytest.mark.parametrize("mode", ["offline", "personalise", "finetune"])
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+def test_the_offline_losses_of_pso_by_hand(tuned: Networks, mode: Any, beta: float) -> None:
+    """Winner and loser under one noise at one of the four times; errors are over sigma^2."""
+    winner, loser = data()["x0"] - 2.5, data()["x0"].flip(0) - 3.5
+    (turn,) = play(Pso(mode=mode, beta=beta), tuned, {"x0": winner, "loser": loser})
+    first = turn.calls[0]
+    eps = noise_in(first, winner.double())
+    assert is_noise(eps, winner.double()) and set(first.t.tolist()) == set(sampling_times(VP, 4))
+    counts = torch.bincount(torch.bucketize(first.t, torch.tensor([300.0, 600.0, 900.0]).double()))
+    assert bool(((counts - N / 4).abs() < 120).all()), "every time as often"
+
+    def error(x0: Tensor, on: bool = True) -> Tensor:
+        return mse(policy(tuned, again(eps, x0, first.t), on), x0).double() / VP.sigma(first.t) ** 2
+
+    won, lost = error(winner), error(loser)
+    expected = {
+        "finetune": won.mean(),
+        "personalise": ((1 - beta * (lost - won)).relu() + lost / 2).mean(),
+        "offline": -logsigmoid(beta * ((error(winner, False) - error(loser, False)) - (won - lost)).detach()).mean(),
+    }[mode]
+    if mode == "offline":
+        expected = -logsigmoid(beta * ((error(winner, False) - error(loser, False)).detach() - (won - lost))).mean()
+    same(turn, expected, tuned["student"])
+
+
+@pytest.mark.parametrize("policy_std", [0.0, 0.4])
+@pytest.mark.parametrize("clip", [0.02, 0.05, 0.9])
+def test_the_online_loss_of_pso_by_hand(tuned: Networks, clip: float, policy_std: float) -> None:
+    """Two rollouts; each noisy step's log-ratio is cut at ln(1 - clip) and ln(1 + clip); the reward's sign leads."""
+    method = Pso(mode="online", reward="some:reward", beta=3.0, clip=clip, policy_std=policy_std)
+    (turn,) = play(method, tuned, data())
+    times, calls = sampling_times(VP, 4), turn.calls
+    a, b = calls[:4], calls[4:8]
+    for path in (a, b):
+        assert [float(call.t[0]) for call in path] == times
+        for one, next_one in pairwise(path):
+            assert shows(next_one, policy(tuned, one.x_t).detach())
+    assert not torch.equal(a[0].x_t, b[0].x_t)
+    ends = [policy(tuned, path[3].x_t).detach() for path in (a, b)]
+    noisy = range(4) if policy_std else range(3)
+    if policy_std:  # the last step's Gaussian was drawn inside: found again by its seed
+        torch.manual_seed(0)
+        for _ in range(8):
+            torch.randn(N, D)
+        ends = [end + policy_std * torch.randn(N, D) for end in ends]
+    h = (ends[0].mean(1) - ends[1].mean(1)).sign()
+    both: list[list[Tensor]] = []
+    for path, end in ((a, ends[0]), (b, ends[1])):
+        ratios = []
+        for j in noisy:
+            scale, std = (
+                (1.0, policy_std) if j == 3 else (float(VP.alpha(a[j + 1].t)[0]), float(VP.sigma(a[j + 1].t)[0]))
+            )
+            reached = end if j == 3 else path[j + 1].x_t
+
+            def squared(on: bool, j: int = j, path: Any = path, scale: float = scale, to: Tensor = reached) -> Tensor:
+                return mse(scale * policy(tuned, path[j].x_t, on), to)
+
+            ratio = (squared(False).detach() - squared(True)) / (2 * std**2)
+            ratios.append(ratio.clamp(math.log(1 - clip), math.log(1 + clip)))
+        both.append(ratios)
+    every = torch.stack([ratio.detach() for ratios in both for ratio in ratios])
+    if clip == 0.02:
+        assert bool((every == math.log(1 - clip)).any()) and bool((every == every.max()).sum() > 1), "both cuts bite"
+    margins = torch.stack([h * (one - other) for one, other in zip(*both, strict=True)])
+    same(turn, -logsigmoid(3.0 * margins).mean(), tuned["student"])
