@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("kind", choices=SCHEDULERS)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=30, help="of a core, compiling and earlier runs included")
+    parser.add_argument("--minutes", type=float, default=30, help="of a core, earlier runs included")
     given = parser.parse_args()
     data = pictures(given.pictures, "L" if given.kind == "grey-ddpm" else "RGB")
     torch.manual_seed(0)
@@ -86,7 +86,6 @@ def main() -> None:
         optimizer.load_state_dict(kept["optimizer"])
         done, spent = kept["done"], kept["spent"]
     given.out.mkdir(parents=True, exist_ok=True)
-    compiled: Any = torch.compile(unet)
     began, total = time.process_time() - spent, 0.0
     while (seconds := time.process_time() - began) < 60 * given.minutes:
         chosen = torch.randint(len(data), (BATCH,), generator=torch.Generator().manual_seed(done))
@@ -95,12 +94,12 @@ def main() -> None:
         for group in optimizer.param_groups:  # a rise of 200 iterations, and a linear fall over the last third
             group["lr"] = RATE * min(1, (done + 1) / 200, max(0.02, 3 * (1 - share)))
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(given.kind, scheduler, compiled, x0)
+            value = loss(given.kind, scheduler, unet, x0)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step(), average.step(unet.parameters())
-        done, total = done + 1, total + float(value)
+        done, total = done + 1, total + float(value.detach())
         if done % 100 == 0:
             print(f"{done} iterations, {seconds:.0f} s, loss {total / 100:.4f}", flush=True)
             total = 0.0

@@ -130,7 +130,7 @@ def test_overrides_keep_their_types(teacher_table: dict[str, Any], tmp_path: Pat
         ("model.schedule.name=edm", "model.schedule.name", "vp, which diffusers"),
         ("model.prediction=noise", "model.prediction", "'eps'"),
         ("model.size=3", "model.size", "network, patch, prediction"),
-        ("colour=red", "colour", "data, diffusion, method, model, name, teacher, train"),
+        ("colour=red", "colour", "data, diffusion, method, model, name, student, teacher, train"),
         ("train.batch", "override", "key=value"),
         ("=3", "override", "key=value"),
     ],
