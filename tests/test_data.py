@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from distillers.data.image_folder import ImageFolder
 from distillers.data.preferences import PreferencePairs, Preferred, write_preferences
 from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.shapes import ALONE, COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
-from distillers.errors import BadInput
+from distillers.errors import BadInput, Notice
 
 
 def aligned(batch: dict[str, torch.Tensor]) -> bool:
@@ -133,7 +134,17 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
         ("images", {"path": "no/such/folder"}, "path", "existing folder"),
         ("pairs", {"path": "no/such/folder"}, "path", "existing folder"),
         ("shapes", {"size": 7}, "size", "8 or more"),
-        ("shapes", {"size": "32"}, "size", "whole number"),
+        ("shapes", {"size": "32"}, "data.size", "integer"),
+        ("images", {"path": ".", "flip": "False"}, "data.flip", "true or false"),
+        ("images", {"path": ".", "dihedral": "no"}, "data.dihedral", "true or false"),
+        ("images", {"path": ".", "flip": 0}, "data.flip", "true or false"),
+        ("images", {"path": ".", "limit": True}, "data.limit", "integer"),
+        ("images", {"path": 12}, "data.path", "string"),
+        ("images", {"path": ".", "classes": "cat"}, "data.classes", "a list of names"),
+        ("preferences", {"path": ".", "flip": "off"}, "data.flip", "true or false"),
+        ("pairs", {"path": ".", "dihedral": "False"}, "data.dihedral", "true or false"),
+        ("pairs", {"path": ".", "optical_scale": "1e4"}, "data.optical_scale", "number"),
+        ("mixed-pairs", {"sources": [{"path": ".", "nodata": "none"}]}, "data.sources.0.nodata", "number"),
         ("shapes", {"seed": -1}, "seed", "0 or more"),
         ("shapes", {"split": "all"}, "split", "train | test"),
         ("pairs", {"path": ".", "split": "all"}, "split", "train | test"),
@@ -171,6 +182,46 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     folder = ImageFolder(tmp_path, size=16)
     assert folder.labels == () and len(folder) == 1 and set(folder.draw(2, rng())) == {"image"}
+
+
+def test_classes_named_by_numbers_are_in_the_order_of_their_values(tmp_path: Path) -> None:
+    for k in range(12):
+        save(tmp_path / str(k) / "a.png", np.full((16, 16, 3), 20 * k, np.uint8))
+    folder = ImageFolder(tmp_path, size=16)
+    assert folder.labels == tuple(map(str, range(12)))
+    items = folder.items(range(12))
+    assert ((items["image"].mean((1, 2, 3)) + 1) * 127.5 / 20).round().tolist() == items["label"].tolist()
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "gif", "avif", "jp2", "tga", "ppm", "qoi"])
+def test_what_pillow_reads_is_read(tmp_path: Path, suffix: str) -> None:
+    picture = Image.new("RGB", (16, 16), (255, 255, 255))
+    try:
+        picture.save(tmp_path / f"a.{suffix}", {"jfif": "JPEG"}.get(suffix))
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"Pillow was built without {suffix}")
+    assert ImageFolder(tmp_path, size=16).items([0])["image"].min() > 0.97
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/session1/1.png", "fox/1.png", ".cache/1.png", "loose.png"):
+        save(tmp_path / name, noise(0))
+    (tmp_path / "cat/3.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(Notice, match=r"left out 3 files, in 2 folders \(cat, dog\), the first cat/3.png. .*cat, fox"):
+        folder = ImageFolder(tmp_path, size=16)
+    assert folder.labels == ("cat", "fox") and len(folder) == 2
+    for name in ("cat/3.png", "dog/session1/1.png", "loose.png"):
+        (tmp_path / name).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        ImageFolder(tmp_path, size=16)
+
+
+def test_files_beside_pairs_are_counted_and_named(tmp_path: Path) -> None:
+    root = split_layout(tmp_path / "pairs")
+    (root / "train" / "sar" / "a.txt").write_text("not an image")
+    with pytest.warns(Notice, match=r"left out 1 file, in 1 folder \(train\), the first train/sar/a.txt"):
+        SarOpticalPairs(root, size=16)
 
 
 def test_a_limit_keeps_a_share_of_every_class(classes: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainings import NETWORK
 
 from distillers import methods
 from distillers.data import open_data
-from distillers.errors import BadInput
+from distillers.errors import BadInput, Notice
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import manifest
@@ -91,6 +92,12 @@ def test_overrides_keep_their_types(teacher_table: dict[str, Any], tmp_path: Pat
     assert model.schedule == {"name": "vp", "beta_schedule": "linear"}
     assert (recipe.options, recipe.data, recipe.name) == ({"label_dropout": 0}, {"kind": "shapes", "size": 16}, "other")
     assert tomllib.loads(tomli_w.dumps(recipe.table()))["train"]["betas"] == [0.5, 0.99]
+
+
+def test_names_that_look_like_numbers_are_names(student_table: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["name=7", "teacher=2024", "data.path=1e3"]
+    recipe = Recipe.load(write(tmp_path / "r.toml", student_table), overrides)
+    assert (recipe.name, recipe.teacher, recipe.data["path"]) == ("7", "2024", "1e3")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +215,19 @@ def test_data_and_network_must_fit(
     with pytest.raises(BadInput, match=f"allowed: .*{allowed}") as refused:
         load_teacher(recipe, load_data(recipe))
     assert refused.value.field == field
+
+
+def test_the_order_of_numbered_classes_is_said(
+    teacher_table: dict[str, Any], student_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = Recipe.from_table(teacher_table)
+    data = load_data(recipe)
+    made = load_teacher(recipe, data)
+    numbered = replace(made.info, labels=[str(i) for i in range(len(data.labels))])
+    Generator(made.denoiser, made.codec, numbered).save_pretrained(tmp_path / "tiny")
+    with pytest.warns(Notice, match=r"numbers its classes.*\(0 is red circle, 1 is red square"):
+        teacher = load_teacher(Recipe.from_table(student_table | {"teacher": str(tmp_path / "tiny")}), data)
+    assert teacher.info.labels == list(data.labels)
 
 
 def test_a_student_is_described_by_its_teacher_recipe_and_data(

@@ -6,13 +6,14 @@ This file lists the commands in the order in which `fewstep --help` shows them; 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from distillers.cli import benchmark, evaluation, pictures, service, training
-from distillers.errors import BadInput, TrainingStopped
+from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.runtime import prepare_process
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -52,6 +53,10 @@ app.add_typer(benchmarks, name="benchmark", rich_help_panel="Measure")
 def main() -> Any:
     """Run the command: bad input is one line on stderr and exit code 2, a stopped training one line and exit code 1."""
     prepare_process()
+    show = warnings.showwarning
+    warnings.showwarning = lambda message, kind, *where: (
+        typer.echo(f"note: {message}", err=True) if issubclass(kind, Notice) else show(message, kind, *where)
+    )
     try:
         return app()
     except BadInput as error:

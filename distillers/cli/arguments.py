@@ -88,19 +88,15 @@ def open_pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, A
     Raises:
         BadInput: an option without a value, or what the data refuse.
     """
-    import tomllib
-
     from distillers.data import open_data
+    from distillers.jobs.recipe import value_of
 
     table: dict[str, Any] = {"size": generator.info.size[0], "radiometry": generator.info.sar or {}}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
             raise BadInput("pairs-option", option, "key=value, for example units=db")
-        try:
-            table[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[key] = text
+        table[key] = value_of(key, text)
     test, train = (open_data("pairs", path=str(folder), split=split, **table) for split in ("test", "train"))
     return test, train
 

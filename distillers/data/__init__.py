@@ -16,7 +16,7 @@ from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, read_sar
 from distillers.data.shapes import CaptionedShapes
-from distillers.errors import BadInput
+from distillers.errors import BadInput, checked
 
 __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "options_of", "read_sar"]
 
@@ -108,8 +108,10 @@ def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -
     """Open a data set of `kind` (a key of KINDS), whole or some of its classes.
 
     Raises:
-        BadInput: an unknown kind, an unknown option or a missing one, and what the kind itself refuses.
+        BadInput: an unknown kind; an option that is unknown, missing or of the wrong type; what the kind refuses.
     """
+    if classes is not None and not isinstance(classes, list | tuple):
+        raise BadInput("data.classes", classes, "a list of names")
     accepted = options_of(kind)
     for option in options:
         if option not in accepted:
@@ -119,5 +121,5 @@ def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -
     for option, parameter in accepted.items():
         if parameter.default is parameter.empty and option not in options:
             raise BadInput(f"data.{option}", None, f"{kind} needs it")
-    data = KINDS[kind](**options)
+    data = KINDS[kind](**checked(KINDS[kind], options, "data"))
     return data if classes is None else Part(data, classes)

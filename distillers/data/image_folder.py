@@ -24,10 +24,13 @@ from distillers.data.pixels import (
     dihedral,
     existing_folder,
     image_files,
+    in_order,
+    listed,
     read_image,
     spread,
     square,
     subfolders,
+    tell_left_out,
     to_tensor,
 )
 from distillers.errors import BadInput
@@ -105,8 +108,10 @@ class PicturesInMemory(ABC):
 class ImageFolder(PicturesInMemory):
     """Images of `path[/split]/CLASS/*.jpg`, labelled by their sorted class folders, or of `path[/split]/*.jpg`.
 
-    `limit` keeps an evenly spaced part. Images of another size are cropped to the centred square and resized with
-    antialiasing. Images beside class folders are left out.
+    Class folders are sorted by letters, or by value where all their names are numbers. `limit` keeps an evenly spaced
+    part. Images of another size are cropped to the centred square and resized with antialiasing; of moving ones the
+    first is taken. Images beside class folders or deeper in them are left out, and so is what Pillow cannot read; a
+    Notice counts them.
 
     Raises:
         BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit, smaller than 8 px or of other
@@ -126,7 +131,7 @@ class ImageFolder(PicturesInMemory):
         super().__init__(path, split, size, flip, dihedral, channels)
         # Labels come from both splits, so that a class absent from one of them never shifts the numbers of the others.
         siblings = [self.root] if split is None else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
-        self.labels = tuple(sorted({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
+        self.labels = tuple(in_order({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
         self.files, self._classes = self._find(self.root, limit)
 
     def _find(self, root: Path, limit: int | None) -> tuple[list[Path], np.ndarray]:
@@ -138,6 +143,8 @@ class ImageFolder(PicturesInMemory):
             splits = ", ".join(c.name for c in subfolders(root) if c.name in SPLITS)
             hint = f" (it has {splits}: give split)" if splits else ""
             raise BadInput("path", str(root), f"a folder with images, or with class folders of images{hint}")
+        where = f"directly in {listed(self.labels, 'class folder')}" if self.labels else "directly in the folder"
+        tell_left_out(root, {file for file, _ in found}, f"pictures {where}")
         found = [found[i] for i in spread(len(found), limit)]
         return [f for f, _ in found], np.array([k for _, k in found], dtype=np.int64)
 

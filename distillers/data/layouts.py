@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillers.data.pair_rasters import RASTER_SUFFIXES, Place, on_one_map, place
-from distillers.data.pixels import SPLITS, existing_folder, image_files, subfolders
+from distillers.data.pixels import SPLITS, existing_folder, image_files, subfolders, tell_left_out
 from distillers.errors import BadInput
 
 QXS_SAR, QXS_OPTICAL = "sar_256_oc_0.2", "opt_256_oc_0.2"
+METADATA = "metadata.json"
 QXS_BLOCK = 500  # patches
 RASTERS = ("geotiff", "sen12ms")  # layouts whose files rasterio reads
 _PATCH = re.compile(r"_p\d+$")  # ROIs1868_summer_59_p1001 is patch 1001 of scene ROIs1868_summer_59
@@ -71,15 +72,17 @@ def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[
     found = _recognise(root) if layout == "auto" else layout
     if found not in LAYOUTS:
         raise BadInput("layout", layout, " | ".join(("auto", *LAYOUTS)))
-    pairs = LAYOUTS[found](root, split)[split]
-    if not pairs:
+    divided = LAYOUTS[found](root, split)
+    if not divided[split]:
         raise BadInput("path", str(root), f"a folder with SAR/optical pairs in layout {found!r}")
-    return found, pairs
+    used = {file for pairs in divided.values() for pair in pairs for file in (pair.sar, pair.optical)}
+    tell_left_out(root.resolve(), used | {root.resolve() / METADATA}, f"pairs in layout {found!r}")
+    return found, divided[split]
 
 
 def metadata(root: Path) -> dict[str, dict[str, Any]]:
     """Read `metadata.json`, by id; {} without one."""
-    file = root / "metadata.json"
+    file = root / METADATA
     if not file.is_file():
         return {}
     try:

@@ -1,18 +1,20 @@
 """Image files as uint8 arrays and float tensors: reading, cropping, turning, and checks of options and positions."""
 
+import functools
+import os
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
-from distillers.errors import BadInput
+from distillers.errors import BadInput, Notice
 
 Batch = dict[str, Tensor]
 """`image` float32 (B,C,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
@@ -21,7 +23,8 @@ Batch = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
 SPLITS = ("train", "test")
 COLOURS = {1: "L", 3: "RGB"}  # Pillow's mode of so many bands, which any picture can be converted to
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "QOI", "TGA")
+_MODULES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # that Pillow may have been built without
 SMALLEST = 8  # px; below this there is no picture to learn from, most often it is a tracking pixel or a broken export
 _UNREADABLE = (
     OSError,
@@ -33,16 +36,63 @@ _UNREADABLE = (
 )
 
 
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters, of the files that Pillow reads as pictures on this machine."""
+    known = [kind for kind in FORMATS if kind not in _MODULES or features.check(_MODULES[kind])]
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in known)
+
+
 def image_files(folder: Path) -> list[Path]:
     """List the image files directly in `folder`, by name, without hidden files."""
     return sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        p for p in _inside(folder) if p.suffix.lower() in suffixes() and not p.name.startswith(".") and p.is_file()
     )
 
 
 def subfolders(folder: Path) -> list[Path]:
     """List the folders directly in `folder`, by name, without hidden ones."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in _inside(folder) if p.is_dir() and not p.name.startswith("."))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """List what lies directly in `folder`. Raises BadInput where that cannot be read."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise BadInput("path", str(folder), f"a folder that can be read ({error.strerror})") from None
+
+
+def tell_left_out(root: Path, used: Collection[Path], layout: str) -> None:
+    """Count and name, in a Notice, the files below `root` that are not `used`; hidden ones are left out in silence.
+
+    layout: in words, where and of what kind files must be to be used.
+    """
+    left = sorted(file for file in _all_files(root) if file not in used)
+    if left:
+        folders = sorted({file.relative_to(root).parts[0] for file in left if file.parent != root})
+        inside = f", in {listed(folders, 'folder')}" if folders else ""
+        shown = f"{len(left)} file{'s' * (len(left) > 1)}{inside}, the first {left[0].relative_to(root)}"
+        warnings.warn(f"{root}: left out {shown}. Used are {layout}", Notice, stacklevel=3)
+
+
+def listed(names: Sequence[str], noun: str, most: int = 6) -> str:
+    """Count names and write out the first ones, such as "2 class folders (cat, dog)"."""
+    shown = ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)} ({shown})"
+
+
+def _all_files(root: Path) -> Iterator[Path]:
+    """Yield every file below a folder but hidden ones and those in hidden folders."""
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Sort names of classes: by value where all are whole numbers, such as "2" before "10", else by letters."""
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def existing_folder(path: str | Path) -> Path:

@@ -30,7 +30,7 @@ from distillers.data.pixels import (
     spread,
     to_tensor,
 )
-from distillers.errors import BadInput
+from distillers.errors import BadInput, checked
 from distillers.models.radiometry import (
     HIGHEST_DB,
     LOWEST_DB,
@@ -416,7 +416,7 @@ class MixedPairs:
             known = set(inspect.signature(SarOpticalPairs).parameters) - set(own)
             if "path" not in options or not set(options) <= known:
                 raise BadInput(f"sources.{i}", sorted(options), "path, share, " + ", ".join(sorted(known - {"path"})))
-            self.parts.append(SarOpticalPairs(**options, **own))
+            self.parts.append(SarOpticalPairs(**checked(SarOpticalPairs, options, f"data.sources.{i}"), **own))
         if not all(isinstance(share, int | float) and share > 0 for share in shares):
             raise BadInput("share", shares, "numbers above 0")
         self.shares = np.array(shares, dtype=np.float64) / sum(shares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from distillers import methods
 from distillers.data import ImageData, Part, open_data, options_of
-from distillers.errors import BadInput
+from distillers.data.pixels import listed
+from distillers.errors import BadInput, Notice
 from distillers.jobs.recipe import Recipe
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.radiometry import Radiometry
@@ -107,6 +109,9 @@ def load_teacher(recipe: Recipe, data: ImageData, device: str = "cpu") -> Teache
         if info.labels != [str(i) for i in range(len(data.labels))]:
             raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
         info = replace(info, labels=list(data.labels))
+        named = [f"{i} is {name}" for i, name in enumerate(data.labels)]
+        text = f"the teacher numbers its classes, the data name them in this order: {listed(named, 'label')}"
+        warnings.warn(text, Notice, stacklevel=2)
     if info.task not in (allowed := methods.find(recipe.method).tasks):
         raise BadInput("teacher", f"{recipe.teacher}, a teacher of {info.task}", " or ".join(allowed))
     return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)

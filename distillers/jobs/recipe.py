@@ -20,14 +20,23 @@ from typing import Any, Literal
 import tomli_w
 
 from distillers import methods
-from distillers.errors import BadInput
+from distillers.errors import BadInput, checked
 from distillers.models.schedule import Prediction
 from distillers.training.distiller import Distiller
 from distillers.training.head import StudentSettings
-from distillers.training.options import checked
 from distillers.training.settings import TrainSettings
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
+NAMES = (
+    "name",
+    "method",
+    "teacher",
+    "path",
+    "autoencoder",
+    "start",
+    "reward",
+    "pairs",
+)  # of what lies on disk: strings, always
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +202,15 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise BadInput(str(file), str(error), "valid TOML") from None
 
 
+def value_of(key: str, text: str) -> Any:
+    """Read the value of an option from a command line: as in TOML, but bare words, and all that names, are strings."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if key in NAMES and not isinstance(value, str) else value
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     """Read a recipe's file, or the shipped one of this name."""
     file = Path(path)
@@ -208,16 +226,12 @@ def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise BadInput("override", override, "key=value, for example train.batch=32")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
     *path, last = key.split(".")
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise BadInput(key, override, f"a key below a table; {part} is a value")
-    table[last] = value
+    table[last] = value_of(last, text)
 
 
 def _table(table: dict[str, Any], key: str) -> dict[str, Any]:

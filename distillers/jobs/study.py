@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from distillers.data import ImageData
-from distillers.errors import BadInput
+from distillers.errors import BadInput, checked
 from distillers.evaluation.evaluate import check_evaluation, evaluate
 from distillers.evaluation.features import Features, load_features
 from distillers.evaluation.latency import latencies_of
@@ -63,7 +63,6 @@ from distillers.jobs.publish import draw_rows
 from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
-from distillers.training.options import checked
 from distillers.training.reward import load_reward
 
 Say = Callable[[str], None]

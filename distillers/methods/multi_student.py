@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from distillers import methods
 from distillers.data import ImageData, Part
-from distillers.errors import BadInput
+from distillers.errors import BadInput, checked
 from distillers.generator import Generator
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, split_batch
 from distillers.training.losses import denoising, diffuse
-from distillers.training.options import checked
 
 NAME = "multi_student"
 
