@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -239,6 +240,19 @@ def test_a_start_is_refused_where_no_stock_scheduler_can_begin_there() -> None:
 def test_wrong_settings_are_refused_by_name(table: dict[str, Any], field: str, pipeline: Path) -> None:
     with pytest.raises(BadInput, match=field):
         recipe(pipeline, student=table)
+
+
+def test_a_student_that_goes_on_predicting_noise_is_warned_of_with_the_number(pipeline: Path, tmp_path: Path) -> None:
+    plan = recipe(pipeline, student={"head": "teacher"})
+    teacher, data = Teacher.from_pretrained(pipeline), load_data(plan)
+    teacher = with_head(teacher, plan, data, tmp_path, "cpu")
+    assert teacher.initial.prediction == "eps"
+    with pytest.warns(UserWarning, match="20 times as large in the picture"):
+        begin(Consistency(), teacher, plan.settings(), tmp_path, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(Consistency(), replace(teacher, start_time=599.0), plan.settings(), tmp_path, device="cpu")
+        begin(Boot(), teacher, plan.settings(), tmp_path, device="cpu")  # its free head predicts the signal
 
 
 def test_new_student_keeps_the_start_of_its_teacher(pipeline: Path) -> None:

@@ -10,6 +10,7 @@ teacher's x0 is its own error there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +29,7 @@ from distillers.training.losses import denoising
 from distillers.training.settings import TrainSettings
 
 NOISE_LIMIT = 20.0  # sigma / alpha, above which the x0 of a network of noise is mostly its error
+WARN_ABOVE = 10.0  # of the same, where a student that predicts noise starts
 LAST_SHARE = 0.1  # of the samples, at the last time: the only one that a one-step student is called at
 
 
@@ -74,6 +76,20 @@ def check_start(student: StudentSettings, teacher: Teacher) -> None:
         raise BadInput("student.start_time", student.start_time, f"absent: schedules of {schedule.name} have one start")
     if not 1 <= student.start_time <= schedule.t_max:
         raise BadInput("student.start_time", student.start_time, f"1 to {schedule.t_max:g}, or absent for the last")
+
+
+def warn_of_noise(generator: Generator) -> None:
+    """Warn of a few-step generator that predicts noise, with the factor of its errors where it starts."""
+    if not generator.info.step_times or generator.denoiser.prediction != "eps":
+        return
+    start = max(map(max, generator.info.step_times.values()))
+    factor = float(generator.schedule.noise_ratio(torch.tensor(start)))
+    if factor > WARN_ABOVE:
+        warnings.warn(
+            f"the student predicts noise: at t = {start:g}, where its first step is, an error of its output is "
+            f"{factor:.0f} times as large in the picture. An earlier student.start_time makes that less",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from distillers.training.batches import Batches
 from distillers.training.checkpoints import Checkpoints, newest_checkpoint
 from distillers.training.distiller import Distiller, Networks, Turn, follow, modes_kept, slow_copy
 from distillers.training.execution import DryRun, Execution, fastest_execution, run_as
+from distillers.training.head import warn_of_noise
 from distillers.training.settings import TrainSettings
 from distillers.training.watch import Watch
 
@@ -176,7 +177,9 @@ class Run:
         self.teacher, self.out, self.checkpoints = teacher, out, Checkpoints(out, description)
         self.nets = distiller.networks(teacher).to(accelerator.device)
         teacher.codec.to(accelerator.device)
-        distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
+        made = distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
+        if isinstance(made, Generator):
+            warn_of_noise(made)
         self.of_teacher = {"teacher"}  # made of the teacher alone, and again on resume: checkpoints do not hold them
         of_teacher = {id(p) for own in (teacher.denoiser, teacher.initial) for p in own.parameters()}
         for name, net in self.nets.items():
