@@ -120,19 +120,23 @@ class Generator(nn.Module):
         times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
             raise BadInput("first", first, f"0 to {len(times) - 1}")
-        network = guided(self.denoiser, self.info, self.info.guidance_scale)
+        network, clipping = (
+            guided(self.denoiser.unclipped(), self.info, self.info.guidance_scale),
+            self.denoiser.clipping,
+        )
         if start is not None:
             x_t = self.schedule.add_noise(start, noise, times[first])
         else:
             x_t = self.schedule.start(noise, times[first])
         for i, t in enumerate(times[first:], first):
-            x0: Tensor = network(x_t, t, cond)
+            unclipped: Tensor = network(x_t, t, cond)
+            x0 = unclipped if clipping is None else clipping(unclipped)
             if i + 1 == len(times):
                 return x0
             if watch is not None:
                 watch(i, x0)
             if self.info.sampler == "ddim":
-                x_t = self.schedule.step(x_t, x0, t, times[i + 1])
+                x_t = self.schedule.step(x_t, x0, t, times[i + 1], unclipped)
             else:  # multi-step consistency sampling (Song et al. 2023, Algorithm 1)
                 eps = next(fresh).to(noise) if fresh is not None else torch.randn_like(noise)
                 x_t = self.schedule.add_noise(x0, eps, times[i + 1])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.clipping import Clipping
 from distillers.models.codec import PixelUnshuffle, Vae
 from distillers.models.guidance import Guided
 from distillers.models.schedule import RectifiedFlow
 from distillers.teacher import Teacher
+from distillers.training.distiller import trainable_copy
 from distillers.weights.manifest import Info
 
 SIDE = 8
@@ -94,7 +97,7 @@ def test_a_unet_pipeline_means_what_its_scheduler_says(pipeline: str, options: d
     assert isinstance(teacher.codec, PixelUnshuffle) and teacher.codec.factor == 1
     assert not teacher.denoiser.training and not any(p.requires_grad for p in teacher.denoiser.parameters())
 
-    stock: Any = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    stock: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
     stock.set_timesteps(10)
     last = stock.config.num_train_timesteps - 1
     every = torch.arange(last + 1)
@@ -131,6 +134,7 @@ def test_a_pipeline_draws_its_own_pictures(prediction: str, steps: int, tmp_path
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
         "LCMScheduler",
+        "TCDScheduler",
     ],
 )
 def test_any_scheduler_with_ddpms_clock_gives_the_same_schedule(
@@ -172,6 +176,137 @@ def test_a_flow_matching_pipeline(tmp_path: Path) -> None:
             ours = teacher.denoiser.schedule.step(ours, x0, times[i], times[i + 1])
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
     assert Generator.from_pretrained(tmp_path).sample([0], steps=3).shape == (1, 3, SIDE, SIDE)
+
+
+def test_a_flow_of_another_clock_and_shift(tmp_path: Path) -> None:
+    stock: Any = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500, shift=3.0)
+    save_parts(tmp_path / "flow", unet=unet(), scheduler=stock)
+    generator = Generator.from_pretrained(tmp_path / "flow")
+    schedule = generator.denoiser.schedule
+    stock.set_timesteps(sigmas=[0.75, 0.5, 0.25])
+    times = torch.tensor(generator.times(4))
+    torch.testing.assert_close(times[1:].float(), stock.sigmas[:3], atol=3e-3, rtol=0)  # ours ends at t_min, not at 0
+    torch.testing.assert_close(schedule.network_time(times[1:].float()), stock.timesteps, atol=1.5, rtol=0)
+    x, t = torch.randn(2, 3, SIDE, SIDE), torch.tensor(0.6)
+    with torch.no_grad():
+        torch.testing.assert_close(generator.denoiser(x, t), x - 0.6 * unet().eval()(x, 300).sample)
+    generator.save_pretrained(tmp_path / "ours")
+    again: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "ours", subfolder="scheduler")
+    assert (again.config.num_train_timesteps, again.config.shift) == (500, 3.0)
+    assert Generator.from_pretrained(tmp_path / "ours").times(4) == generator.times(4)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "laplace"])
+def test_beta_schedules_of_ddpm_alone(kind: str, tmp_path: Path) -> None:
+    """Other schedulers do not know them by name, so a folder that we write spells the betas out."""
+    stock: Any = diffusers.DDPMScheduler(beta_schedule=kind, prediction_type="v_prediction")
+    save_parts(tmp_path / "theirs", unet=unet(), scheduler=stock)
+    generator = Generator.from_pretrained(tmp_path / "theirs")
+    generator.save_pretrained(tmp_path / "ours")
+    again: Any = diffusers.DDIMScheduler.from_pretrained(tmp_path / "ours", subfolder="scheduler")
+    every = torch.arange(1000)
+    for schedule in (generator.schedule, Generator.from_pretrained(tmp_path / "ours").schedule):
+        torch.testing.assert_close(schedule.alpha(every).square().float(), stock.alphas_cumprod, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(again.alphas_cumprod, stock.alphas_cumprod, atol=2e-6, rtol=1e-4)
+
+
+def test_what_a_scheduler_leaves_out_is_its_own_default(tmp_path: Path) -> None:
+    """LCM's betas are other ones than DDIM's, and DDPM clips where LCM does not."""
+    for kind in ("LCMScheduler", "DDPMScheduler"):
+        save_parts(tmp_path / kind, unet=unet(), scheduler=ddim())
+        written = {"_class_name": kind, "prediction_type": "v_prediction"}
+        (tmp_path / kind / "scheduler" / "scheduler_config.json").write_text(json.dumps(written))
+        denoiser = Teacher.from_pretrained(tmp_path / kind).denoiser
+        stock: Any = getattr(diffusers, kind)()
+        torch.testing.assert_close(denoiser.schedule.alpha(torch.arange(1000)) ** 2, stock.alphas_cumprod.double())
+        assert (denoiser.clipping is not None) == stock.config.clip_sample == (kind == "DDPMScheduler")
+
+
+def test_noise_predicted_where_there_is_no_signal_is_warned_of(tmp_path: Path) -> None:
+    for prediction, told in (("epsilon", 1), ("v_prediction", 0)):
+        save_parts(tmp_path, unet=unet(), scheduler=ddim(prediction_type=prediction, rescale_betas_zero_snr=True))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            schedule = Teacher.from_pretrained(tmp_path).denoiser.schedule
+        said = [str(one.message) for one in seen if "signal-to-noise" in str(one.message)]
+        assert len(said) == told
+        assert all(f"{float(schedule.noise_ratio(torch.tensor(999.0))):.2g}" in one for one in said)
+
+
+# --- clipping
+
+CLIPPED: list[dict[str, Any]] = [
+    {"clip_sample": True},
+    {"clip_sample": True, "clip_sample_range": 0.5},
+    {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", CLIPPED, ids=["clip_sample", "clip_sample_range", "thresholding"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_pipeline_that_clips_is_drawn_clipped(prediction: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Between its steps stock DDIM keeps the noise that the network predicted beside the clipped estimate."""
+    pipeline = diffusers.DDIMPipeline(unet(), ddim(prediction_type=prediction, **options))
+    pipeline.save_pretrained(tmp_path / "theirs")
+    pipeline.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    stock = pipeline(batch_size=2, generator=rngs, num_inference_steps=10, output_type="np").images
+    stock = torch.from_numpy(stock).permute(0, 3, 1, 2)
+    generator = Generator.from_pretrained(tmp_path / "theirs")
+    ours = (generator.sample([5, 6], steps=10) + 1) / 2
+    torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
+    generator.denoiser = generator.denoiser.unclipped()  # type: ignore[operator]
+    assert float(((generator.sample([5, 6], steps=10) + 1) / 2 - ours).abs().max()) > 0.05
+
+    scheduler: Any = pipeline.scheduler
+    scheduler.set_timesteps(10)
+    x_t, teacher = torch.randn(2, 3, SIDE, SIDE), Teacher.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = scheduler.step(pipeline.unet(x_t, 700).sample, 700, x_t).pred_original_sample
+        torch.testing.assert_close(teacher.denoiser(x_t, torch.tensor(700)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_clipping_goes_over_guidance(tmp_path: Path) -> None:
+    """As the stock pipeline does it; in training targets as in pictures."""
+    pipeline = dit_pipeline(ddim(clip_sample=True, clip_sample_range=0.3))
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline([1], 4.0, torch.Generator().manual_seed(5), num_inference_steps=4, output_type="np").images
+    generator, teacher = Generator.from_pretrained(tmp_path), Teacher.from_pretrained(tmp_path)
+    generator.info = replace(generator.info, guidance_scale=4.0)
+    ours = generator.sample([5], labels=[1], steps=4)
+    torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(stock).permute(0, 3, 1, 2), atol=1e-3, rtol=0)
+
+    x_t, t, label = torch.randn(1, 4, 4, 4), torch.tensor(900.0), torch.tensor([1])
+    with torch.no_grad():
+        conditional, null = (teacher.denoiser.unclipped()(x_t, t, {"label": torch.tensor([row])}) for row in (1, NULL))
+        expected = (null + 4 * (conditional - null)).clamp(-0.3, 0.3)
+        torch.testing.assert_close(teacher.guided(4.0)(x_t, t, {"label": label}), expected, atol=1e-3, rtol=0)
+        single = {"label": label, "guidance": torch.tensor([4.0])}
+        torch.testing.assert_close(teacher.guided(0.0)(x_t, t, single), expected, atol=1e-3, rtol=0)
+
+
+def test_what_is_trained_is_not_clipped_and_says_so(tmp_path: Path) -> None:
+    save_parts(tmp_path / "theirs", unet=unet(), scheduler=ddim(clip_sample=True, clip_sample_range=0.125))
+    teacher = Teacher.from_pretrained(tmp_path / "theirs")
+    x_t, t = torch.randn(2, 3, SIDE, SIDE), torch.tensor(900.0)
+    learner = trainable_copy(teacher.denoiser)
+    x0 = learner(x_t, t)
+    assert float(x0.detach().abs().max()) > 0.125 >= float(teacher.denoiser(x_t, t).abs().max())
+    x0[x0 > 0.125].sum().backward()
+    assert float(learner.network.conv_out.weight.grad.abs().max()) > 0  # type: ignore[union-attr, operator]
+    for name, denoiser, says in (("student", learner, False), ("adopted", teacher.denoiser, True)):
+        Generator(denoiser, teacher.codec, teacher.info).save_pretrained(tmp_path / name)
+        scheduler: Any = diffusers.DDIMScheduler.from_pretrained(tmp_path / name, subfolder="scheduler")
+        assert scheduler.config.clip_sample is says
+        assert Teacher.from_pretrained(tmp_path / name).denoiser.clipping == (Clipping(0.125) if says else None)
+
+
+def test_dynamic_thresholds_are_written_as_they_were_read(tmp_path: Path) -> None:
+    save_parts(tmp_path / "theirs", unet=unet(), scheduler=ddim(**CLIPPED[2]))
+    generator = Generator.from_pretrained(tmp_path / "theirs")
+    generator.save_pretrained(tmp_path / "ours")
+    assert Teacher.from_pretrained(tmp_path / "ours").denoiser.clipping == Clipping(1.5, 0.9)
 
 
 def test_the_first_pipelines_lie_flat_in_their_folder(tmp_path: Path) -> None:
@@ -356,13 +491,28 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "CMStochasticIterativeScheduler",
     ),
     "EDM's clock": (lambda p: save_parts(p, unet=unet(), scheduler=diffusers.EDMEulerScheduler()), "EDMEulerScheduler"),
-    "a beta schedule of DDPM alone": (
-        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.DDPMScheduler(beta_schedule="sigmoid")), "sigmoid",
+    "a beta schedule of Heun's alone": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.HeunDiscreteScheduler(beta_schedule="exp")),
+        "beta_schedule: got 'exp'.*sigmoid, laplace",
+    ),
+    "times that are noise levels": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.EulerDiscreteScheduler(timestep_type="continuous")),
+        "timestep_type: got 'continuous'; allowed: discrete",
+    ),
+    "a flow of another direction": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
+        "invert_sigmas: got True",
+    ),
+    "a shift that depends on the size": (
+        lambda p: save_parts(
+            p, unet=unet(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        ),
+        "use_dynamic_shifting: got True",
     ),
     "another prediction": (
         lambda p: save_parts(
             p, unet=unet(),
-            scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"),
         ),
         "flow_prediction",
     ),

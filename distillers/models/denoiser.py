@@ -5,6 +5,7 @@ The wrapper converts whatever the network predicts (noise, data, velocity or flo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
+from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
 from distillers.models.guidance import GuidedTime
 from distillers.models.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
@@ -27,22 +29,38 @@ class Denoiser(nn.Module):
         schedule: what x_t = alpha x0 + sigma eps means for this network.
         prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0) or "flow" (eps - x0).
         sigma_data: standard deviation of the data; used only to scale inputs of a variance-exploding schedule.
+        clipping: the bound that the pipeline's own sampler puts on x0; None for none, as with all that is trained.
 
     Shapes: x_t (B, C, H, W) or (B, D); t () or (B,); result like x_t, float32.
     """
 
     def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, sigma_data: float = 0.5
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        sigma_data: float = 0.5,
+        clipping: Clipping | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
         self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
+        self.clipping = clipping
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Estimate the clean data x0 from x_t at time t."""
         output = self.output(x_t, t, cond)
-        return self.schedule.x0_from(self.prediction, output, x_t, t)
+        x0 = self.schedule.x0_from(self.prediction, output, x_t, t)
+        return x0 if self.clipping is None else self.clipping(x0)
+
+    def unclipped(self) -> Denoiser:
+        """Return this denoiser, of the very same weights, without clipping."""
+        if self.clipping is None:
+            return self
+        free = copy.copy(self)
+        free.clipping = None
+        return free
 
     def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Run the network and return its output, in its own prediction type, float32."""
@@ -155,7 +173,7 @@ class Routed(nn.Module):
     """Several denoisers as one: the label of each row of a batch chooses the student that denoises it.
 
     Args:
-        students: denoisers of one schedule and prediction.
+        students: denoisers of one schedule and prediction; as all that is trained, they are not clipped.
         shares: the labels of each; together 0 to N-1, each once.
 
     Shapes as `Denoiser`'s. The result of a row depends on its own label alone, whatever else is in the batch.
@@ -167,10 +185,15 @@ class Routed(nn.Module):
         super().__init__()
         if sorted(label for share in shares for label in share) != list(range(sum(map(len, shares)))):
             raise BadInput("shares", [list(share) for share in shares], "labels from 0 on, each in one share")
-        self.students = nn.ModuleList(students)
+        self.students = nn.ModuleList(student.unclipped() for student in students)
         of = {label: k for k, share in enumerate(shares) for label in share}
         self.register_buffer("student_of", torch.tensor([of[label] for label in range(len(of))]))
         self.schedule, self.prediction = students[0].schedule, students[0].prediction
+        self.clipping: Clipping | None = None
+
+    def unclipped(self) -> Routed:
+        """Return itself: no student is clipped."""
+        return self
 
     @property
     def network(self) -> Any:

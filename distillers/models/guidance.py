@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
+from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
 from distillers.models.schedule import NoiseSchedule, like
 
@@ -18,18 +19,25 @@ class Guided(nn.Module):
     w = 1 is no guidance (one network call); x0, eps and v are affine in each other at fixed (x_t, t), so it does not
     matter on which of them guidance acts. LCM counts w from 0: its w is ours minus 1. A condition "guidance", float
     (B,), takes the place of the one scale.
+
+    Args:
+        denoiser: not clipped.
+        clipping: the bound on the guided estimate, where diffusers' samplers put it; None for none.
     """
 
-    def __init__(self, denoiser: nn.Module, guidance_scale: float, null_label: int) -> None:
+    def __init__(
+        self, denoiser: nn.Module, guidance_scale: float, null_label: int, clipping: Clipping | None = None
+    ) -> None:
         super().__init__()
         self.denoiser, self.guidance_scale, self.null_label = denoiser, guidance_scale, null_label
+        self.clipping = clipping
         self.schedule: NoiseSchedule = denoiser.schedule  # type: ignore[assignment]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         null = {k.removeprefix("null_"): v for k, v in (cond or {}).items() if k.startswith("null_")}
         if not cond or not (null or "label" in cond) or (self.guidance_scale == 1 and "guidance" not in cond):
             x0: Tensor = self.denoiser(x_t, t, cond)
-            return x0
+            return x0 if self.clipping is None else self.clipping(x0)
         w = like(cond["guidance"], x_t) if "guidance" in cond else self.guidance_scale
         cond = {k: v for k, v in cond.items() if k != "guidance" and not k.startswith("null_")}
         uncond = {**cond, **(null or {"label": torch.full_like(cond["label"], self.null_label)})}
@@ -37,7 +45,7 @@ class Guided(nn.Module):
         t2 = t if t.ndim == 0 else torch.cat([t, t])
         with_cond, without = self.denoiser(torch.cat([x_t, x_t]), t2, both).chunk(2)
         guided: Tensor = without + w * (with_cond - without)
-        return guided
+        return guided if self.clipping is None else self.clipping(guided)
 
 
 # --- the guidance scale as a network's input -------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from distillers.errors import BadInput
 
 Prediction = Literal["x0", "eps", "v", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+PLAIN = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")  # options that say all of most schedules
+STOCK_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that every scheduler of diffusers knows
 
 
 def like(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -154,14 +156,19 @@ class NoiseSchedule(ABC):
         return torch.where(self.noise_ratio(low.new_tensor(self.t_min)) >= ratio, low, high)
 
     # --- solving the probability-flow ODE ----------------------------------------------------------------------------
-    def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, unclipped: Tensor | None = None) -> Tensor:
         """Take a first-order step from t to s: x_s = a_s x0 + (s_s/s_t)(x_t - a_t x0), exact for constant x0.
 
         This is DDIM (Song et al. 2021, eq. 12), and Euler in the variable sigma/alpha (Karras et al. 2022).
+
+        Args:
+            unclipped: the estimate that x0 was clipped from, where the noise is to be what the network predicted
+                rather than what the clipped x0 leaves: diffusers' samplers draw so. It is no step of an ODE, for as
+                s nears t it does not near x_t.
         """
         a_t, s_t = self._at(t, x_t)
         a_s, s_s = self._at(s, x_t)
-        return a_s * x0 + (s_s / s_t) * (x_t - a_t * x0)
+        return a_s * x0 + (s_s / s_t) * (x_t - a_t * (x0 if unclipped is None else unclipped))
 
     def heun_step(self, x_t: Tensor, x0: Tensor, x0_next: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Correct a step to second order; `x0_next` is the clean estimate at the end of `step(x_t, x0, t, s)`.
@@ -240,16 +247,23 @@ class EDM(NoiseSchedule):
 
 
 class RectifiedFlow(NoiseSchedule):
-    """The rectified flow alpha = 1 - t, sigma = t (Liu et al. 2023). Networks take 1000 t, as in diffusers.
+    """The rectified flow alpha = 1 - t, sigma = t (Liu et al. 2023). Networks take `clock` times t, as in diffusers.
 
     t_max is 1 for Euler steps; ratios sigma/alpha need t_max < 1, hence the default.
+
+    Args:
+        clock: diffusers' `num_train_timesteps`.
+        shift: moves the grid towards noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23), for large
+            pictures; the process itself and what the network is told stay as they are.
     """
 
     name = "flow"
     velocity = "flow"
 
-    def __init__(self, t_min: float = 1e-3, t_max: float = 1 - 1e-3) -> None:
-        self.t_min, self.t_max = t_min, t_max
+    def __init__(self, t_min: float = 1e-3, t_max: float = 1 - 1e-3, clock: int = 1000, shift: float = 1.0) -> None:
+        if not (clock >= 1 and shift > 0):
+            raise BadInput("schedule.clock, shift", (clock, shift), "1 or more, and above 0")
+        self.t_min, self.t_max, self.clock, self.shift = t_min, t_max, clock, shift
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -258,7 +272,15 @@ class RectifiedFlow(NoiseSchedule):
         return t.double()
 
     def network_time(self, t: Tensor) -> Tensor:
-        return 1000 * t
+        return self.clock * t
+
+    def spaced(self, u: Tensor) -> Tensor:
+        low, high = (t / (self.shift - (self.shift - 1) * t) for t in (self.t_min, self.t_max))  # as before the shift
+        t = low + u * (high - low)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def to_config(self) -> dict[str, Any]:
+        return {**super().to_config(), "clock": self.clock, "shift": self.shift}
 
 
 class Trigonometric(NoiseSchedule):
@@ -333,17 +355,18 @@ class VariancePreserving(NoiseSchedule):
         beta_end: float = 0.02,
         num_train_timesteps: int = 1000,
     ) -> VariancePreserving:
-        """Build the schedule of diffusers' DDPM and DDIM schedulers from their four numbers."""
-        from diffusers import DDIMScheduler
+        """Build the schedule of diffusers' DDPM and DDIM schedulers from their four numbers.
 
+        Raises:
+            BadInput: a beta_schedule that DDPM's scheduler does not have.
+        """
         config = dict(
             beta_schedule=beta_schedule,
             beta_start=beta_start,
             beta_end=beta_end,
             num_train_timesteps=num_train_timesteps,
         )
-        scheduler: Any = DDIMScheduler(**config)
-        return cls(scheduler.betas, config)
+        return from_diffusers(config)  # type: ignore[return-value]
 
 
 _CONTINUOUS: dict[str, type[EDM] | type[RectifiedFlow] | type[Trigonometric]] = {
@@ -370,19 +393,30 @@ def from_config(config: dict[str, Any]) -> NoiseSchedule:
 def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
     """Build the schedule of a diffusers scheduler from its `scheduler_config.json`.
 
-    Betas are rebuilt by diffusers' own code, so zero-terminal-SNR rescaling and every beta schedule are honoured.
+    Betas are rebuilt by diffusers' own code, that of DDPM's scheduler, which knows most beta schedules and
+    zero-terminal-SNR rescaling.
+
+    Raises:
+        BadInput: a beta_schedule that it does not know.
     """
     import diffusers
 
-    kind = scheduler_config.get("_class_name", "DDIMScheduler")
-    if "FlowMatch" in kind:
-        return RectifiedFlow()
-    config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
-    betas = diffusers.DDIMScheduler.from_config(config).betas
+    if scheduler_config.get("_class_name", "").startswith("FlowMatch"):
+        return RectifiedFlow(
+            clock=scheduler_config.get("num_train_timesteps", 1000), shift=scheduler_config.get("shift", 1.0)
+        )
+    config = {
+        k: scheduler_config[k] for k in (*PLAIN, "trained_betas", "rescale_betas_zero_snr") if k in scheduler_config
+    }
+    try:
+        scheduler: Any = diffusers.DDPMScheduler(**config)
+    except NotImplementedError:
+        raise BadInput(
+            "beta_schedule", config["beta_schedule"], ", ".join((*STOCK_BETAS, "sigmoid", "laplace"))
+        ) from None
+    betas = scheduler.betas
     if float(betas[-1]) >= 1:  # zero terminal SNR: alpha(T-1) = 0 has no sigma/alpha; stop just above it
         betas = betas.clamp(max=1 - 1e-6)
-    kept: dict[str, Any] = {
-        k: config[k] for k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps") if k in config
-    }
+    kept: dict[str, Any] = {k: config[k] for k in PLAIN if k in config}
     plain = len(kept) == 4 and not config.get("rescale_betas_zero_snr") and config.get("trained_betas") is None
-    return VariancePreserving(betas, kept if plain else None)
+    return VariancePreserving(betas, kept if plain and kept["beta_schedule"] in STOCK_BETAS else None)

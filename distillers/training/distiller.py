@@ -110,11 +110,17 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def trainable_copy(module: M) -> M:
-    """Make a deep copy that can be trained. It drops no labels: a method that wants that does it itself."""
+    """Make a deep copy that can be trained.
+
+    It drops no labels: a method that wants that does it itself. It is not clipped: a bound would kill the gradient of
+    what lies outside.
+    """
     learner = copy.deepcopy(module).train().requires_grad_(True)
     for part in learner.modules():
         if type(part).__name__ == "LabelEmbedding":  # diffusers' DiT drops a tenth of its labels while it trains
             part.dropout_prob = 0.0  # type: ignore[assignment]
+        if isinstance(part, Denoiser):
+            part.clipping = None
     return learner
 
 

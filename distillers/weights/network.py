@@ -31,7 +31,7 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
     null_label = info.condition(PixelUnshuffle(info.patch)).null_label(class_rows(denoiser.network))
     if null_label is None:
         raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
-    return Guided(denoiser, guidance_scale, null_label)
+    return Guided(denoiser.unclipped(), guidance_scale, null_label, denoiser.clipping)
 
 
 def size_multiple(network: nn.Module, codec: ImageCodec) -> int:

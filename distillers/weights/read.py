@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from distillers.errors import BadInput
+from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.schedule import NoiseSchedule, Prediction, from_diffusers
@@ -43,8 +46,16 @@ NETWORKS = (
     "Transformer2DModel",  # DiT, as older diffusers saved it
 )
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or noises a network is called with
+    "timestep_type": "discrete",
+    "use_flow_sigmas": False,
+    "invert_sigmas": False,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+}
+HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
 GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,20 @@ def read_pipeline(
     places = _networks(folder, index, info)
     place = _part(folder, index, "scheduler")
     scheduler = read_json(place / "scheduler_config.json")
-    schedule, prediction = _schedule(place, scheduler), _prediction(place, scheduler)
+    options = _options(place, scheduler)
+    schedule, prediction, clipping = (
+        _schedule(place, options),
+        _prediction(place, options),
+        Clipping.from_diffusers(options),
+    )
     networks = [_load(place, NETWORKS, dtype) for place in places]
+    if prediction == "eps" and (ratio := float(schedule.noise_ratio(torch.tensor(schedule.t_max)))) > HOPELESS:
+        warnings.warn(
+            f"{folder.name} predicts noise (prediction_type epsilon) at a signal-to-noise ratio (SNR) of almost 0: at "
+            f"t = {schedule.t_max:g} its error is multiplied by sigma/alpha = {ratio:.2g} in the clean estimate. "
+            "Schedules with rescale_betas_zero_snr are for networks that predict v.",
+            stacklevel=2,
+        )
     codec, prompts = _codec(folder, info, dtype), None
     if type(networks[0]).__name__ == "UNet2DConditionModel":
         zeros = bool(index.get("force_zeros_for_empty_prompt", False))
@@ -104,7 +127,7 @@ def read_pipeline(
     info = info or _describe(folder, networks[0], codec, index)
     for network in networks:
         _check_fit(folder, network, codec, info, prompts)
-    denoisers = [Denoiser(network.to(device), schedule, prediction) for network in networks]
+    denoisers = [Denoiser(network.to(device), schedule, prediction, clipping=clipping) for network in networks]
     denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
 
@@ -211,26 +234,41 @@ def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.flo
     return network
 
 
-def _schedule(folder: Path, scheduler: dict[str, Any]) -> NoiseSchedule:
+def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
+    """Complete a scheduler's configuration by its class's own defaults, without what the class would ignore."""
+    import diffusers
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     kind = scheduler.get("_class_name", "no scheduler")
-    known = {k.name for k in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"LCMScheduler"}
-    if kind not in known and not kind.startswith("FlowMatch"):  # any other has another clock, and would be misread
-        raise BadInput(str(folder), kind, "scheduler_config.json of FlowMatch... or " + ", ".join(sorted(known)))
+    known = {k.name for k in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"LCMScheduler", "TCDScheduler"}
+    if kind not in known | set(FLOWS):  # any other has another clock, and would be misread
+        raise BadInput(str(folder), kind, "scheduler_config.json of " + ", ".join(sorted([*known, *FLOWS])))
+    defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    if "num_train_timesteps" not in defaults:  # diffusers' stand-in for a class whose dependencies are not installed
+        return {**scheduler}
+    options = {key: scheduler.get(key, one.default) for key, one in defaults.items() if key != "self"}
+    for key, usual in OTHER_CLOCKS.items():
+        if options.get(key, usual) != usual:
+            raise BadInput(f"{folder}: {key}", options[key], f"{usual}: no other is read")
+    return {"_class_name": kind, **options}
+
+
+def _schedule(folder: Path, options: dict[str, Any]) -> NoiseSchedule:
     try:
-        return from_diffusers({key: value for key, value in scheduler.items() if key in ("_class_name", *BETAS)})
+        return from_diffusers(options)
     except BadInput:
         raise
     except Exception as error:  # whatever diffusers' constructor makes of wrong options
-        raise BadInput(str(folder), f"{type(error).__name__}: {error}", "options of diffusers' DDIMScheduler") from None
+        raise BadInput(
+            str(folder), f"{type(error).__name__}: {error}", f"options of diffusers' {options['_class_name']}"
+        ) from None
 
 
-def _prediction(folder: Path, scheduler: dict[str, Any]) -> Prediction:
-    kind = scheduler.get("_class_name", "")
-    if "FlowMatch" in kind:
+def _prediction(folder: Path, options: dict[str, Any]) -> Prediction:
+    kind = options["_class_name"]
+    if kind in FLOWS:
         return "flow"
-    given = scheduler.get("prediction_type", "epsilon")
+    given = options.get("prediction_type", "epsilon")
     if given not in DIFFUSERS_PREDICTIONS:
         raise BadInput(
             str(folder / "scheduler"), f"{kind} with {given}", "prediction_type " + ", ".join(DIFFUSERS_PREDICTIONS)

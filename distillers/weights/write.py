@@ -18,7 +18,7 @@ from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
-from distillers.models.schedule import NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving
+from distillers.models.schedule import RectifiedFlow, VariancePreserving
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
@@ -49,7 +49,7 @@ def write_pipeline(
 
     A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
     """
-    scheduler = _scheduler(denoiser.schedule, denoiser.prediction, info)
+    scheduler = _scheduler(denoiser, info)
     lora, index = None, None
     with staged(folder) as new:
         if isinstance(denoiser, Routed):  # no stock pipeline routes
@@ -161,12 +161,13 @@ def _model_index(
     return {"_class_name": kind, "_diffusers_version": diffusers.__version__, **more, **named}
 
 
-def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> Any:
+def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     """Make the stock scheduler that samples as `Generator` does. Raises BadInput where there is none."""
     import diffusers
 
+    schedule, prediction = denoiser.schedule, denoiser.prediction
     if isinstance(schedule, RectifiedFlow) and prediction == "flow":
-        return diffusers.FlowMatchEulerDiscreteScheduler()
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.clock, shift=schedule.shift)
     kinds = {v: k for k, v in DIFFUSERS_PREDICTIONS.items()}
     if not isinstance(schedule, VariancePreserving) or prediction not in kinds:
         given = f"{schedule.name} with {prediction}"
@@ -178,6 +179,7 @@ def _scheduler(schedule: NoiseSchedule, prediction: Prediction, info: Info) -> A
         "num_train_timesteps": _clock(schedule),
         "prediction_type": kinds[prediction],
         "clip_sample": False,
+        **(denoiser.clipping.to_diffusers() if denoiser.clipping else {}),
     }
     if info.sampler == "consistency":
         return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
