@@ -27,6 +27,7 @@ from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
 from distillers.training.losses import denoising
 from distillers.training.settings import TrainSettings
+from distillers.weights.write import LCM_POINTS
 
 NOISE_LIMIT = 20.0  # sigma / alpha, above which the x0 of a network of noise is mostly its error
 WARN_ABOVE = 10.0  # of the same, where a student that predicts noise starts
@@ -52,7 +53,9 @@ def usable(denoiser: Denoiser) -> NoiseSchedule:
     if denoiser.prediction != "eps":
         return schedule
     end = float(schedule.time_at_ratio(torch.tensor(NOISE_LIMIT)))
-    return schedule if end >= schedule.t_max else schedule.until(end)
+    if end >= schedule.t_max:
+        return schedule
+    return schedule.until((end + 1) // LCM_POINTS * LCM_POINTS - 1 if end >= LCM_POINTS else end)
 
 
 def head_of(student: StudentSettings, distiller: Distiller, teacher: Teacher) -> Prediction:
@@ -76,6 +79,9 @@ def check_start(student: StudentSettings, teacher: Teacher) -> None:
         raise BadInput("student.start_time", student.start_time, f"absent: schedules of {schedule.name} have one start")
     if not 1 <= student.start_time <= schedule.t_max:
         raise BadInput("student.start_time", student.start_time, f"1 to {schedule.t_max:g}, or absent for the last")
+    if (student.start_time + 1) % LCM_POINTS:  # LCMScheduler starts at a multiple of its points, whatever the clock
+        allowed = f"one less than a multiple of {LCM_POINTS}, such as 399, where diffusers' LCMScheduler can start"
+        raise BadInput("student.start_time", student.start_time, allowed)
 
 
 def warn_of_noise(generator: Generator) -> None:
