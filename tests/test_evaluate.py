@@ -26,7 +26,7 @@ from distillers.evaluation.pictures import grid, grid_png, side_by_side, to_pixe
 from distillers.evaluation.quick_benchmark import quick_benchmark
 from distillers.evaluation.reference import real_pictures
 from distillers.evaluation.report import Report
-from distillers.evaluation.teacher_hacking import describe_course, track_training
+from distillers.evaluation.student_drift import describe_course, track_training
 from distillers.generator import Generator
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "sentinel-pairs"
@@ -472,8 +472,27 @@ def test_a_student_that_follows_its_teacher_away_from_the_data_is_reported(
     course = track_training(tmp_path, real_pictures(shapes, 140)[0], mistaken, space)
     assert [one["iteration"] for one in course] == [100, 200, 300] and all(one["n"] == 256 for one in course)
     line, warning = describe_course(course)
-    assert line.startswith("Teacher hacking") and "since iteration 200" in warning
+    assert line.startswith("Student drift: KID") and "teacher hacking: since iteration 200" in warning
     (tmp_path / "000300.npy").unlink()
     course = track_training(tmp_path, real_pictures(shapes, 140)[0], mistaken, space)
     (line,) = describe_course(course)
-    assert line.startswith("Teacher hacking") and len(course) == 2 and not describe_course([])
+    assert line.startswith("Student drift: KID") and len(course) == 2 and not describe_course([])
+
+
+def test_a_student_that_leaves_its_teacher_is_told_from_one_that_hacks_it() -> None:
+    """KID to the teacher from 87 to 316 while that to the data stays: DMD2 with two turns of the critic."""
+
+    def course(*kids: tuple[int, int]) -> list[dict[str, float]]:
+        return [
+            {"iteration": 100 * i, "n": 256, "kid_teacher": a / 1000, "kid_real": b / 1000, "kid_std": 0.01}
+            for i, (a, b) in enumerate(kids, 1)
+        ]
+
+    _, drift = describe_course(course((87, 183), (170, 187), (316, 190)))
+    assert drift.startswith("Warning, student drift: since iteration 100") and "critic_turns" in drift
+    _, hacking = describe_course(course((300, 400), (200, 180), (90, 250)))
+    assert hacking.startswith("Warning, teacher hacking: since iteration 200")
+    assert len(describe_course(course((87, 183), (100, 190), (105, 195)))) == 1, "within the noise of the measurement"
+    _, away = describe_course(course((100, 100), (200, 200)))
+    assert "student drift" in away, "from both: it learns nobody's pictures"
+    assert len(describe_course(course((100, 200), (200, 100)))) == 1, "an adversary leads it to the data"

@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from exact_report import MATCHING, train_on
 from mutate import mutated
 from torch import Tensor
-from trainings import batch_for, iterate, teacher_for
+from trainings import batch_for, iterate, settings, teacher_for
 
 from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
@@ -29,7 +29,7 @@ from distillers.models.schedule import Trigonometric
 from distillers.teacher import Teacher
 from distillers.training import losses
 from distillers.training.distiller import Networks, new_student
-from distillers.training.losses import denoising, diffuse, ratio_weight, sample_student, score_identity
+from distillers.training.losses import Divergence, denoising, diffuse, ratio_weight, sample_student, score_identity
 from distillers.training.toy import GaussianMixture, Points, StudentNetwork, energy_distance, exact_teacher, ring
 from distillers.training.trainer import begin
 
@@ -82,7 +82,7 @@ def ratio_gradient(module: Any, divergence: str) -> tuple[Tensor, float]:
     at = x.detach()
     real, fake = (m - at) / s**2, (a - at) / b**2  # scores, up to a constant the denoised estimates
     log_ratio = ((at - a) / b).square() / 2 - ((at - m) / s).square() / 2 + torch.log(torch.tensor(b / s))
-    weight = module.ratio_weight(log_ratio[0], divergence)
+    weight = module.ratio_weight(log_ratio[0], torch.zeros(n), divergence)
     # samples as rows of one element; the normaliser multiplied out again
     size = (x - (at + real)).abs().T.detach()[:, 0]
     module.distribution_matching(x.T, (at + real).T, (at + fake).T, weight * size).backward()
@@ -104,8 +104,30 @@ def test_forward_kl_descends_the_forward_divergence() -> None:
 def test_the_weights_of_divergences_follow_the_ratio() -> None:
     logits = torch.tensor([-3.0, -1.0, 0.0, 2.0])
     r = logits.exp()
-    for divergence, h in (("reverse-kl", torch.ones(4)), ("forward-kl", r), ("jensen-shannon", r / (1 + r))):
-        torch.testing.assert_close(ratio_weight(logits, divergence), h / h.mean())  # type: ignore[arg-type]
+    second_derivatives = {  # of f in the divergence E_student f(r), up to a constant (Xu et al. 2025, table 1)
+        "reverse-kl": 1 / r**2,  # f = -ln r
+        "forward-kl": 1 / r,  # r ln r
+        "jensen-shannon": 1 / (r * (1 + r)),  # r ln r - (1 + r) ln((1 + r) / 2)
+        "jeffreys": (1 + r) / r**2,  # (r - 1) ln r
+        "squared-hellinger": r**-1.5,  # (1 - sqrt r)^2
+        "softened-reverse-kl": 1 / (r**2 * (1 + r)),  # (1 + r) ln((1 + r) / (2 r))
+    }
+    assert second_derivatives.keys() == set(get_args(Divergence))
+    for divergence, second in second_derivatives.items():
+        h = second * r**2
+        torch.testing.assert_close(ratio_weight(logits, torch.zeros(4), divergence), h / h.mean())  # type: ignore[arg-type]
+
+
+def test_ratios_are_weighed_among_similar_times() -> None:
+    """Eighty samples: ten bins of eight. Where there is little noise the ratios are larger, and count no more."""
+    t = torch.rand(80, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(80, generator=torch.Generator().manual_seed(1)) - 6 * t
+    weight = ratio_weight(logits, t, "forward-kl")
+    for similar in t.argsort().split(8):
+        r = logits[similar].exp()
+        torch.testing.assert_close(weight[similar], r / r.mean())
+    few = ratio_weight(logits[:15], t[:15], "forward-kl")  # too few for two bins
+    torch.testing.assert_close(few, logits[:15].exp() / logits[:15].exp().mean())
 
 
 def test_score_identity_is_its_formula_and_nothing_at_equality() -> None:
@@ -161,7 +183,7 @@ def moved_towards(module: Any, **options: Any) -> float:
     nets["student"] = Denoiser(Linear(), schedule, "x0")
     nets["critic"] = single(0.8, 0.3)
     torch.manual_seed(0)
-    *_, (_, value) = module.Dmd2.step(method, nets, toy_batch(4096), 0.5)
+    *_, (_, value) = module.Dmd2.step(method, nets, toy_batch(2 * 4096), 0.5)
     value.backward()
     return -float(nets["student"].network.mean.grad[0])
 
@@ -202,7 +224,7 @@ def test_every_option_keeps_the_contract(options: dict[str, Any], task: str, sha
     nets = method.networks(teacher)
     frozen = {k: digest(nets[k]) for k in ("teacher", "backbone") if k in nets}
     torch.manual_seed(0)
-    players = iterate(method, nets, batch_for(teacher, shapes), 0.5)
+    players = iterate(method, nets, batch_for(teacher, shapes, method.draws(0.5)), 0.5)
     one = ["discriminator"] * ("discriminator" in nets) + ["critic"]
     assert players == one * method.critic_turns + ["student"]
     assert {k: digest(nets[k]) for k in frozen} == frozen
@@ -227,18 +249,46 @@ def gradients_outside_a_turn(module: Any, **options: Any) -> set[tuple[str, str]
 @pytest.mark.parametrize("options", [{}, {"loss": "sid"}, {"gan_features": "teacher"}], ids=str)
 def test_the_critic_learns_from_the_student_and_never_teaches_it(options: dict[str, Any]) -> None:
     assert not gradients_outside_a_turn(dmd2, **options)
-    attached = mutated(dmd2, "fake_x0 = x.detach()", "fake_x0 = x")
+    attached = mutated(
+        dmd2, "with torch.no_grad():\n                fake_x0", "with torch.enable_grad():\n                fake_x0"
+    )
     assert ("critic", "student") in gradients_outside_a_turn(attached, **options)
 
 
-def test_the_critic_is_asked_about_the_samples_it_saw_last(shapes: ImageData) -> None:
-    """Fewer turns draw fewer samples: k turns of the critic cost k draws, the student's own among them."""
-    method = Dmd2(critic_turns=3)
-    nets, _ = exact_nets(method)
-    calls = []
-    nets["student"].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    list(played(method, nets, toy_batch()))
-    assert sorted(calls) == [False, False, True]
+@pytest.mark.parametrize("kind", [Dmd2, DisBack])
+def test_every_turn_has_noise_data_and_conditions_of_its_own(kind: Any, shapes: ImageData) -> None:
+    """Three turns of the critic and the student's: four samples, each of other labels, one of them with a gradient."""
+    method, teacher = kind(critic_turns=3), teacher_for("class-to-image", shapes)
+    nets, asked, seen = method.networks(teacher), list[tuple[bool, Tensor, Tensor]](), list[Tensor]()
+    nets["student"].register_forward_hook(
+        lambda _, given, made: asked.append((made.requires_grad, given[0], given[2]["label"]))
+    )
+    nets["critic"].register_forward_hook(lambda _, given, made: seen.append(given[2]["label"]))
+    batch = batch_for(teacher, shapes, method.draws(0.5))
+    batch["label"] = torch.arange(16)
+    assert [player for player, _ in played(method, nets, batch, 0.5)] == ["critic"] * 3 + ["student"]
+    assert [learns for learns, *_ in asked] == [False, False, False, True]
+    assert torch.cat([label for *_, label in asked]).sort().values.tolist() == list(range(16))
+    assert len({tuple(noise.flatten().tolist()) for _, noise, _ in asked}) == 4
+    assert [label.tolist() for label in seen] == [label.tolist() for *_, label in asked]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_iteration_brings_a_batch_for_every_turn(accumulation: int, shapes: ImageData, tmp_path: Path) -> None:
+    """Critic and student each get `train.batch` items, also in parts; DisBack's first stage has the critic alone."""
+    chosen, teacher = settings(iterations=4, batch=4, accumulation=accumulation), teacher_for("image", shapes)
+    for method, turns in (
+        (Dmd2(critic_turns=2), [3] * 4),
+        (DisBack(critic_turns=2, record=0.5, back=0.8), [1, 1, 3, 3]),
+    ):
+        run, sizes = begin(method, teacher, chosen, tmp_path, device="cpu"), list[int]()
+        run.nets["student"].register_forward_hook(lambda _, given, made, sizes=sizes: sizes.append(len(given[0])))
+        for i, count in enumerate(turns):
+            sizes.clear()
+            run.iteration(i, shapes)
+            assert sizes == [4 // accumulation] * (count * accumulation)
+        assert run.dry_run(shapes).turns  # of an early and a late iteration, each with its own batch
+        run.close()
 
 
 def test_pairs_are_the_teachers_and_of_all_classes() -> None:

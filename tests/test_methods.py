@@ -56,7 +56,7 @@ def test_networks_turns_and_generator(name: str, task: str, data: ImageData) -> 
     if task not in methods.find(name).tasks:
         pytest.skip(f"{name} is for {', '.join(methods.find(name).tasks)}")
     method, teacher = methods.find(name)(), teacher_for(task, data)
-    batch, original = batch_for(teacher, data), digest(teacher.denoiser)
+    original = digest(teacher.denoiser)
     nets = method.networks(teacher)
     assert isinstance(nets, Networks) and "student" in learners(nets)
     assert not {p for net in learners(nets).values() for p in net.parameters()} & set(teacher.denoiser.parameters())
@@ -65,7 +65,7 @@ def test_networks_turns_and_generator(name: str, task: str, data: ImageData) -> 
     start, played = digests(nets), set()
     for progress in (0.0, 0.3, 0.5, 0.99):
         torch.manual_seed(1)
-        played |= set(iterate(method, nets, batch, progress))
+        played |= set(iterate(method, nets, batch_for(teacher, data, method.draws(progress)), progress))
     assert played == set(learners(nets)), "whoever learns has a turn"
     assert digests(still) == {k: start[k] for k in still}, "frozen networks moved"
     assert digest(teacher.denoiser) == original
@@ -92,7 +92,7 @@ def test_networks_turns_and_generator(name: str, task: str, data: ImageData) -> 
 @every_generator
 def test_a_step_is_a_function_of_the_global_seed(name: str, data: ImageData) -> None:
     method, teacher = methods.find(name)(), teacher_for(task_of(name), data)
-    nets, batch = method.networks(teacher), batch_for(teacher, data)
+    nets, batch = method.networks(teacher), batch_for(teacher, data, method.draws(0.0))
     iterate(method, nets, batch, 0.0)  # a loss against a copy of itself is the same for every seed at first
 
     def first_loss(seed: int) -> float:
@@ -121,7 +121,7 @@ def test_continuous_schedules(name: str, schedule: str, data: ImageData) -> None
     teacher.denoiser.schedule = from_config({"name": schedule})
     method = methods.find(name)()
     nets = method.networks(teacher)
-    assert iterate(method, nets, batch_for(teacher, data), 0.0)
+    assert iterate(method, nets, batch_for(teacher, data, method.draws(0.0)), 0.0)
     made = method.generator(nets, teacher).eval()
     assert made.sample([0], **given_to(made, [0], data)).isfinite().all()
 

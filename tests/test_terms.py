@@ -148,6 +148,13 @@ def shows(call: Call, x0: Tensor, schedule: Any = VP) -> bool:
     return is_noise(noise_in(call, x0.double(), schedule), x0.double())
 
 
+def shows_exactly(call: Call, x0: Tensor) -> bool:
+    """Whether the call is at these very samples, diffused, and not at others of their distribution."""
+    eps = noise_in(call, x0.double())
+    late = call.t < 100  # where there is little noise, that of other samples is far from unit size
+    return float(eps[late].square().mean()) < 1.5
+
+
 def again(eps: Tensor, x0: Tensor, t: Tensor, schedule: Any = VP) -> Tensor:
     """x_t of the same noise and another, or a live, x0."""
     return (column(schedule.alpha(t)) * x0 + column(schedule.sigma(t)) * eps).float()
@@ -156,6 +163,11 @@ def again(eps: Tensor, x0: Tensor, t: Tensor, schedule: Any = VP) -> Tensor:
 def data(n: int = N) -> dict[str, Tensor]:
     """Far from what any network here answers: mean 3, std 0.5."""
     return {"x0": 3 + 0.5 * torch.randn(n, D, generator=torch.Generator().manual_seed(7))}
+
+
+def data_for(method: Any, progress: float = 0.9) -> dict[str, Tensor]:
+    """N samples for each draw of an iteration."""
+    return data(N * method.draws(progress))
 
 
 def weight(t: Tensor, cap: float = 20.0) -> Tensor:
@@ -260,7 +272,7 @@ def test_the_discriminator_wants_high_logits_of_real_and_low_ones_of_fake() -> N
 
 def test_density_ratios_are_bounded() -> None:
     """One certain logit does not take the whole batch: r is cut at e^10."""
-    weight = ratio_weight(torch.tensor([50.0, 10.0, -50.0, -10.0]), "forward-kl")
+    weight = ratio_weight(torch.tensor([50.0, 10.0, -50.0, -10.0]), torch.zeros(4), "forward-kl")
     torch.testing.assert_close(weight[0], weight[1]), torch.testing.assert_close(weight[2], weight[3])
     assert float(weight.mean()) == pytest.approx(1)
 
@@ -472,8 +484,8 @@ def test_the_critics_turns_of_dmd2_by_hand(features: Any) -> None:
     """Each turn: denoise a fresh sample of the student; D on a diffused sample (fake) and diffused data (real)."""
     nets, head, logits = adversary(features)
     method = Dmd2(critic_turns=3, gan_weight=0.7, discriminator_weight=0.3, gan_features=features, layers=("hidden",))
-    batch, samples, used = data(), list[Tensor](), list[int]()
-    turns = play(method, nets, batch)
+    batch, samples, used, shown = data_for(method), list[Tensor](), list[int](), list[int]()
+    turns, parts = play(method, nets, batch), batch["x0"].split(N)
     order = ["discriminator", "critic"] if features == "teacher" else ["critic"]
     assert [turn.player for turn in turns] == order * 3 + ["student"]
     for i in range(3):
@@ -486,7 +498,8 @@ def test_the_critics_turns_of_dmd2_by_hand(features: Any) -> None:
         (k,) = (k for k, x in enumerate(samples) if shows(denoised, x))
         used.append(k)
         (fake,) = (call for call in judged if shows(call, samples[k]))
-        (real,) = (call for call in judged if shows(call, batch["x0"]))
+        ((real, part),) = ((call, i) for call in judged for i, x0 in enumerate(parts) if shows_exactly(call, x0))
+        shown.append(part)
         critic = (weight(denoised.t) * mse(drawn(nets["critic"], denoised), samples[k]).double()).mean()
         gan = (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean()
         if features == "critic":
@@ -495,6 +508,7 @@ def test_the_critics_turns_of_dmd2_by_hand(features: Any) -> None:
             same(round_of[0], gan, head, "discriminator")
             same(round_of[1], critic, nets["critic"], "critic")
     assert sorted(used) == [0, 1, 2], "every turn has its own sample"
+    assert len({*shown}) == 3, "and its own data"
 
 
 @pytest.mark.parametrize("features", ["critic", "teacher"])
@@ -503,10 +517,10 @@ def test_the_students_turn_of_dmd2_by_hand(features: Any, divergence: Any) -> No
     nets, _, logits = adversary(features)
     named: dict[str, Any] = {"loss": "sid", "alpha": 0.8} if divergence == "sid" else {"divergence": divergence}
     method = Dmd2(critic_turns=1, gan_weight=0.7, gan_features=features, layers=("hidden",), **named)
-    turns = play(method, nets, data())
+    turns = play(method, nets, data_for(method))
     (noise,) = (call for turn in turns for call in turn.of("student") if call.gradient)
     assert is_noise(noise.x_t.double(), noise.x_t.double() * 0 + torch.randn(N, D)) and float(noise.t.min()) == 999
-    x, calls = drawn(nets["student"], noise), turns[-1].calls
+    x, calls = drawn(nets["student"], noise), [call for call in turns[-1].calls if call.who != "student"]
     at = calls[0]
     assert shows(at, x.detach()) and all(torch.equal(call.x_t, at.x_t) for call in calls)
     assert all(torch.equal(call.t, at.t) for call in calls)
@@ -520,7 +534,9 @@ def test_the_students_turn_of_dmd2_by_hand(features: Any, divergence: Any) -> No
         real, fake = drawn(nets["teacher"], at), drawn(nets["critic"], at)
         ratio = logit.detach().exp()
         h = {"reverse-kl": torch.ones(N), "forward-kl": ratio, "jensen-shannon": ratio / (ratio + 1)}[divergence]
-        gap = (h / h.mean())[:, None] * (fake - real) / (x - real).abs().mean(1, keepdim=True)
+        for similar in at.t.argsort().split(N // 10):
+            h[similar] = h[similar] / h[similar].mean()
+        gap = h[:, None] * (fake - real) / (x - real).abs().mean(1, keepdim=True)
         loss = ((x - (x - gap).detach()) ** 2).mean() / 2
     same(turns[-1], loss + 0.7 * softplus(-logit).mean(), nets["student"])
 
@@ -532,9 +548,9 @@ def test_the_pairs_of_dmd2_by_hand() -> None:
     pairs.noise.normal_(), pairs.x0.normal_(2.0), pairs.ready.fill_(True)
     nets = matching_nets(pairs=pairs)
     method = Dmd2(critic_turns=1, pairs=50, regression_weight=0.6)
-    turns = play(method, nets, data())
-    given, again_given = (call for turn in turns for call in turn.of("student"))
-    gap, x_T = turns[-1].calls[0], drawn(nets["student"], given)
+    turns = play(method, nets, data_for(method))
+    given, again_given = turns[-1].of("student")
+    gap, x_T = turns[-1].of("critic")[0], drawn(nets["student"], given)
     real, fake = drawn(nets["teacher"], gap), drawn(nets["critic"], gap)
     step = (fake - real) / (x_T - real).abs().mean(1, keepdim=True)
     which = torch.cdist(again_given.x_t, pairs.noise).argmin(1)
@@ -618,7 +634,7 @@ def test_the_first_stage_of_disback_by_hand(progress: float, before: int, after:
 def test_the_way_back_of_disback_by_hand(progress: float, node: int) -> None:
     """P_3, P_2, P_1 for a third of the time from 0.2 to 0.6 each, then the teacher; its gradient is DMD's."""
     method, nets = way_back(4, critic_turns=2)
-    turns, samples = play(method, nets, data(), progress, keep=True), list[Tensor]()
+    turns, samples = play(method, nets, data_for(method, progress), progress, keep=True), list[Tensor]()
     assert [turn.player for turn in turns] == ["critic", "critic", "student"]
     used = []
     for turn in turns[:2]:
@@ -629,7 +645,8 @@ def test_the_way_back_of_disback_by_hand(progress: float, node: int) -> None:
         expected = (weight(asked.t) * mse(drawn(nets["critic"], asked), samples[k].detach()).double()).mean()
         same(turn, expected, nets["critic"], "critic")
     assert sorted(used) == [0, 1]
-    (x,) = (x for call, x in zip([c for t in turns for c in t.of("student")], samples, strict=True) if call.gradient)
+    (given,) = turns[-1].of("student")
+    x = drawn(nets["student"], given)
     asked = turns[-1].of("critic")[0]
     assert shows(asked, x.detach())
     real = 0.4 * asked.x_t + 0.6 if node == 0 else asked.x_t / (node + 2) - node
@@ -663,7 +680,7 @@ def test_the_plateau_of_disback_by_hand() -> None:
 
 def test_the_plateau_sees_the_gap_between_critic_and_target() -> None:
     method, nets = way_back(4, critic_turns=1, advance="plateau", patience=9)
-    turn = play(method, nets, data(), 0.3, keep=True)[-1]
+    turn = play(method, nets, data_for(method, 0.3), 0.3, keep=True)[-1]
     asked = turn.of("critic")[0]
     gap = (drawn(nets["critic"], asked) - (asked.x_t / 5 - 3)).abs().mean().detach()
     assert float(nets["path"].gap) == pytest.approx(float(gap), rel=1e-4)
@@ -687,10 +704,13 @@ def segments_of(turn: Turn, k: int, points: int = 16) -> tuple[Call, Call, Tenso
     return at, below, grid[(n - 1) // length * length]
 
 
-@pytest.mark.parametrize(("progress", "k", "lambda_k"), [(0.1, 4, 0.6), (0.6, 1, 1.7)])
+@pytest.mark.parametrize(("progress", "k", "ratio"), [(0.1, 4, 0.6), (0.6, 1, 1.7)])
 @pytest.mark.parametrize("distance", ["l2", "pseudo-huber"])
-def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, lambda_k: float, distance: Any) -> None:
-    """Consistency in the segment, and lambda_k times an adversary that compares at a random time of the segment."""
+def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, ratio: float, distance: Any) -> None:
+    """Consistency in the segment, and an adversary that compares at a random time of the segment.
+
+    Its weight is what makes its gradient at the student's samples `ratio` times as long as that of the distance.
+    """
     head, backbone = Head(), affine(0.9, 0.1).requires_grad_(False)
     nets, batch = consistency_nets(backbone=backbone, discriminator=head), data()
     method = HyperSD(segments=(4, 1), adversarial_weights=(0.6, 1.7), points=16, layers=("hidden",), distance=distance)
@@ -723,7 +743,10 @@ def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, lambda_k: float,
         return head.scale * (0.9 * x + 0.1).mean(1) + head.offset
 
     same(turns[0], (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean(), head, "discriminator")
-    same(turns[1], loss + lambda_k * softplus(-logits(x_u)).mean(), nets["student"])
+    wanted = softplus(-logits(x_u)).mean()
+    pulls = [torch.autograd.grad(term, x_b, retain_graph=True)[0].norm() for term in (loss, wanted)]
+    same(turns[1], loss + ratio * pulls[0] / pulls[1] * (wanted - wanted.detach()), nets["student"])
+    assert float(nets.pulls["adversary"] / nets.pulls["loss"]) == pytest.approx(ratio, rel=1e-3)
 
 
 class Liking(nn.Module):
@@ -745,7 +768,7 @@ def test_the_one_step_terms_of_hyper_sd_by_hand(score: float, liked: float) -> N
         reward="some:reward" if liked else None, reward_weight=liked, reward_margin=0.5,
     )  # fmt: skip
     assert [turn.player for turn in play(method, nets, data(), 0.2)] == ["student"], "in the last stage only"
-    turns = play(method, nets, data(), 0.7)
+    turns = play(method, nets, data_for(method, 0.7), 0.7)
     assert [turn.player for turn in turns] == ["critic"] * (2 if score else 0) + ["student"]
     at, below, b = segments_of(Turn("", turns[0].loss, [c for t in turns for c in t.calls]), 1)
     loss = huber(jump(nets["student"], at.x_t, at.t, b), jump(nets["target"], below.x_t, below.t, b).detach()).mean()

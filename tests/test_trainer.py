@@ -31,7 +31,9 @@ from distillers.jobs.recipe import Recipe
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
 from distillers.methods.diffusion import Diffusion
+from distillers.methods.dmd2 import Dmd2
 from distillers.methods.hyper_sd import HyperSD
+from distillers.methods.multi_student import MultiStudent
 from distillers.methods.scm import ContinuousConsistency
 from distillers.teacher import Teacher
 from distillers.training.distiller import (
@@ -133,6 +135,52 @@ def test_warm_up_and_decay(
     train(method, teacher, data, chosen, tmp_path, device="cpu")
     rates = [distance(turn["before"], turn["after"]) / norm(turn["gradient"]) for turn in method.seen]
     assert [rate / 1e-2 for rate in rates] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_every_stage_warms_up_and_decays(decay: str, teacher: Teacher, tmp_path: Path) -> None:
+    """Each as a training of its own, of its share of the iterations with its share of the warm-up."""
+    method = HyperSD(segments=(4, 2, 1), adversarial_weights=(0.0, 0.0, 0.0))  # a quarter, a quarter, a half
+    run = begin(method, teacher, settings(iterations=40, warmup=8, decay=decay), tmp_path, device="cpu")
+    short, long = (
+        begin(Regression(), teacher, settings(iterations=n, warmup=n // 5, decay=decay), tmp_path, device="cpu")
+        for n in (10, 20)
+    )
+    expected = 2 * [short.rate(i) for i in range(10)] + [long.rate(i) for i in range(20)]
+    assert [run.rate(i) for i in range(40)] == pytest.approx(expected)
+    matched = MultiStudent(start="untrained", matching=0.25)
+    assert matched.stage_starts() == [0.0, 0.25]
+    staged = MultiStudent(start=None, base="hyper_sd", options={"segments": [2, 1], "adversarial_weights": [0, 0]})
+    assert staged.stage_starts() == [0.0, 0.5]
+
+
+def test_the_tracker_shows_what_an_adversary_weighs(
+    teacher: Teacher, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of adversaries of a given weight and of a given ratio; none without one."""
+    heads: dict[str, Any] = {"segments": (1,), "points": 8}
+    for method, expected in (
+        (HyperSD(adversarial_weights=(0.3,), **heads), 0.3),
+        (HyperSD(adversarial_weights=(0.0,), **heads), None),
+        (AdversarialConsistency(adversarial_start=0.0, adversarial_ramp=0.0), 1.0),
+        (AdversarialConsistency(adversarial_start=0.0, adversarial_ramp=0.0, adversarial_weight=2.0), 2.0),
+        (Dmd2(gan_weight=0.1, critic_turns=1), 1.0),
+    ):
+        run, shown = begin(method, teacher, settings(), tmp_path, device="cpu"), dict[str, float]()
+        monkeypatch.setattr(run.accelerator, "log", lambda values, step, shown=shown: shown.update(values))
+        run.dry_run(data)
+        run.iteration(0, data)
+        run.log(1)
+        found = shown.get("gradient/adversary_over_loss")
+        if isinstance(method, HyperSD):
+            assert found == (expected and pytest.approx(expected, rel=1e-3))
+        else:
+            assert found is not None and found > 0
+            if expected == 1.0:
+                single = found
+            elif expected == 2.0:
+                assert found == pytest.approx(2 * single, rel=1e-3)
+        assert not run.nets.pulls
 
 
 def test_accumulation_gives_the_same_gradient_and_one_follow(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:

@@ -169,9 +169,10 @@ def teacher_for(task: str, data: ImageData) -> Teacher:
     return made
 
 
-def batch_for(teacher: Teacher, data: ImageData) -> Batch:
+def batch_for(teacher: Teacher, data: ImageData, draws: int = 1) -> Batch:
+    """An iteration's batch of four items a draw."""
     source = Paired(data) if teacher.info.task == "sar-to-optical" else data
-    return teacher.encode_batch(source.draw(4, np.random.default_rng(0)), "cpu")
+    return teacher.encode_batch(source.draw(4 * draws, np.random.default_rng(0)), "cpu")
 
 
 def digest(net: nn.Module) -> str:

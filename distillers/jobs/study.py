@@ -56,7 +56,7 @@ from distillers.evaluation.report import (
     region_table,
     reward_columns,
 )
-from distillers.evaluation.teacher_hacking import describe_course, track_training
+from distillers.evaluation.student_drift import describe_course, track_training
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.publish import draw_rows

@@ -99,7 +99,7 @@ class AdversarialConsistency(Distiller):
         with torch.no_grad():  # sg f-(x_s, s)
             y = consistency_function(target, x_s, s, cond)
         f = consistency_function(student, x_t, t, cond)
-        loss = pseudo_huber(f, y).mean()
+        loss = pseudo_huber(nets.noted(f, "loss"), y).mean()
 
         strength = self.adversarial_weight * ramp(progress, self.adversarial_start, self.adversarial_ramp)
         if strength > 0:
@@ -110,7 +110,7 @@ class AdversarialConsistency(Distiller):
             real_logits = D(noisy, D.encode(real, t_min, cond))
             yield "discriminator", discriminator_loss(fake_logits, real_logits)
             with frozen_gradients(D):
-                fake_logits = D(D.encode(x_t, t, cond), D.encode(f, t_min, cond))
+                fake_logits = D(D.encode(x_t, t, cond), D.encode(nets.noted(f, "adversary"), t_min, cond))
             loss = loss + strength * gan_loss(fake_logits, real=True)
         if self.colour_weight:
             colours = [blurred(nets["codec"].decode(x), self.colour_pixels) for x in (f, x0)]

@@ -24,6 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.conditions import split
 from distillers.teacher import Teacher
 from distillers.training.distiller import (
     Batch,
@@ -67,32 +68,31 @@ class DisBack(Distiller):
         nets["path"] = frozen(Path(self.nodes, teacher.initial))
         return nets
 
+    def draws(self, progress: float) -> int:
+        return 1 if progress < self.record else self.critic_turns + 1
+
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, critic, path = nets["student"], nets["critic"], nets["path"]
         schedule = critic.schedule  # the student's own ends where its sampling starts
-        x0, cond = split_batch(batch)
 
         # P_1, ..., P_N at even times of stage 1
         while path.recorded < min(self.nodes, int(self.nodes * progress / self.record)):
             path.record(critic)
-        if progress < self.record:
+        last, *earlier = split(batch, self.draws(progress))
+        # the critic denoises samples of the student (Yin et al. 2024, eq. 6): all that stage 1 does
+        for part in earlier or [last]:
+            x0, cond = split_batch(part)
             with torch.no_grad():
-                x = sample_student(student, torch.randn_like(x0), cond)
-            t, x_t = diffuse(schedule, x)
-            yield "critic", denoising(critic, x_t, t, x, cond)
-            return
-
-        target = self.target(nets, progress)
-        x = sample_student(student, torch.randn_like(x0), cond)
-        # the critic denoises samples of the student (Yin et al. 2024, eq. 6); its last turn takes x itself
-        for turn in range(self.critic_turns):
-            fake_x0 = x.detach()
-            if turn + 1 < self.critic_turns:
-                with torch.no_grad():
-                    fake_x0 = sample_student(student, torch.randn_like(x0), cond)
+                fake_x0 = sample_student(student, torch.randn_like(x0), cond)
             t, x_t = diffuse(schedule, fake_x0)
             yield "critic", denoising(critic, x_t, t, fake_x0, cond)
+        if progress < self.record:
+            return
+
         # the score difference of critic and P_k at a diffused sample (eq. 7)
+        target = self.target(nets, progress)
+        x0, cond = split_batch(last)
+        x = sample_student(student, torch.randn_like(x0), cond)
         with torch.no_grad():
             t, x_t = diffuse(schedule, x)
             real, fake = target(x_t, t, cond), critic(x_t, t, cond)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.conditions import Cond
+from distillers.models.conditions import Cond, split
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Heads, frozen_gradients
 from distillers.training.distiller import (
@@ -48,6 +48,7 @@ from distillers.training.losses import (
     discriminator_loss,
     distribution_matching,
     gan_loss,
+    gradient_norms,
     per_sample_mse,
     ratio_weight,
     sample_student,
@@ -108,18 +109,19 @@ class Dmd2(Distiller):
                 nets["lpips"] = frozen(Lpips(teacher.codec))
         return nets
 
+    def draws(self, progress: float) -> int:
+        return self.critic_turns + 1  # noise, data and conditions that no other turn has seen
+
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, teacher, critic = nets["student"], nets["teacher"], nets["critic"]
         schedule = critic.schedule  # the student's own ends where its sampling starts
-        x0, cond = split_batch(batch)
-        x = sample_student(student, torch.randn_like(x0), cond, self.steps)
+        last, *earlier = split(batch, self.draws(progress))
 
-        # the critic denoises samples of the student (DMD eq. 6); its last turn takes x itself
-        for turn in range(self.critic_turns):
-            fake_x0 = x.detach()
-            if turn + 1 < self.critic_turns:
-                with torch.no_grad():
-                    fake_x0 = sample_student(student, torch.randn_like(x0), cond, self.steps)
+        # the critic denoises samples of the student (DMD eq. 6)
+        for part in earlier:
+            x0, cond = split_batch(part)
+            with torch.no_grad():
+                fake_x0 = sample_student(student, torch.randn_like(x0), cond, self.steps)
             t, x_t = diffuse(schedule, fake_x0)
             loss = denoising(critic, x_t, t, fake_x0, cond)
             if self.gan_weight:
@@ -133,12 +135,14 @@ class Dmd2(Distiller):
             yield "critic", loss
 
         # the student descends the difference of the two scores at a diffused sample (DMD eq. 7)
+        x0, cond = split_batch(last)
+        x = sample_student(student, torch.randn_like(x0), cond, self.steps)
         t, x_t = diffuse(schedule, x)
         weight = None
         if self.gan_weight:
             with frozen_gradients(nets["critic" if self.gan_features == "critic" else "discriminator"]):
                 logits = self.logits(nets, x_t, t, cond)
-            weight = ratio_weight(logits, self.divergence)
+            weight = ratio_weight(logits, t, self.divergence)
         if self.loss == "sid":
             with frozen_gradients(critic):
                 loss = score_identity(x, teacher(x_t, t, cond), critic(x_t, t, cond), self.alpha)
@@ -147,7 +151,10 @@ class Dmd2(Distiller):
                 real, fake = teacher(x_t, t, cond), critic(x_t, t, cond)
             loss = distribution_matching(x, real, fake, weight)
         if self.gan_weight:
-            loss = loss + self.gan_weight * gan_loss(logits, real=True)
+            adversary = self.gan_weight * gan_loss(logits, real=True)
+            for name, norm in zip(("loss", "adversary"), gradient_norms(x, loss, adversary), strict=True):
+                nets.pull(name, norm)
+            loss = loss + adversary
         if self.pairs:  # regression to the teacher's samples of the same noises (DMD eq. 9)
             noise, target, pair_cond = nets["pairs"](teacher, len(x0))
             d = nets["lpips"] if self.distance == "lpips" else per_sample_mse

@@ -15,6 +15,7 @@ teacher's pictures.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.conditions import Cond
+from distillers.models.conditions import Cond, split
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.teacher import Teacher
@@ -50,6 +51,7 @@ from distillers.training.losses import (
     discriminator_loss,
     distribution_matching,
     gan_loss,
+    gradient_norms,
     per_sample_mse,
     pseudo_huber,
     sample_student,
@@ -60,16 +62,20 @@ from distillers.training.reward import Reward, load_reward
 
 @dataclass(frozen=True, kw_only=True)
 class HyperSD(Distiller):
-    """L = E d( G(x_t, t -> b), sg G-(x_m, m -> b) ) + lambda_k L_adv, with x_m one teacher step below x_t (TSCD)."""
+    """L = E d( G(x_t, t -> b), sg G-(x_m, m -> b) ) + lambda_k L_adv, with x_m one teacher step below x_t (TSCD).
 
-    segments: tuple[int, ...] = (8, 4, 2, 1)  # k of each stage; stages share the training equally
+    lambda_k is what makes the adversarial term's gradient at the student's samples `adversarial_weights[k]` times as
+    long as that of d (as in VQGAN, Esser et al. 2021, eq. 7): a fixed one of 0.5 came to four ten-thousandths.
+    """
+
+    segments: tuple[int, ...] = (8, 4, 2, 1)  # k of each stage; the last has half of the training, the others share it
     points: int = 64  # N, fine intervals of the trajectory; every k divides it
     solver: Solver = "ddim"  # the teacher's step
     target_decay: float = 0.95  # mu of the target network; 0 = the student itself
     distance: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # d
     guidance_scale: float = 1.0  # of the teacher; 1 = none
     # adversarial term
-    adversarial_weights: tuple[float, ...] = (0.0, 0.0, 0.05, 0.1)  # lambda of each stage: late stages average most
+    adversarial_weights: tuple[float, ...] = (0.0, 0.0, 0.05, 0.1)  # of each stage, a ratio: late stages average most
     layers: tuple[str, ...] = ("mid_block",)  # of the frozen teacher, what the discriminator's heads read
     # human feedback, in the last stage
     reward: str | None = None  # a feature classifier's folder, or "module:function"; see distillers/training/reward.py
@@ -77,7 +83,7 @@ class HyperSD(Distiller):
     reward_margin: float = 0.0  # in the reward's own unit: above it there is nothing more to gain, so nothing to hack
     # one-step score distillation, in the last stage
     score_weight: float = 0.0  # of the distribution matching term; 0 = none
-    critic_turns: int = 2  # of the score network for one of the student's (DMD2: 5)
+    critic_turns: int = 5  # of the score network for one of the student's (as DMD2's)
     # what is published
     lora_rank: int | None = None  # train a LoRA of this rank on the teacher's network; absent = the whole network
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts published when the last stage is k = 1
@@ -127,15 +133,23 @@ class HyperSD(Distiller):
             nets["reward"] = frozen(Reward(load_reward(self.reward), teacher.codec, x0, cond))
         return nets
 
+    def stage_starts(self) -> list[float]:
+        earlier = len(self.segments) - 1
+        return [0.5 * i / earlier for i in range(earlier)] + [0.5] if earlier else [0.0]
+
     def stage(self, progress: float) -> tuple[int, float]:
-        """Return k and lambda at this point of the training."""
-        i = min(int(progress * len(self.segments)), len(self.segments) - 1)
+        """Return k and the adversarial term's ratio at this point of the training."""
+        i = bisect_right(self.stage_starts(), progress) - 1
         return self.segments[i], self.adversarial_weights[i]
+
+    def draws(self, progress: float) -> int:
+        return self.critic_turns + 1 if self.score_weight and self.stage(progress)[0] == 1 else 1
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, target = nets["student"], nets["target"] if self.target_decay else nets["student"]
         schedule = student.schedule
-        x0, cond = split_batch(batch)
+        last, *earlier = split(batch, self.draws(progress))
+        x0, cond = split_batch(last)
         k, adversarial_weight = self.stage(progress)
         d = pseudo_huber if self.distance == "pseudo-huber" else per_sample_mse
 
@@ -164,10 +178,15 @@ class HyperSD(Distiller):
                 fake, real = features(x_b.detach()), features(y)
             yield "discriminator", discriminator_loss(heads(fake), heads(real))
             with frozen_gradients(heads):
-                loss = loss + adversarial_weight * gan_loss(heads(features(x_b)), real=True)
+                adversary = gan_loss(heads(features(x_b)), real=True)
+            pull, counterpull = gradient_norms(x_b, loss, adversary)
+            lambda_k = adversarial_weight * pull / counterpull.clamp_min(1e-12)
+            nets.pull("loss", pull)
+            nets.pull("adversary", lambda_k * counterpull)
+            loss = loss + lambda_k * (adversary - adversary.detach())  # lambda_k differs from batch to batch
 
-        if k == 1 and self.score_weight:
-            yield from self.critic_turn(nets, x0, cond)
+        for part in earlier:
+            yield "critic", self.critic_loss(nets, *split_batch(part))
         if k == 1 and (self.score_weight or self.reward):
             loss = loss + self.one_step_terms(nets, x0, cond)
         yield "student", loss
@@ -175,14 +194,12 @@ class HyperSD(Distiller):
         if self.target_decay:  # theta- <- mu theta- + (1 - mu) theta
             follow(target, student, self.target_decay)
 
-    def critic_turn(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Iterator[Turn]:
-        """Train the critic to denoise the student's one-step samples (Yin et al. 2024, eq. 6)."""
-        critic, schedule = nets["critic"], nets["critic"].schedule
-        for _ in range(self.critic_turns):
-            with torch.no_grad():
-                x = sample_student(nets["student"], torch.randn_like(x0), cond)
-            t, x_t = diffuse(schedule, x)
-            yield "critic", denoising(critic, x_t, t, x, cond)
+    def critic_loss(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
+        """Compute the critic's denoising loss of the student's one-step samples (Yin et al. 2024, eq. 6)."""
+        with torch.no_grad():
+            x = sample_student(nets["student"], torch.randn_like(x0), cond)
+        t, x_t = diffuse(nets["critic"].schedule, x)
+        return denoising(nets["critic"], x_t, t, x, cond)
 
     def one_step_terms(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
         """Compute score distillation and feedback, both on the same one-step sample x."""

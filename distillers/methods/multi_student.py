@@ -119,11 +119,22 @@ class MultiStudent(Distiller):
             raise BadInput(f"{NAME}.matching", self.matched, f"0: {self.base} has no teacher")
         return nets
 
+    def draws(self, progress: float) -> int:
+        return 1 if progress < self.matched else self.method.draws(self.base_progress(progress))
+
+    def stage_starts(self) -> list[float]:
+        later = [self.matched + (1 - self.matched) * start for start in self.method.stage_starts()]
+        return [0.0, *later] if self.matched else later
+
+    def base_progress(self, progress: float) -> float:
+        """Return how far the base method is when the training is so far."""
+        return (progress - self.matched) / (1 - self.matched)
+
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         if progress < self.matched:
             yield from self.match(nets, batch)
         else:
-            yield from self.method.step(nets, batch, (progress - self.matched) / (1 - self.matched))
+            yield from self.method.step(nets, batch, self.base_progress(progress))
 
     def match(self, nets: Networks, batch: Batch) -> Iterator[Turn]:
         """Stage 0, teacher score matching: the target is the teacher's x0 at diffused data, not the data."""

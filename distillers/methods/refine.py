@@ -84,9 +84,9 @@ class Refine(Distiller):
             fake_logits, real_logits = (D(D.encode(sample, t_min, cond)) for sample in (x.detach(), x0))
             yield "discriminator", discriminator_loss(fake_logits, real_logits)
             with frozen_gradients(D):
-                fake_logits = D(D.encode(x, t_min, cond))
+                fake_logits = D(D.encode(nets.noted(x, "adversary"), t_min, cond))
             loss = loss + strength * gan_loss(fake_logits, real=True)
-        codec = nets["codec"]
+        codec, x = nets["codec"], nets.noted(x, "loss")
         pixels = codec.decode(x)
         truth = best_shift(pixels, codec.decode(x0), self.shift)
         loss = loss + self.pixel_weight * (pixels - truth).abs().mean()

@@ -73,7 +73,7 @@ def subset(given: Given, first: int, end: int) -> Given:
 
 def split(batch: Cond, parts: int) -> list[Cond]:
     """Cut every tensor of a batch into micro-batches along its first axis."""
-    chunks = {key: value.chunk(parts) for key, value in batch.items()}
+    chunks = {key: value.tensor_split(parts) for key, value in batch.items()}
     return [{key: value[i] for key, value in chunks.items()} for i in range(parts)]
 
 

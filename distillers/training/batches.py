@@ -8,7 +8,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -24,12 +24,15 @@ from distillers.training.settings import TrainSettings
 class Batches:
     """The batches of one run: that of iteration i is a function of (seed, i, process), whoever draws it.
 
+    Args:
+        draws: how many times `settings.batch` items each iteration takes.
+
     Attributes:
         waited: seconds that iterations have waited for data.
     """
 
-    def __init__(self, settings: TrainSettings, process: int, *, pin_memory: bool) -> None:
-        self.settings, self.process, self.pin_memory = settings, process, pin_memory
+    def __init__(self, settings: TrainSettings, process: int, draws: Sequence[int], *, pin_memory: bool) -> None:
+        self.settings, self.process, self.draws, self.pin_memory = settings, process, draws, pin_memory
         self.waited = 0.0
         self._thread, self._ahead = ThreadPoolExecutor(1, "data"), dict[int, Future[dict[str, Tensor]]]()
         self._workers: Iterator[dict[str, Tensor]] | None = None
@@ -43,7 +46,7 @@ class Batches:
 
     def draw_ahead(self, data: ImageData, i: int) -> dict[str, Tensor]:
         """Return iteration i's pictures; a thread draws the next ones meanwhile."""
-        batches = _Indexed(data, self.settings, self.process)
+        batches = _Indexed(data, self.settings, self.process, self.draws)
         for k in (i, i + 1):
             if k not in self._ahead and k < max(self.settings.iterations, i + 1):
                 self._ahead[k] = self._thread.submit(batches.__getitem__, k)
@@ -59,7 +62,7 @@ class Batches:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             loader = DataLoader(
-                _Indexed(data, self.settings, self.process),
+                _Indexed(data, self.settings, self.process, self.draws),
                 batch_size=None,
                 sampler=range(i, self.settings.iterations),
                 num_workers=self.settings.workers,
@@ -78,11 +81,12 @@ class Batches:
 class _Indexed(Dataset[dict[str, Tensor]]):
     """Draws the batch of every iteration: item i is what iteration i of this process learns from."""
 
-    def __init__(self, data: ImageData, settings: TrainSettings, process: int) -> None:
+    def __init__(self, data: ImageData, settings: TrainSettings, process: int, draws: Sequence[int]) -> None:
         self.data, self.batch, self.seed, self.process = data, settings.batch, settings.seed, process
+        self.draws = draws
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.data.draw(self.batch, np.random.default_rng((self.seed, i, self.process)))
+        return self.data.draw(self.batch * self.draws[i], np.random.default_rng((self.seed, i, self.process)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Put the arrays of the data into one unnamed file, which all processes map instead of holding copies."""

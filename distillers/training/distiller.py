@@ -34,7 +34,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Networks(nn.ModuleDict):
-    """Networks holds the networks of a method by name: denoisers, critics, discriminator heads."""
+    """Networks holds the networks of a method by name: denoisers, critics, discriminator heads.
+
+    Attributes:
+        pulls: sums of the norms of gradients at the student's samples since the last log, by the term that they are of:
+            "loss", and "adversary" for its share. The tracker shows their ratio.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(modules)
+        self.pulls: dict[str, Tensor] = {}
+
+    def pull(self, name: str, norm: Tensor) -> None:
+        """Add the norm of a gradient at the student's samples."""
+        self.pulls[name] = self.pulls.get(name, torch.zeros_like(norm)) + norm.detach()
+
+    def noted(self, samples: Tensor, name: str) -> Tensor:
+        """Pass samples (B, ...) on; the norm of the gradient that comes back through them is added to `pulls`."""
+        passed = samples.view_as(samples)
+        passed.register_hook(lambda gradient: self.pull(name, gradient.float().norm()))
+        return passed
 
     if TYPE_CHECKING:  # torch types every submodule as Tensor | Module
 
@@ -62,6 +81,21 @@ class Distiller(ABC):
     def data(self, data: ImageData, teacher: Teacher) -> ImageData:
         """Return the part of the data that the method learns from: all of it, unless a method overrides this."""
         return data
+
+    def draws(self, progress: float) -> int:
+        """Return how many batches of `train.batch` items an iteration needs, in one: 1, unless a method overrides this.
+
+        Players that learn several times an iteration need fresh noise, data and conditions each time; `step` cuts its
+        batch into so many by `split`.
+        """
+        return 1
+
+    def stage_starts(self) -> list[float]:
+        """Return the progress, from 0 on and ascending, at which each stage of the training begins: one stage.
+
+        The learning rate warms up and decays within each stage, for each has another task.
+        """
+        return [0.0]
 
     @abstractmethod
     def networks(self, teacher: Teacher) -> Networks:

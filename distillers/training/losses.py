@@ -169,6 +169,11 @@ def discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
     return gan_loss(fake, real=False) + gan_loss(real, real=True)
 
 
+def gradient_norms(samples: Tensor, *terms: Tensor) -> list[Tensor]:
+    """Compute the norm of each scalar term's gradient with respect to the samples (B, ...); the graphs are kept."""
+    return [torch.autograd.grad(term, samples, retain_graph=True)[0].float().norm() for term in terms]
+
+
 def ramp(progress: float, start: float, length: float) -> float:
     """Return 0 until `start`, then rise linearly to 1 over `length`; both are shares of the training."""
     return min(max((progress - start) / length, 0.0), 1.0) if length > 0 else float(progress >= start)
@@ -224,21 +229,32 @@ def score_identity(x0: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tens
     return (product / like(size, x0)).mean()
 
 
-Divergence = Literal["reverse-kl", "forward-kl", "jensen-shannon"]
+Divergence = Literal[
+    "reverse-kl", "forward-kl", "jensen-shannon", "jeffreys", "squared-hellinger", "softened-reverse-kl"
+]
 
 
 @torch.no_grad()
-def ratio_weight(logits: Tensor, divergence: Divergence) -> Tensor:
-    """Weigh samples by h(r) = f''(r) r^2, r = p_teacher / p_student, scaled to mean 1 over the batch. (B,) -> (B,).
+def ratio_weight(logits: Tensor, t: Tensor, divergence: Divergence) -> Tensor:
+    """Weigh samples (B,) at times t (B,) by h(r) = f''(r) r^2, r = p_teacher / p_student: the weights (B,).
 
     The gradient of an f-divergence is the reverse KL's, weighted so (Xu et al., "One-step Diffusion Models with
-    f-Divergence Distribution Matching", 2025). r = exp(logit) of a discriminator of the diffused samples: real against
-    made. Constant for the reverse KL, r for the forward one, r / (r + 1) for Jensen-Shannon.
+    f-Divergence Distribution Matching", 2025, table 1). r = exp(logit) of a discriminator of the diffused samples: real
+    against made. Weights have mean 1 among samples of similar times, in ten bins or as many as leave eight samples to
+    each: ratios are far larger where there is little noise, and would take the gradient from all other times.
     """
-    if divergence == "reverse-kl":
-        return torch.ones_like(logits)
-    weight = logits.clamp(-10, 10).exp() if divergence == "forward-kl" else logits.sigmoid()
-    return weight / weight.mean()
+    r = logits.clamp(-10, 10).exp()
+    weight = {
+        "reverse-kl": torch.ones_like(r),
+        "forward-kl": r,
+        "jensen-shannon": r / (1 + r),
+        "jeffreys": 1 + r,
+        "squared-hellinger": r.sqrt(),
+        "softened-reverse-kl": 1 / (1 + r),
+    }[divergence]
+    for similar in t.argsort().tensor_split(max(1, min(10, len(t) // 8))):
+        weight[similar] /= weight[similar].mean()
+    return weight
 
 
 # --- perceptual distances --------------------------------------------------------------------------------------------

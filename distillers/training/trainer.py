@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -197,7 +198,9 @@ class Run:
         self.turns: Counter[str] = Counter()
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
         self.execution = Execution()
-        self.batches = Batches(settings, accelerator.process_index, pin_memory=accelerator.device.type == "cuda")
+        draws = [distiller.draws(i / settings.iterations) for i in range(settings.iterations)]
+        pin_memory = accelerator.device.type == "cuda"
+        self.batches = Batches(settings, accelerator.process_index, draws, pin_memory=pin_memory)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
@@ -225,15 +228,12 @@ class Run:
 
     def _micro_batches(self, i: int, data: ImageData) -> list[dict[str, Tensor]]:
         """Draw iteration i's batch, encoded for the network and split for accumulation."""
-        pictures = self.batches.draw(data, i)
-        torch.manual_seed(_mix(self.settings.seed, i, self.accelerator.process_index))
-        return self._encoded(pictures)
+        return self._encoded(self.batches.draw(data, i), i)
 
-    def _encoded(self, pictures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Encode a batch of pictures for the network and split it into micro-batches."""
-        parts = self.settings.accumulation
-        batch = self.teacher.encode_batch(pictures, self.accelerator.device)
-        return split(batch, parts)
+    def _encoded(self, pictures: dict[str, Tensor], i: int) -> list[dict[str, Tensor]]:
+        """Encode iteration i's pictures for the network and split them into micro-batches."""
+        torch.manual_seed(_mix(self.settings.seed, i, self.accelerator.process_index))
+        return split(self.teacher.encode_batch(pictures, self.accelerator.device), self.settings.accumulation)
 
     def close(self) -> None:
         """End the loaders and the trackers, and run networks eagerly again. The process group stays for publishing."""
@@ -267,16 +267,18 @@ class Run:
         before = {name: value.clone() for name, value in self.nets.state_dict().items()}
         seconds, turns = [], list[tuple[str, float, Tensor]]()
         for _ in range(4):  # the first warms up
-            pictures, turns = self.batches.draw_ahead(data, 0), []
-            torch.manual_seed(_mix(self.settings.seed, 0, self.accelerator.process_index))
-            batch = self._encoded(pictures)[0]
-            started = time.perf_counter()
+            spent, turns = 0.0, []
             for progress in DRY_RUN_AT:
-                turns += self._dry_turns(batch, progress)
-            seconds.append((time.perf_counter() - started) / len(DRY_RUN_AT))
+                i = int(progress * self.settings.iterations)
+                batch = self._encoded(self.batches.draw_ahead(data, i), i)[0]
+                started = time.perf_counter()
+                turns += self._dry_turns(batch, i / self.settings.iterations)
+                spent += time.perf_counter() - started
+            seconds.append(spent / len(DRY_RUN_AT))
             self.nets.load_state_dict(before)
         for name in self.optimizers:
             self.nets[name].zero_grad()
+        self.nets.pulls.clear()
         run_as(self.nets, Execution())
         return DryRun(turns, min(seconds[1:]))
 
@@ -334,18 +336,28 @@ class Run:
         optimizer.step()
 
     def rate(self, i: int) -> float:
-        """Compute the learning-rate factor of iteration i: linear warm-up, then the chosen decay."""
-        s = self.settings
-        warm = min(1.0, (i + 1) / max(s.warmup, 1))
-        left = 1 - i / s.iterations
+        """Compute the learning-rate factor of iteration i: linear warm-up, then the chosen decay, in every stage.
+
+        A stage has its share of the warm-up, as it has of the iterations.
+        """
+        s, progress, stages = self.settings, i / self.settings.iterations, self.distiller.stage_starts()
+        k = bisect_right(stages, progress) - 1
+        length = [*stages, 1.0][k + 1] - stages[k]
+        within = (progress - stages[k]) / length
+        warm = min(1.0, (within * s.iterations + 1 / length) / max(s.warmup, 1))
+        left = 1 - within
         return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * float(np.cos(np.pi * left))}[s.decay]
 
     # --- logs and samples ---------------------------------------------------------------------------------------------
     def log(self, done: int) -> dict[str, float]:
         """Log the mean losses since the last call. Raises TrainingStopped if any was not finite."""
         means = self.check(done)
-        self.losses, self.turns = {}, Counter()
-        self.accelerator.log({f"loss/{k}": v for k, v in means.items()}, step=done)
+        self.losses, self.turns, pulls = {}, Counter(), self.nets.pulls
+        shown = {f"loss/{k}": v for k, v in means.items()}
+        if "adversary" in pulls:  # what its weight comes to
+            shown["gradient/adversary_over_loss"] = float(pulls["adversary"] / pulls["loss"].clamp_min(1e-12))
+        pulls.clear()
+        self.accelerator.log(shown, step=done)
         return means
 
     def check(self, done: int) -> dict[str, float]:

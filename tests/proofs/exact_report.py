@@ -146,20 +146,20 @@ class Verdict:
 
 def train_on(teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings) -> Run:
     """`train`'s own iterations (draws, turns, optimizers, clipping, averages), without its files and pictures."""
-    *_, run = stages_of(teacher, mixture, distiller, settings, 1)
+    *_, run = stages_of(teacher, mixture, distiller, settings, [1.0])
     return run
 
 
 def stages_of(
-    teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings, stages: int
+    teacher: Teacher, mixture: GaussianMixture, distiller: Distiller, settings: TrainSettings, ends: Sequence[float]
 ) -> Iterator[Run]:
-    """The same, paused at the end of each of so many equal stages."""
+    """The same, paused whenever such a share of it is done."""
     torch.manual_seed(settings.seed)
     run = Run(distiller, teacher, settings, Accelerator(cpu=True), Path(tempfile.gettempdir()), {})
-    data = Points(mixture)
+    data, pauses = Points(mixture), [math.ceil(end * settings.iterations) for end in ends]
     for i in range(settings.iterations):
         run.iteration(i, data)
-        if (i + 1) * stages % settings.iterations == 0:
+        if i + 1 in pauses:
             yield run
 
 
@@ -190,7 +190,7 @@ def prove(method: str, name: str, seed: int) -> tuple[Run, dict[str, float]]:
         found = asdict(judge(run.generator(), name))
         return run, found | (signal_deviation(run, name) if method == "boot" else {})
     found, whole = {}, proof.distiller
-    for i, run in enumerate(stages_of(teacher, mixture, whole, settings, len(whole.segments)), 1):
+    for i, run in enumerate(stages_of(teacher, mixture, whole, settings, [*whole.stage_starts()[1:], 1.0]), 1):
         part = replace(whole, segments=whole.segments[:i], adversarial_weights=whole.adversarial_weights[:i])
         run.distiller = part
         verdict = judge(run.generator(), name, steps=whole.segments[i - 1])

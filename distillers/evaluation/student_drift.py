@@ -1,4 +1,8 @@
-"""Track whether a training brings a student nearer to its teacher's pictures but further from the data."""
+"""Track how far a student is from its teacher and from the data while it is trained.
+
+Two things go wrong. A student drifts: its samples leave the teacher's, mostly because its critic lags behind it. Or it
+hacks its teacher: it comes ever nearer to it and goes away from the data, for it learns the teacher's mistakes.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +47,34 @@ def track_training(samples: Path, real: Tensor, teacher: Tensor, features: Featu
 
 
 def describe_course(course: Sequence[dict[str, float]]) -> list[str]:
-    """Write a line on both distances; a second one warns if the student nears the teacher and leaves the data."""
+    """Write a line on both distances, and a warning each of student drift and of teacher hacking.
+
+    Drift: KID to the teacher has risen from its least by more than twice its standard deviation, and that to the data
+    has not fallen. Hacking: KID to the data has risen so from its least, while that to the teacher fell.
+    """
     if not course:
         return []
     distances = ", ".join(f"{1000 * t['kid_teacher']:.0f} / {1000 * t['kid_real']:.0f}" for t in course)
     places = ", ".join(str(int(t["iteration"])) for t in course)
     notes = [
-        f"Teacher hacking: KID x1000 of {int(course[-1]['n'])} samples to the teacher / to real data at iterations "
+        f"Student drift: KID x1000 of {int(course[-1]['n'])} samples to the teacher / to real data at iterations "
         f"{places}: {distances}."
     ]
-    best, last = min(course, key=lambda t: t["kid_real"]), course[-1]
-    margin = 2 * max(best["kid_std"], last["kid_std"])
-    if last["kid_teacher"] < best["kid_teacher"] and last["kid_real"] > best["kid_real"] + margin:
+    last = course[-1]
+
+    def risen(name: str) -> dict[str, float] | None:
+        best = min(course, key=lambda t: t[name])
+        return best if last[name] > best[name] + 2 * max(best["kid_std"], last["kid_std"]) else None
+
+    if (best := risen("kid_teacher")) and last["kid_real"] >= best["kid_real"]:
         notes.append(
-            f"Warning: since iteration {int(best['iteration'])} the student comes nearer to its teacher and goes away "
-            "from the data. It learns the teacher's mistakes: stop earlier, or add real data (an adversarial term)."
+            f"Warning, student drift: since iteration {int(best['iteration'])} the student leaves its teacher. Its "
+            "critic lags behind: take more critic_turns, a lower learning rate, or the weights of that iteration."
+        )
+    if (best := risen("kid_real")) and last["kid_teacher"] < best["kid_teacher"]:
+        notes.append(
+            f"Warning, teacher hacking: since iteration {int(best['iteration'])} the student comes nearer to its "
+            "teacher and goes away from the data. It learns the teacher's mistakes: stop earlier, or add real data "
+            "(an adversarial term)."
         )
     return notes
