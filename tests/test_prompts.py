@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ from distillers.cli import app as cli
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.publish import adopt
+from distillers.models.codec import Vae
 from distillers.teacher import Teacher
+from distillers.weights.read import read_autoencoder
 
 WORDS = ["a red barn", "two small cats at sea"]
 SIDE, WIDTH = 16, 32
@@ -40,7 +44,7 @@ def encoder(kind: type[Any], act: str) -> Any:
     return kind(config).eval()
 
 
-def pipeline(folder: Path, xl: bool) -> Any:
+def pipeline(folder: Path, xl: bool, **statistics: Any) -> Any:
     torch.manual_seed(0)
     more: dict[str, Any] = {}
     if xl:
@@ -55,7 +59,7 @@ def pipeline(folder: Path, xl: bool) -> Any:
     ).eval()  # fmt: skip
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIDE,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **statistics,
     ).eval()  # fmt: skip
     scheduler = diffusers.DDIMScheduler(
         **BETAS, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
@@ -80,10 +84,12 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return pipeline(folder, request.param == "xl"), folder / "pipeline"
 
 
-def drawn_by(pipe: Any, seeds: list[int], steps: int, guidance: float) -> np.ndarray[Any, Any]:
+def drawn_by(
+    pipe: Any, seeds: list[int], steps: int, guidance: float, words: list[str] = WORDS
+) -> np.ndarray[Any, Any]:
     """Stock diffusers, on the same noises."""
     found = pipe(
-        WORDS, num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE, output_type="np",
+        words, num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE, output_type="np",
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     )  # fmt: skip
     return np.asarray(found.images)
@@ -103,6 +109,50 @@ def test_it_draws_what_stock_diffusers_draws(stock: tuple[Any, Path], guidance: 
     assert np.abs(own - other).max() > 1e-3  # words are heard
 
 
+@pytest.mark.parametrize("key", [None, True, False], ids=["no key", "zeros", "encoded"])
+def test_an_empty_prompt_is_drawn_as_stock_diffusers_draws_it(
+    key: bool | None, stock: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """SDXL's zeros are for the side of guidance without a prompt, and are the default; not for an empty prompt."""
+    folder = shutil.copytree(stock[1], tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("force_zeros_for_empty_prompt", None)
+    if key is not None and "text_encoder_2" in index:
+        index["force_zeros_for_empty_prompt"] = key
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = Generator.from_pretrained(folder)
+    generator.info = replace(generator.info, guidance_scale=5.0)
+    own = generator.sample([3, 4], prompts=["", WORDS[0]], steps=2).permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    assert np.abs(own - drawn_by(pipe, [3, 4], 2, 5.0, ["", WORDS[0]])).max() < 1e-3
+
+
+STATISTICS = {"latents_mean": [-1.6, 1.1, 0.5, -0.8], "latents_std": [8.4, 5.9, 5.1, 6.1], "scaling_factor": 0.5}
+
+
+def test_statistics_of_latents_are_read_where_stock_diffusers_reads_them(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path / "xl", True, **STATISTICS)
+    generator = Generator.from_pretrained(tmp_path / "xl" / "pipeline")
+    own = generator.sample([3, 4], prompts=WORDS, steps=2).permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    assert np.abs(own - drawn_by(pipe, [3, 4], 2, 5.0)).max() < 1e-3
+    codec: Any = generator.codec
+    latents = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        pixels = codec.vae.decode(latents).sample
+        encoded = codec.vae.encode(pixels).latent_dist.mean
+    mean, std = (torch.tensor(STATISTICS[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(codec.encode(pixels), (encoded - mean) * 0.5 / std)
+
+    pipeline(tmp_path / "sd", False, **STATISTICS)
+    for read, name in ((Generator.from_pretrained, "sd"), (read_autoencoder, "xl")):  # of a model of its own
+        with pytest.raises(BadInput, match=r"latents_mean: got \[-1.6"):
+            read(tmp_path / name / "pipeline")  # type: ignore[operator]
+    half = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latents_std=[1.0] * 4)
+    with pytest.raises(BadInput, match=r"latents_mean, latents_std.*both"):
+        Vae(half)  # type: ignore[arg-type]
+
+
 def test_an_adopted_folder_is_a_student_that_stock_diffusers_still_opens(
     stock: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -114,7 +164,7 @@ def test_an_adopted_folder_is_a_student_that_stock_diffusers_still_opens(
     assert generator.info.guidance_scale == 1
     own = generator.sample([3, 4], prompts=WORDS, steps=1)
     assert float((own - Generator.from_pretrained(folder).sample([3, 4], prompts=WORDS, steps=1)).abs().max()) > 0
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "few", torch_dtype=torch.float32)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "few")  # plainly: all parts at one precision
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(pipe)
     theirs = drawn_by(again, [3, 4], 1, 1.0)

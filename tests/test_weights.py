@@ -1,5 +1,6 @@
 """The weights folder: what is written opens in stock diffusers, what is damaged or mixed is refused by name."""
 
+import copy
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from draw_with_diffusers import COUNT, ramp
+from huggingface_hub.utils import filter_repo_objects
 from networks import LABELS, contents, describe, draw_with_diffusers, transformer, untrained
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,7 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.lora import add_lora
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
 from distillers.weights.manifest import Info, find
+from distillers.weights.read import FILES, FP16_FILES
 from distillers.weights.write import _remove, lcm_times, staged, write_pipeline
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -360,6 +363,60 @@ def test_pickles_are_never_opened(folder: Path, refused: Callable[[str], None]) 
     torch.save(load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
     refused("safetensors")
+
+
+# --- numbers that are none, and halves
+
+
+def test_weights_that_are_not_finite_are_neither_opened_nor_written(folder: Path, tmp_path: Path) -> None:
+    generator = untrained(describe())
+    for value, dtype in ((float("nan"), torch.float32), (float("inf"), torch.float32), (1e6, torch.float16)):
+        with torch.no_grad():
+            generator.denoiser.network.conv_out.bias[0] = value  # type: ignore[union-attr]
+        if value != 1e6:
+            with pytest.raises(BadInput, match=r"conv_out.bias: got '1 values that are NaN or infinite"):
+                generator.save_pretrained(tmp_path / "never")
+            assert not (tmp_path / "never").exists()
+        network: Any = generator.denoiser.network
+        network.save_pretrained(folder / "unet")
+        (folder / "fewstep.json").unlink(missing_ok=True)
+        with pytest.raises(BadInput, match=rf"unet: conv_out.bias: got '1 values that are NaN or infinite.*{dtype}"):
+            Generator.from_pretrained(folder, dtype=dtype)
+
+
+def test_weights_beyond_float16_stay_float32(tmp_path: Path) -> None:
+    """Group normalisation takes the scale out again: such a network works."""
+    generator = untrained(describe())
+    with torch.no_grad():
+        generator.denoiser.network.conv_in.weight *= 1e6  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match=r"unet: weights up to .* are beyond float16"):
+        generator.save_pretrained(tmp_path / "large")
+    assert {value.dtype for value in load_file(tmp_path / "large" / WEIGHTS).values()} == {torch.float32}
+    again = Generator.from_pretrained(tmp_path / "large")
+    assert torch.equal(again.sample([0], steps=2), generator.sample([0], steps=2))
+
+
+def test_a_folder_of_half_precision_variants_opens(folder: Path, tmp_path: Path) -> None:
+    (folder / "fewstep.json").unlink()
+    before = Generator.from_pretrained(folder)
+    for shards in ("10GB", "10KB"):
+        network: Any = before.denoiser.network
+        halves = torch.nn.Module.to(copy.deepcopy(network), torch.float16)
+        shutil.copytree(folder, tmp_path / shards, ignore=lambda *_: ["diffusion_pytorch_model.safetensors"])
+        halves.save_pretrained(tmp_path / shards / "unet", variant="fp16", max_shard_size=shards)
+        files = [path.name for path in (tmp_path / shards / "unet").glob("*.safetensors")]
+        assert files and all("fp16" in name for name in files) and (len(files) > 1) == (shards == "10KB")
+        again = Generator.from_pretrained(tmp_path / shards)
+        assert torch.equal(again.sample([0], steps=1), before.sample([0], steps=1))
+
+
+def test_the_hub_is_asked_for_one_variant() -> None:
+    both = ["unet/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model-00001-of-00002"]
+    files = [f"{name}{variant}.safetensors" for name in both for variant in ("", ".fp16")]
+    files += ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "unet/diffusion_pytorch_model.bin"]
+    plain = set(filter_repo_objects(files, allow_patterns=FILES))
+    assert {f"{name}.safetensors" for name in both} <= plain and not any("model.fp16" in name for name in plain)
+    assert set(filter_repo_objects(files, allow_patterns=[*FILES, *FP16_FILES])) == set(files[:-1])
 
 
 # --- replaced as a whole

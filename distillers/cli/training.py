@@ -92,7 +92,7 @@ def adopt(
         float | None, typer.Option(help="Scale; 1 with --steps, else the pipeline's own.", show_default=False)
     ] = None,
 ) -> None:
-    """Make a folder that can be served out of a pipeline that others have trained, at float16.
+    """Make a folder that can be served out of a pipeline that others have trained, at float16 if that holds it.
 
     Example: `fewstep adopt stabilityai/sdxl-turbo weights/sdxl-turbo --steps 1,2,4`.
     """

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distillers.errors import BadInput
+
 
 class ImageCodec(nn.Module, ABC):
     """A pair of maps, encode(pixels) -> x0 and decode(x0) -> pixels; `factor` pixels a side become one position."""
@@ -68,7 +70,13 @@ class Decoder(nn.Module):
 
 
 class Vae(ImageCodec):
-    """A diffusers autoencoder, frozen; its scaling and shift make latents zero mean and unit variance."""
+    """A diffusers autoencoder, frozen; its scaling and shift make latents zero mean and unit variance.
+
+    An SDXL autoencoder may have statistics of its own for each channel, `latents_mean` and `latents_std`.
+
+    Raises:
+        BadInput: one of the two without the other.
+    """
 
     kind = "vae"
     vae: Any  # a diffusers AutoencoderKL
@@ -78,7 +86,16 @@ class Vae(ImageCodec):
         self.vae = vae.eval().requires_grad_(False)
         self.decoder: nn.Module = Decoder(self.vae)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.scaling, self.shift = float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0)
+        scaling, mean, std = (self.vae.config.get(k) for k in ("scaling_factor", "latents_mean", "latents_std"))
+        if (mean is None) != (std is None):
+            raise BadInput("vae: latents_mean, latents_std", (mean, std), "both, or neither")
+        self.scaling: float | Tensor = float(scaling)
+        self.shift: float | Tensor = float(self.vae.config.shift_factor or 0)
+        if mean is not None:
+            of_channels = torch.tensor([mean, std])[..., None, None]
+            del self.scaling, self.shift
+            self.register_buffer("shift", of_channels[0], persistent=False)
+            self.register_buffer("scaling", scaling / of_channels[1], persistent=False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

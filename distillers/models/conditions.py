@@ -350,6 +350,9 @@ class Prompt(Condition):
         prompts = given["prompts"] or ()
         if not self.guided:
             return self.encoder(prompts, self.published)
+        if self.encoder.zeros_for_empty:
+            cond = self.encoder(prompts, self.published)
+            return cond | {f"null_{k}": v if k == "ids" else torch.zeros_like(v) for k, v in cond.items()}
         both = self.encoder([*prompts, ""], self.published)
         return {k: v[:-1] for k, v in both.items()} | {f"null_{k}": v[-1:].expand_as(v[:-1]) for k, v in both.items()}
 

@@ -7,14 +7,11 @@ picture's size besides (Podell et al. 2023, sec. 2.1, 2.2).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from distillers.errors import BadInput
 
 
 class TextEncoders(nn.Module):
@@ -45,7 +42,8 @@ class PromptEncoder(nn.Module):
 
     Args:
         tokenizers, encoders: CLIP's, one of each or two.
-        zeros_for_empty: SDXL's convention: an empty prompt becomes zeros.
+        zeros_for_empty: SDXL's convention for guidance: the side without a prompt is zeros. A prompt that is empty is
+            encoded as any other.
     """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], zeros_for_empty: bool = False) -> None:
@@ -69,38 +67,8 @@ class PromptEncoder(nn.Module):
         given = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         tokens = [tokenizer(list(prompts), **given).input_ids.to(device) for tokenizer in self.tokenizers]
         rows: Tensor = self.towers(*tokens).sample.float()
-        if self.zeros_for_empty:
-            rows = rows * torch.tensor([[float(bool(prompt))] for prompt in prompts], device=device)
         text = rows[:, : self.length * self.width].unflatten(1, (self.length, self.width))
         if not self.xl:
             return {"text": text}
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)  # original, crop, target
         return {"text": text, "pooled": rows[:, self.length * self.width :], "ids": ids.expand(len(prompts), -1)}
-
-
-def read_prompts(folder: Path, zeros_for_empty: bool, dtype: torch.dtype) -> PromptEncoder:
-    """Open the encoders and tokenizers of a pipeline's folder. Raises BadInput where they are damaged or not CLIP's."""
-    import transformers
-
-    tokenizers, encoders = [], []
-    for suffix in ("", "_2"):
-        place = folder / f"text_encoder{suffix}"
-        if not place.is_dir():
-            continue
-        try:
-            kind = transformers.AutoConfig.from_pretrained(place).architectures[0]
-            if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-                raise ValueError(f"an encoder of class {kind}")
-            encoder, report = getattr(transformers, kind).from_pretrained(
-                place, use_safetensors=True, dtype=dtype, output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise ValueError(f"without {sorted(report['missing_keys'])[:3]}")
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
-        except Exception as error:  # as with networks, damage surfaces as several kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(str(place), reason, "CLIP's text encoder as safetensors, and its tokenizer") from None
-        encoders.append(encoder)
-    if not encoders:
-        raise BadInput(str(folder), "no text_encoder", "a pipeline with the encoder of its prompts")
-    return PromptEncoder(tokenizers, encoders, zeros_for_empty)

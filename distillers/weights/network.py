@@ -1,4 +1,4 @@
-"""What a network's configuration allows: classifier-free guidance, and the sizes of its pictures."""
+"""What a network and its configuration allow: finite weights, classifier-free guidance, the sizes of its pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.guidance import Guided
 from distillers.weights.manifest import Info
+
+
+def check_finite(network: nn.Module, where: str) -> None:
+    """Refuse with BadInput a network with weights that are NaN or infinite, naming the first of them and `where`."""
+    for name, value in network.state_dict().items():
+        if not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise BadInput(
+                f"{where}: {name}", f"{count} values that are NaN or infinite ({value.dtype})", "finite weights"
+            )
 
 
 def class_rows(network: nn.Module) -> int:

@@ -16,19 +16,25 @@ from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.schedule import NoiseSchedule, Prediction, from_diffusers
-from distillers.models.text import PromptEncoder, read_prompts
+from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
     AUTOENCODER,
     DIFFUSERS_PREDICTIONS,
     MANIFEST,
+    PARTS,
     STUDENTS,
     Info,
     read_json,
     verify,
 )
-from distillers.weights.network import class_rows
+from distillers.weights.network import check_finite, class_rows
 
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's file
+STEMS = ("text_encoder*/model", f"*{WEIGHTS}")
+FILES = ["*.json", "tokenizer*/*.txt", ADAPTER, *(f"{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*"))]
+FP16_FILES = [f"{stem}.fp16*.safetensors" for stem in STEMS]
+SDXL = "StableDiffusionXLPipeline"
 PIPELINES = (
     "DDPMPipeline",
     "DDIMPipeline",
@@ -37,7 +43,7 @@ PIPELINES = (
     "ConsistencyModelPipeline",
     "DiTPipeline",
     "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
+    SDXL,
 )
 NETWORKS = (
     "UNet2DModel",
@@ -55,7 +61,7 @@ OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or no
     "shift_terminal": None,
 }
 HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
-GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}  # diffusers' defaults
+GUIDANCE = {"StableDiffusionPipeline": 7.5, SDXL: 5.0}  # diffusers' defaults
 
 
 @dataclass(frozen=True)
@@ -106,11 +112,8 @@ def read_pipeline(
     place = _part(folder, index, "scheduler")
     scheduler = read_json(place / "scheduler_config.json")
     options = _options(place, scheduler)
-    schedule, prediction, clipping = (
-        _schedule(place, options),
-        _prediction(place, options),
-        Clipping.from_diffusers(options),
-    )
+    schedule, prediction = _schedule(place, options), _prediction(place, options)
+    clipping = Clipping.from_diffusers(options)
     networks = [_load(place, NETWORKS, dtype) for place in places]
     if prediction == "eps" and (ratio := float(schedule.noise_ratio(torch.tensor(schedule.t_max)))) > HOPELESS:
         warnings.warn(
@@ -119,10 +122,9 @@ def read_pipeline(
             "Schedules with rescale_betas_zero_snr are for networks that predict v.",
             stacklevel=2,
         )
-    codec, prompts = _codec(folder, info, dtype), None
+    codec, prompts = _codec(folder, info, index.get("_class_name"), dtype), None
     if type(networks[0]).__name__ == "UNet2DConditionModel":
-        zeros = bool(index.get("force_zeros_for_empty_prompt", False))
-        prompts = read_prompts(folder, zeros, dtype).to(device)
+        prompts = _prompts(folder, index, dtype).to(device)
     _check_autoencoder(folder, index)
     info = info or _describe(folder, networks[0], codec, index)
     for network in networks:
@@ -187,21 +189,12 @@ def _local(path_or_hub_id: str | Path) -> Path:
         raise BadInput("model", str(path_or_hub_id), "an existing folder or a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    weights = "diffusion_pytorch_model"
     try:
-        return Path(
-            snapshot_download(
-                str(path_or_hub_id),
-                allow_patterns=[
-                    "*.json",
-                    "tokenizer*/*.txt",
-                    "text_encoder*/model*.safetensors",
-                    f"*{weights}.safetensors",
-                    f"*{weights}-*.safetensors",
-                    ADAPTER,
-                ],
-            )
-        )
+        found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES))
+        parts = (*PARTS, "vqvae", ".")
+        if any((found / part / "config.json").is_file() and not _has_weights(found / part) for part in parts):
+            found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*FILES, *FP16_FILES]))
+        return found
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         raise BadInput(
             "model", path_or_hub_id, f"an existing folder or a reachable hub id ({type(error).__name__})"
@@ -223,7 +216,12 @@ def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.flo
     network: nn.Module
     try:
         network, report = getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=dtype,
+            variant=_variant(folder, WEIGHTS),
+            output_loading_info=True,
         )
     except Exception as error:  # damaged safetensors surface as several private exception types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -231,7 +229,52 @@ def _load(folder: Path, classes: tuple[str, ...], dtype: torch.dtype = torch.flo
     if report["missing_keys"] or type(network).__name__ == "Transformer2DModel":
         reason = f"{type(network).__name__} without {sorted(report['missing_keys'])[:3]}"
         raise BadInput(str(folder), reason, "a whole network of class " + ", ".join(classes))
+    check_finite(network, str(folder))
     return network
+
+
+def _variant(folder: Path, name: str) -> str | None:
+    """Tell which of diffusers' variants of the weights to read: "fp16" where there are no others, else None."""
+    plain = any((folder / f"{name}.safetensors{end}").is_file() for end in ("", ".index.json"))
+    return "fp16" if not plain and any(folder.glob(f"{name}*fp16*.safetensors")) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _prompts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> PromptEncoder:
+    """Open the encoders and tokenizers of a pipeline. Raises BadInput where they are damaged or not CLIP's."""
+    import transformers
+
+    tokenizers, encoders = [], []
+    for suffix in ("", "_2"):
+        place = folder / f"text_encoder{suffix}"
+        if not place.is_dir():
+            continue
+        try:
+            kind = transformers.AutoConfig.from_pretrained(place).architectures[0]
+            if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+                raise ValueError(f"an encoder of class {kind}")
+            encoder, report = getattr(transformers, kind).from_pretrained(
+                place,
+                use_safetensors=True,
+                dtype=dtype,
+                variant=_variant(place, "model"),
+                output_loading_info=True,
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"without {sorted(report['missing_keys'])[:3]}")
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
+        except Exception as error:  # as with networks, damage surfaces as several kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(str(place), reason, "CLIP's text encoder as safetensors, and its tokenizer") from None
+        check_finite(encoder, str(place))
+        encoders.append(encoder)
+    if not encoders:
+        raise BadInput(str(folder), "no text_encoder", "a pipeline with the encoder of its prompts")
+    zeros = index.get("force_zeros_for_empty_prompt", index.get("_class_name") == SDXL)  # diffusers' default
+    return PromptEncoder(tokenizers, encoders, bool(zeros))
 
 
 def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -276,9 +319,12 @@ def _prediction(folder: Path, options: dict[str, Any]) -> Prediction:
     return DIFFUSERS_PREDICTIONS[given]
 
 
-def _codec(folder: Path, info: Info | None, dtype: torch.dtype = torch.float32) -> ImageCodec:
+def _codec(
+    folder: Path, info: Info | None, pipeline: str | None = None, dtype: torch.dtype = torch.float32
+) -> ImageCodec:
     for part in VAES:
         if (folder / part / "config.json").is_file():
+            _check_statistics(folder / part, pipeline)
             return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
     return PixelUnshuffle(info.patch if info else 1)
 
@@ -322,6 +368,15 @@ def _check_autoencoder(folder: Path, index: dict[str, Any]) -> None:
     for part in VAES:
         if (index.get(part) or [None])[0] and not (folder / part / "config.json").is_file():
             raise BadInput(f"{folder}: {part}", "missing", "the autoencoder that model_index.json names")
+
+
+def _check_statistics(folder: Path, pipeline: str | None) -> None:
+    """Refuse with BadInput statistics of latents that the pipeline's own code leaves aside: which picture is right?"""
+    read = {SDXL: ("latents_mean", "latents_std"), None: ("shift_factor",)}.get(pipeline, ())
+    config = read_json(folder / "config.json")
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if config.get(name) and name not in read:
+            raise BadInput(f"{folder}: {name}", config[name], f"null: {pipeline or 'no pipeline'} reads it")
 
 
 def _channels(config: Any, codec: ImageCodec) -> tuple[int, int]:

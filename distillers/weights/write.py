@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from distillers.weights.manifest import (
     digests,
     read_json,
 )
+from distillers.weights.network import check_finite
 
 LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
 
@@ -105,13 +107,21 @@ def _remove(path: Path) -> None:
 
 
 def _save_half(network: nn.Module, folder: Path) -> None:
+    """Save a network at float16, or at float32 where that cannot hold its weights. BadInput if they are not finite."""
+    check_finite(network, folder.name)
     # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32.
     saved: Any = nn.Module.to(copy.deepcopy(network), "cpu", torch.float16)
+    if not all(bool(value.isfinite().all()) for value in saved.state_dict().values()):
+        largest = max(float(value.abs().max()) for value in network.state_dict().values() if value.numel())
+        warnings.warn(f"{folder.name}: weights up to {largest:.3g} are beyond float16, and stay float32", stacklevel=2)
+        saved = nn.Module.to(copy.deepcopy(network), "cpu", torch.float32)
     saved.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors writes for the owner alone; a server may be another user
         file.chmod(0o644)
     config = read_json(folder / "config.json")
     config.pop("_name_or_path", None)  # where the teacher lay on this machine
+    for name in {"dtype", "torch_dtype"} & set(config):  # transformers would open at this beside float32 of diffusers
+        config[name] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -119,6 +129,9 @@ def _save_adapter(network: nn.Module, file: Path) -> None:
     from safetensors.torch import save_file
 
     state = {key: value.to("cpu", torch.float16) for key, value in lora_state(network).items()}
+    for key, value in state.items():
+        if not bool(value.isfinite().all()):
+            raise BadInput(f"{file.name}: {key}", "values that float16 does not hold", "finite weights up to 65504")
     save_file(state, file, {"format": "pt"})
     file.chmod(0o644)
 
