@@ -67,9 +67,9 @@ class Teacher:
         """
         from diffusers import UNet2DModel
 
-        channels = codec.channels(info.channels)
+        channels, side = codec.channels(info.channels), [length // codec.factor for length in info.size]
         options = {
-            "sample_size": info.size[0] // codec.factor,
+            "sample_size": side[0] if side[0] == side[1] else side,
             "in_channels": channels + info.condition(codec).channels,
             "out_channels": channels,
             **network,

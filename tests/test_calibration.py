@@ -26,7 +26,7 @@ DEVIATION = (0.05, 0.25)  # of dark and of bright ground, in units of [-1, 1]
 class World:
     """Optical is half the SAR plus noise, five times as much of it where the SAR is bright."""
 
-    name, size, labels = "world", 16, ()
+    name, size, labels, channels = "world", (16, 16), (), 3
 
     def __len__(self) -> int:
         return 64

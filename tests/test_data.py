@@ -303,7 +303,7 @@ def test_a_folder_without_images_is_refused_and_the_split_suggested(tmp_path: Pa
 
 def test_eurosat_opens() -> None:
     data = open_data("images", path=real("eurosat"), split="test", limit=200)
-    assert data.name == "eurosat" and data.size == 64 and len(data.labels) == 10
+    assert data.name == "eurosat" and data.size == (64, 64) and len(data.labels) == 10
     assert torch.bincount(data.items(range(200))["label"]).min() >= 10
 
 

@@ -24,11 +24,12 @@ __all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "options_of", "re
 class ImageData(Protocol):
     """The interface of a data set.
 
-    `labels` is () when unlabelled; `size` is the side of an image in pixels, `channels` the number of its bands.
+    `labels` is () when unlabelled; `size` is the height and width of an image in pixels, `channels` the number of its
+    bands.
     """
 
     name: str
-    size: int
+    size: tuple[int, int]
     labels: tuple[str, ...]
     channels: int
 

@@ -23,12 +23,12 @@ from distillers.data.pixels import (
     check_whole,
     dihedral,
     existing_folder,
+    fitted,
     image_files,
     in_order,
     listed,
     read_image,
     spread,
-    square,
     subfolders,
     tell_left_out,
     to_tensor,
@@ -40,22 +40,24 @@ class PicturesInMemory(ABC):
     """Labelled or unlabelled items of `path[/split]`, decoded once, drawn at random and turned.
 
     Args:
-        size: the side in pixels of the squares that pictures are cropped and resized to.
+        size: the side of the squares that pictures are cropped and resized to, in pixels, or their height and width.
         flip: mirror half of the drawn pictures left-right.
-        dihedral: turn and mirror drawn pictures in all eight ways instead, which suits pictures without an up.
+        dihedral: turn and mirror drawn pictures in all eight ways instead, or in the four that keep the shape of
+            those that are not square, which suits pictures without an up.
         channels: bands of a picture: 3 makes every file RGB without alpha, 1 makes it grey; with another number every
             file has as many bands of 8 bits, such as a PNG of four.
 
     Attributes:
         labels: the names of the classes; () where there are none.
         root: the folder of the split.
+        size: height and width in pixels.
     """
 
     labels: tuple[str, ...] = ()
     _classes: np.ndarray  # (N,) positions in labels
 
     def __init__(
-        self, path: str | Path, split: str | None, size: int, flip: bool, dihedral: bool, channels: int
+        self, path: str | Path, split: str | None, size: int | Sequence[int], flip: bool, dihedral: bool, channels: int
     ) -> None:
         self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
         self.channels = check_whole("channels", channels, 1)
@@ -67,11 +69,11 @@ class PicturesInMemory(ABC):
     @cached_property
     @abstractmethod
     def pixels(self) -> Pixels:
-        """All items, (N,size,size,C), decoded at the first use."""
+        """All items, (N,H,W,C), decoded at the first use."""
 
     @abstractmethod
     def batch(self, pixels: Pixels) -> Batch:
-        """Make the pictures of a batch of items (n,size,size,C)."""
+        """Make the pictures of a batch of items (n,H,W,C)."""
 
     def __len__(self) -> int:
         return len(self._classes)
@@ -79,7 +81,9 @@ class PicturesInMemory(ABC):
     @property
     def operations(self) -> tuple[int, ...]:
         """The ways in which drawn pictures are turned, as `pixels.dihedral` numbers them."""
-        return tuple(range(8)) if self.dihedral else (0, 4) if self.flip else (0,)
+        if self.dihedral:
+            return tuple(range(8)) if self.size[0] == self.size[1] else (0, 2, 4, 6)
+        return (0, 4) if self.flip else (0,)
 
     def choose(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Choose the positions and the operations, (n,) each, of the `n` items that `draw` gives for this `rng`."""
@@ -109,9 +113,9 @@ class ImageFolder(PicturesInMemory):
     """Images of `path[/split]/CLASS/*.jpg`, labelled by their sorted class folders, or of `path[/split]/*.jpg`.
 
     Class folders are sorted by letters, or by value where all their names are numbers. `limit` keeps an evenly spaced
-    part. Images of another size are cropped to the centred square and resized with antialiasing; of moving ones the
-    first is taken. Images beside class folders or deeper in them are left out, and so is what Pillow cannot read; a
-    Notice counts them.
+    part. Images of another size are cropped around their centre to the shape of `size` and resized with antialiasing;
+    of moving ones the first is taken. Images beside class folders or deeper in them are left out, and so is what Pillow
+    cannot read; a Notice counts them.
 
     Raises:
         BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit, smaller than 8 px or of other
@@ -122,7 +126,7 @@ class ImageFolder(PicturesInMemory):
         self,
         path: str | Path,
         split: str | None = None,
-        size: int = 64,
+        size: int | Sequence[int] = 64,
         flip: bool = True,
         dihedral: bool = False,
         limit: int | None = None,
@@ -150,11 +154,11 @@ class ImageFolder(PicturesInMemory):
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All images, (N,size,size,C), decoded at the first use."""
-        pixels = np.empty((len(self.files), self.size, self.size, self.channels), dtype=np.uint8)
+        """All images, (N,H,W,C), decoded at the first use."""
+        pixels = np.empty((len(self.files), *self.size, self.channels), dtype=np.uint8)
         for i, file in enumerate(self.files):
             try:
-                pixels[i] = square(read_image(file), self.size, self.channels)
+                pixels[i] = fitted(read_image(file), self.size, self.channels)
             except BadInput as error:
                 raise BadInput(str(file), error.given, error.allowed) from None
         return pixels

@@ -21,6 +21,7 @@ Batch = dict[str, Tensor]
 `loser` like `image`, in preference pairs, whose `image` is the winner."""
 
 Pixels = NDArray[np.uint8]
+Size = tuple[int, int]  # height and width in pixels
 SPLITS = ("train", "test")
 COLOURS = {1: "L", 3: "RGB"}  # Pillow's mode of so many bands, which any picture can be converted to
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "QOI", "TGA")
@@ -119,24 +120,29 @@ def read_image(path: Path) -> Image.Image:
     return upright
 
 
-def square(image: Image.Image, size: int, channels: int = 3) -> Pixels:
-    """Crop a picture to its centred square and resize it to (size, size, C) with antialiasing.
+def fitted(image: Image.Image, size: Size, channels: int = 3) -> Pixels:
+    """Crop the largest centred part of the size's shape out of a picture and resize it to (H, W, C) with antialiasing.
 
     channels: 1 makes any picture grey, 3 makes any picture RGB; other numbers take pictures of as many bands.
 
     Raises:
         BadInput: another number of bands than `channels`, where that is neither 1 nor 3.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    height, width = size
+    wide, high = image.size
+    if wide * height <= high * width:
+        high = max(1, wide * height // width)
+    else:
+        wide = max(1, high * width // height)
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
     if channels in COLOURS:
         image = image.convert(COLOURS[channels])
     bands = image.split()
     if len(bands) != channels:
         raise BadInput("image", f"{len(bands)} bands, {image.mode}", f"{channels} bands")
-    cropped = [band.crop((left, top, left + side, top + side)) for band in bands]  # each alone: none is transparency
-    if side != size:  # Pillow's filter widens when it shrinks, which is the antialiasing
-        cropped = [band.resize((size, size), Image.Resampling.BICUBIC) for band in cropped]
+    cropped = [band.crop((left, top, left + wide, top + high)) for band in bands]  # each alone: none is transparency
+    if (high, wide) != size:  # Pillow's filter widens when it shrinks, which is the antialiasing
+        cropped = [band.resize((width, height), Image.Resampling.BICUBIC) for band in cropped]
     return np.stack([np.asarray(band) for band in cropped], -1)
 
 
@@ -147,10 +153,15 @@ def to_tensor(pixels: Pixels) -> Tensor:
 
 
 def dihedral(pixels: NDArray[Any], operation: NDArray[np.integer]) -> NDArray[Any]:
-    """Turn image i of (B,S,S,C) by `operation[i]` % 4 quarters, after a left-right flip where `operation[i]` >= 4."""
+    """Turn image i of (B,H,W,C) by `operation[i]` % 4 quarters, after a left-right flip where `operation[i]` >= 4.
+
+    Odd numbers of quarters are for squares.
+    """
     turned = pixels.copy()
     for k in range(1, 8):
         chosen = operation == k
+        if not chosen.any():
+            continue
         flipped = pixels[chosen][:, :, ::-1] if k >= 4 else pixels[chosen]
         turned[chosen] = np.rot90(flipped, k % 4, axes=(1, 2))
     return turned
@@ -162,9 +173,19 @@ def spread(count: int, limit: int | None) -> list[int]:
     return [i * count // kept for i in range(kept)]
 
 
-def check_size(size: int) -> int:
-    """Return `size` if it is a usable side length in pixels, else raise BadInput."""
+def check_side(size: int) -> int:
+    """Return `size` if it is a usable side of a square in pixels, else raise BadInput."""
     return check_whole("size", size, SMALLEST)
+
+
+def check_size(size: int | Sequence[int]) -> Size:
+    """Return height and width in pixels, given as they are or as the side of a square. Raises BadInput for others."""
+    if isinstance(size, int):
+        return check_side(size), size
+    if isinstance(size, str) or len(size) != 2:
+        raise BadInput("size", size, "a side in pixels, or a height and a width")
+    height, width = (check_side(side) for side in size)
+    return height, width
 
 
 def check_whole(field: str, value: int, lowest: int) -> int:

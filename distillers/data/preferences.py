@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from distillers.data.image_folder import PicturesInMemory
-from distillers.data.pixels import Batch, Pixels, read_image, square, to_tensor
+from distillers.data.pixels import Batch, Pixels, fitted, read_image, to_tensor
 from distillers.errors import BadInput
 
 PAIRS, LABELS = "pairs.jsonl", "labels.json"
@@ -41,7 +41,7 @@ class PreferencePairs(PicturesInMemory):
         self,
         path: str | Path,
         split: str | None = None,
-        size: int = 64,
+        size: int | Sequence[int] = 64,
         flip: bool = True,
         dihedral: bool = False,
         channels: int = 3,
@@ -110,11 +110,11 @@ class PreferencePairs(PicturesInMemory):
 
     @cached_property
     def pixels(self) -> Pixels:
-        """All pairs, (N,size,size,2 C), the winner's channels first, decoded at the first use."""
-        pixels = np.empty((len(self.files), self.size, self.size, 2 * self.channels), dtype=np.uint8)
+        """All pairs, (N,H,W,2 C), the winner's channels first, decoded at the first use."""
+        pixels = np.empty((len(self.files), *self.size, 2 * self.channels), dtype=np.uint8)
         for i, pair in enumerate(self.files):
             try:
-                seen = [square(read_image(file), self.size, self.channels) for file in pair]
+                seen = [fitted(read_image(file), self.size, self.channels) for file in pair]
                 pixels[i] = np.concatenate(seen, axis=2)
             except BadInput as error:
                 line = f"{self.root / PAIRS}:{i + 1}: {error.field}"

@@ -21,7 +21,7 @@ from distillers.data.pixels import (
     Batch,
     Pixels,
     check_indices,
-    check_size,
+    check_side,
     check_split,
     check_whole,
     dihedral,
@@ -106,7 +106,8 @@ class SarOpticalPairs:
         colours: Mapping[str, Sequence[float]] | None = None,
         balance: int = 0,
     ) -> None:
-        self.path, self.size, self.dihedral = existing_folder(path), check_size(size), dihedral
+        self.path, self.side, self.dihedral = existing_folder(path), check_side(size), dihedral
+        self.size = (size, size)
         check_split(split)
         self.radiometry = radiometry_of(radiometry)
         if units not in ("auto", *UNITS, STRETCHED):
@@ -135,7 +136,7 @@ class SarOpticalPairs:
         no level of its own), NaN where there are no data.
         """
         read = self._read_rasters if self.layout in RASTERS else _read_pair
-        found = [self._recoloured(read(pair, self.size)) for pair in self.pairs]
+        found = [self._recoloured(read(pair, self.side)) for pair in self.pairs]
         kind = np.uint8 if all(scene.dtype == np.uint8 for scene in found) else np.float16
         return [scene.astype(kind, copy=False) for scene in found]
 
@@ -222,7 +223,7 @@ class SarOpticalPairs:
     @cached_property
     def _tiles(self) -> list[tuple[int, int, int]]:
         """The (pair, top, left) of every non-overlapping tile with data, in the order of the pairs, then by row."""
-        s = self.size
+        s = self.side
         return [
             (k, top, left)
             for k, scene in enumerate(self.scenes)
@@ -244,7 +245,7 @@ class SarOpticalPairs:
         """
         from scipy.cluster.vq import kmeans2
 
-        s, step = self.size, self.size // 2
+        s, step = self.side, self.side // 2
         found, means = [], []
         for k, scene in enumerate(self.scenes):
             for top in range(0, scene.shape[0] - s + 1, step):
@@ -293,16 +294,16 @@ class SarOpticalPairs:
         crops, chosen = self._crops(n, rng)
         while (poor := _holes(crops) > HOLES).any():
             if not self._tiles:
-                raise BadInput("path", str(self.path), f"pairs with {self.size} x {self.size} px of data")
+                raise BadInput("path", str(self.path), f"pairs with {self.side} x {self.side} px of data")
             crops[poor], chosen[poor] = self._crops(int(poor.sum()), rng)
         return self._batch(dihedral(crops, rng.integers(8, size=n)) if self.dihedral else crops, rng, chosen)
 
     def _crops(self, n: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Draw crops (n,S,S,C+3) and the number of each one's pair (n,)."""
         places = self._balanced(n, rng) if self.balance else self._anywhere(n, rng)
-        crops = np.empty((n, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
+        crops = np.empty((n, self.side, self.side, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
         for i, (k, top, left) in enumerate(places):
-            crops[i] = self.scenes[k][top : top + self.size, left : left + self.size]
+            crops[i] = self.scenes[k][top : top + self.side, left : left + self.side]
         return crops, places[:, 0]
 
     def _anywhere(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -310,23 +311,23 @@ class SarOpticalPairs:
         shapes = np.array([scene.shape[:2] for scene in self.scenes])
         area = shapes.prod(1).astype(np.float64)
         chosen, where = rng.choice(len(area), size=n, p=area / area.sum()), rng.random((n, 2))
-        return np.column_stack([chosen, (where * (shapes[chosen] - self.size + 1)).astype(np.int64)])
+        return np.column_stack([chosen, (where * (shapes[chosen] - self.side + 1)).astype(np.int64)])
 
     def _balanced(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Draw (n, 3) pair, top, left: a tile of a class, shifted by up to half a crop within its pair."""
         tiles, starts, likely = self._ground
         kinds, where = rng.choice(self.balance, size=n, p=likely), rng.random((n, 3))
         places = tiles[(starts[kinds] + where[:, 0] * np.diff(starts)[kinds]).astype(np.int64)]
-        room = np.array([scene.shape[:2] for scene in self.scenes])[places[:, 0]] - self.size
-        places[:, 1:] += np.rint((where[:, 1:] - 0.5) * self.size).astype(np.int64)
+        room = np.array([scene.shape[:2] for scene in self.scenes])[places[:, 0]] - self.side
+        places[:, 1:] += np.rint((where[:, 1:] - 0.5) * self.side).astype(np.int64)
         places[:, 1:] = places[:, 1:].clip(0, room)
         return places
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Take the tiles at these positions as they are."""
         chosen = [self._tiles[i] for i in check_indices(indices, len(self))]
-        tiles = [self.scenes[k][top : top + self.size, left : left + self.size] for k, top, left in chosen]
-        empty = np.empty((0, self.size, self.size, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
+        tiles = [self.scenes[k][top : top + self.side, left : left + self.side] for k, top, left in chosen]
+        empty = np.empty((0, self.side, self.side, self.scenes[0].shape[2]), dtype=self.scenes[0].dtype)
         return self._batch(np.stack(tiles) if tiles else empty)
 
     @cached_property
@@ -409,7 +410,7 @@ class MixedPairs:
             "radiometry": radiometry,
             "balance": balance,
         }
-        self.parts, shares, self.size = [], [], size
+        self.parts, shares, self.size = [], [], (size, size)
         for i, source in enumerate(sources):
             options = {**source}
             shares.append(options.pop("share", 1.0))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distillers.data.pixels import SPLITS, Batch, check_indices, check_size, check_split, check_whole
+from distillers.data.pixels import SPLITS, Batch, check_indices, check_side, check_split, check_whole
 from distillers.errors import BadInput
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -99,7 +99,8 @@ class CaptionedShapes:
             raise BadInput("objects", objects, "1 or 2")
         if shade is not None and shade not in SHADES:
             raise BadInput("shade", shade, " | ".join(SHADES))
-        self.size, self.seed, self.split = check_size(size), check_whole("seed", seed, 0), split
+        self.side, self.seed, self.split = check_side(size), check_whole("seed", seed, 0), split
+        self.size = (size, size)
         self.objects, self.shade, self.limit = objects, shade, None if limit is None else check_whole("limit", limit, 1)
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class CaptionedShapes:
         return [what.caption(i) for i in range(len(indices))]
 
     def _batch(self, what: Scenes) -> Batch:
-        image = torch.from_numpy(paint(what, self.size).transpose(0, 3, 1, 2) * 2 - 1).contiguous()
+        image = torch.from_numpy(paint(what, self.side).transpose(0, 3, 1, 2) * 2 - 1).contiguous()
         return {"image": image, "label": torch.from_numpy(what.colour[:, 0] * len(SHAPES) + what.shape[:, 0])}
 
 

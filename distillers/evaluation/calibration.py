@@ -227,5 +227,5 @@ def _draw_tiles(
             f"deviation of {samples}, white = 64 levels of 255": deviation,
         },
         path,
-        zoom=max(1, 128 // data.size),
+        zoom=max(1, 128 // max(data.size)),
     )

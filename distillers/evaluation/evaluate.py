@@ -143,8 +143,8 @@ def check_evaluation(
     if paired != ("sar" in data.items([0])):
         allowed = f"data for {info.task}: pairs of SAR and optical only where SAR is translated"
         raise BadInput("data", data.name, allowed)
-    if not paired and list(info.size) != [data.size, data.size]:
-        raise BadInput("data.size", data.size, f"the model's {list(info.size)}")
+    if not paired and tuple(info.size) != data.size:
+        raise BadInput("data.size", data.size, f"the model's {tuple(info.size)}")
     if data.channels != info.channels:
         raise BadInput("data.channels", data.channels, f"the model's {info.channels}")
 

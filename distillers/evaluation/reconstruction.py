@@ -46,7 +46,7 @@ def evaluate_reconstruction(
     options = options or EvaluationOptions()
     info, indices, batch = autoencoder.info, sorted(set(spread_evenly(options.n, len(data)))), options.batch
     check_space(info, features, len(indices))
-    if data.size % info.patch:
+    if any(side % info.patch for side in data.size):
         raise BadInput("data.size", data.size, f"a multiple of {info.patch}")
     device = device_of(autoencoder)
     features.to(device)

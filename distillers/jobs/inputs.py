@@ -49,7 +49,7 @@ def load_data(
     accepted = options_of(kind)
     options = {name: value for name, value in fitting.items() if name in accepted} | options
     if "size" not in options and kind in SIZED:
-        raise BadInput("data.size", None, "the side of the pictures in pixels, such as 64: no teacher says it")
+        raise BadInput("data.size", None, "a side in pixels, such as 64, or [height, width]: no teacher says it")
     return open_data(kind, **options)
 
 
@@ -59,9 +59,7 @@ SIZED = ("images", "preferences")  # kinds whose files have any size, so that no
 def _as_drawn(info: Info) -> dict[str, Any]:
     """Return the options of data whose pictures are like those of a model."""
     height, width = info.size
-    if height != width:
-        raise BadInput("teacher", f"{info.name}, which draws {width}x{height} pixels", "a teacher of square pictures")
-    return {"size": height, "channels": info.channels}
+    return {"size": height if height == width else [height, width], "channels": info.channels}
 
 
 def held_out_data(recipe: Recipe) -> ImageData:
@@ -126,7 +124,7 @@ def _untrained_info(recipe: Recipe, data: ImageData) -> Info:
         role="teacher",
         data=data.name,
         sampler="ddim",
-        size=(data.size, data.size),
+        size=data.size,
     )
 
 
@@ -163,12 +161,12 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
         expected, found = Radiometry.of(teacher.info.sar), getattr(data, "radiometry", None)
         if found is not None and replace(expected, range=None) != replace(found, range=None):
             raise BadInput("data.radiometry", found.to_dict(), f"what the model sees: {expected.to_dict()}")
-    elif [data.size, data.size] != list(teacher.info.size):
-        height, width = teacher.info.size
-        raise BadInput("data.size", data.size, f"absent, or what the teacher draws: {width}x{height}")
+        teacher = replace(teacher, info=replace(teacher.info, size=data.size))  # a translator takes any
+    elif data.size != tuple(teacher.info.size):
+        raise BadInput("data.size", data.size, f"absent, or what the teacher draws: {tuple(teacher.info.size)}")
     if data.channels != teacher.info.channels:
         raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)
-    if data.size % multiple:
+    if any(side % multiple for side in data.size):
         raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")
     return teacher

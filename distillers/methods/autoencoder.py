@@ -80,9 +80,9 @@ class Autoencoder(Distiller):
     def networks(self, teacher: Teacher) -> Networks:
         from diffusers import AutoencoderKL
 
-        (side, _), levels = teacher.info.size, len(self.channels)
-        if side % self.factor:
-            raise BadInput("data.size", side, f"a multiple of {self.factor}: autoencoder.channels halve it so far")
+        size, levels = teacher.info.size, len(self.channels)
+        if any(side % self.factor for side in size):
+            raise BadInput("data.size", size, f"a multiple of {self.factor}: autoencoder.channels halve it so far")
         vae: nn.Module = AutoencoderKL(  # type: ignore[assignment]
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
@@ -91,7 +91,7 @@ class Autoencoder(Distiller):
             latent_channels=self.latent_channels,
             norm_num_groups=self.groups,
             mid_block_add_attention=False,
-            sample_size=side,
+            sample_size=max(size),
             scaling_factor=1.0,
         )
         nets = Networks({"autoencoder": vae})

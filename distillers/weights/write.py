@@ -142,12 +142,13 @@ def _model_index(
     """Describe the stock pipeline that draws this folder's pictures; None where only its parts open one by one.
 
     For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
-    LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance.
+    LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance, and draws squares alone; other shapes
+    are drawn by `DDPMPipeline`, which knows no labels.
     """
     import diffusers
 
     config: Any = network.config
-    parts, more = {"scheduler": scheduler}, dict[str, Any]()
+    parts, more, square = {"scheduler": scheduler}, dict[str, Any](), isinstance(config.sample_size, int)
     if prompts is not None and isinstance(codec, Vae):
         kind, parts["unet"], parts["vae"] = "StableDiffusionPipeline", network, codec.vae
         for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
@@ -166,8 +167,9 @@ def _model_index(
         and config.in_channels == config.out_channels
         and info.guidance_scale == 1
         and hasattr(scheduler, "scale_model_input")
+        and (square or not info.labels)
     ):
-        kind, parts["unet"] = "ConsistencyModelPipeline", network
+        kind, parts["unet"] = "ConsistencyModelPipeline" if square else "DDPMPipeline", network
     else:
         return None
     named = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Teachers of grey and of four-band pictures: stock pipelines are opened, distilled, measured, drawn and served."""
+"""Teachers of other pictures than RGB squares: stock pipelines are opened, distilled, measured, drawn and served."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from distillers.weights.read import read_info
 EDIT = "/v1/images/edits"
 
 
-def stock(folder: Path, channels: int, size: int = SIDE, **options: Any) -> Path:
+def stock(folder: Path, channels: int, size: int | tuple[int, int] = SIDE, **options: Any) -> Path:
     """Save a pipeline by diffusers' own classes, untrained."""
     network = unet(sample_size=size, in_channels=channels, out_channels=channels, **options)
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)  # type: ignore[arg-type]
@@ -178,15 +178,15 @@ def test_what_is_not_said_about_the_data_is_taken_from_the_teacher(pictures: Pat
     data = load_data(plan)
     assert data.items([0])["image"].shape == (1, 1, SIDE, SIDE)
     assert load_teacher(plan, data).encode_batch(data.items([0, 1]), "cpu")["x0"].shape == (2, 1, SIDE, SIDE)
-    for name, wrong, told in (("size", 8, f"{SIDE}x{SIDE}"), ("channels", 3, "1, as the teacher")):
+    for name, wrong, told in (("size", 8, f"{SIDE}, {SIDE}"), ("channels", 3, "1, as the teacher")):
         plan = recipe(teacher, pictures, split="test", **{name: wrong})
-        with pytest.raises(BadInput, match=rf"data\.{name}: got {wrong}; allowed: .*{told}"):
+        with pytest.raises(BadInput, match=rf"data\.{name}: got .*{wrong}.*; allowed: .*{told}"):
             load_teacher(plan, load_data(plan))
 
 
 def test_folders_of_images_have_no_size_in_silence(pictures: Path) -> None:
     table = {"name": "t", "method": "diffusion", "data": {"kind": "images", "path": str(pictures), "split": "test"}}
-    with pytest.raises(BadInput, match=r"data\.size: got None; allowed: the side"):
+    with pytest.raises(BadInput, match=r"data\.size: got None; allowed: a side"):
         load_data(Recipe.from_table(table))
     table["data"] |= {"size": 8}  # type: ignore[operator]
     data = load_data(Recipe.from_table(table | {"model": {"channels": 1}}))
@@ -226,6 +226,73 @@ def test_manifests_of_rgb_say_nothing_new_and_translators_draw_rgb(tmp_path: Pat
     replace(info, channels=1).write(tmp_path / "plain")
     with pytest.raises(BadInput, match="3 in, 3 out"):
         Generator.from_pretrained(tmp_path / "plain")
+
+
+# --- shape
+def drawn_by_stock(folder: Path, seed: int, **more: Any) -> NDArray[np.float32]:
+    """Draw one picture (H, W, C) in 0..1 in one step by the pipeline that a folder's index names."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.Generator().manual_seed(seed)
+    return np.asarray(pipeline(num_inference_steps=1, generator=start, output_type="np", **more).images[0])
+
+
+@pytest.mark.parametrize("size", [(16, 24), 28, 12], ids=str)
+def test_any_shape_that_a_network_draws_is_learnt_published_and_measured(
+    size: int | tuple[int, int], pictures: Path, tmp_path: Path
+) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    teacher = stock(tmp_path / "stock", 3, size)
+    plan = recipe(teacher, pictures, split="train")
+    assert load_data(plan).items([0, 1])["image"].shape == (2, 3, height, width)
+    distill(plan, tmp_path / "mine", "cpu")
+    student = Generator.from_pretrained(tmp_path / "mine")
+    assert tuple(student.info.size) == (height, width)
+    np.testing.assert_allclose(
+        drawn_by_stock(tmp_path / "mine", 5), to_array(student.sample([5], steps=1))[0], atol=1e-4
+    )
+    options = ["--n", "140", "--features", "shapes", "--teacher", str(teacher), "--teacher-steps", "1", "--steps", "1"]
+    measured = CliRunner().invoke(command, ["evaluate", str(tmp_path / "mine"), *options])
+    assert measured.exit_code == 0, measured.output + str(measured.exception)
+
+
+def test_what_no_stock_pipeline_draws_has_no_index(tmp_path: Path) -> None:
+    teacher = stock(tmp_path / "t", 3, (16, 24), num_class_embeds=2)  # diffusers hands labels to squares alone
+    done = CliRunner().invoke(command, ["adopt", str(teacher), str(tmp_path / "a")])
+    assert done.exit_code == 0 and "24x16" in done.output
+    assert not (tmp_path / "a" / "model_index.json").exists()
+    assert Generator.from_pretrained(tmp_path / "a").sample([0], labels=[1], steps=1).shape == (1, 3, 16, 24)
+
+
+def test_pictures_are_cropped_around_their_centre_to_the_shape(tmp_path: Path) -> None:
+    pixels = noise(0, 30, 40)
+    save(tmp_path / "a.png", pixels)
+    (wide,) = ImageFolder(tmp_path, size=(10, 40)).pixels
+    assert (wide == pixels[10:20]).all()
+    (high,) = ImageFolder(tmp_path, size=(30, 10)).pixels
+    assert (high == pixels[:, 15:25]).all()
+    (halved,) = ImageFolder(tmp_path, size=[10, 20]).pixels
+    expected = Image.fromarray(pixels[5:25]).resize((20, 10), Image.Resampling.BICUBIC)
+    assert abs(halved.astype(int) - np.asarray(expected)).max() <= 1
+    for wrong in ([10], [10, 10, 10], [10, 4], "10", [10, 20.0]):
+        with pytest.raises(BadInput, match="size"):
+            ImageFolder(tmp_path, size=wrong)  # type: ignore[arg-type]
+
+
+def test_pictures_that_are_not_square_are_turned_upside_down_only(tmp_path: Path) -> None:
+    pixels = noise(0, 8, 12)
+    save(tmp_path / "a.png", pixels)
+    data = ImageFolder(tmp_path, size=(8, 12), dihedral=True)
+    seen = ((data.draw(64, np.random.default_rng(0))["image"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    ways = [pixels, pixels[::-1, ::-1], pixels[:, ::-1], pixels[::-1]]
+    found = [[i for i, way in enumerate(ways) if (picture == way).all()] for picture in seen]
+    assert sorted({one for (one,) in found}) == [0, 1, 2, 3]
+
+
+def test_a_shape_that_the_teacher_does_not_draw_is_refused(pictures: Path, tmp_path: Path) -> None:
+    plan = recipe(stock(tmp_path / "t", 3, (16, 24)), pictures, split="train", size=[24, 16])
+    with pytest.raises(BadInput, match=r"data\.size: got .*24, 16.*allowed: absent, .*16, 24"):
+        load_teacher(plan, load_data(plan))
 
 
 # --- served
