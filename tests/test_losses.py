@@ -138,6 +138,14 @@ def test_a_sharp_picture_a_pixel_off_beats_a_blurred_one_in_place(grain: int) ->
         assert not forgiving(sharp, broken) < 0.5 * forgiving(smooth, broken), f"{new!r} went unnoticed"
 
 
+def test_the_shift_compares_brightness_in_one_unit() -> None:
+    """Rows of four pixels, one move right or left: where the mean of the channels is nearest, not their sum."""
+    flat = torch.full((1, 3, 1, 4), 3.0)
+    for row, best in (([3.0, 3.0, 1.0, 1.0], [3.0, 3.0, 3.0, 1.0]), ([3.0, 3.0, 9.0, 9.0], [3.0, 3.0, 3.0, 9.0])):
+        given = torch.tensor(row).expand(1, 3, 1, 4)
+        assert best_shift(flat, given, 1)[0, 0, 0].tolist() == best
+
+
 def test_the_shift_carries_no_gradient() -> None:
     a, b = texture().requires_grad_(), texture().requires_grad_()
     assert not best_shift(a, b, 1).requires_grad
@@ -217,6 +225,20 @@ def test_features_of_equals_have_no_distance_and_only_the_first_is_moved(name: s
     with torch.no_grad():
         alone = feature_distance(denoiser, a[1:], b[1:], cond and {"label": cond["label"][1:]}, layers)
     torch.testing.assert_close(alone, distance[1:].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_unit_lengths_are_over_the_channels_by_hand() -> None:
+    """Maps (B, C, H, W), tokens (B, N, C) and vectors (B, C), each with sizes that differ."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 3, 4), (2, 6, 7), (2, 8)]
+    pairs = [(torch.randn(s, generator=rng), torch.randn(s, generator=rng)) for s in shapes]
+    expected = torch.zeros(2)
+    for a, b in pairs:
+        channels = 1 if a.ndim == 4 else a.ndim - 1
+        a, b = (x.movedim(channels, -1).reshape(2, -1, x.shape[channels]) for x in (a, b))
+        a, b = (x / x.square().sum(2, keepdim=True).sqrt() for x in (a, b))
+        expected += (a - b).square().sum(2).mean(1) / 3
+    torch.testing.assert_close(losses.unit_length_distance(*zip(*pairs, strict=True)), expected)
 
 
 def test_each_layer_counts_alike_whatever_its_scale() -> None:

@@ -50,8 +50,14 @@ N, D = 2400, 2  # samples of a batch, and their elements
 
 
 # --- networks of one line, and what they were asked ------------------------------------------------------------------
+def answer(network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """gain x + shift + t / 2000 + label / 4: another input, time or class gives another answer."""
+    extra = t / 2000 if label is None else t / 2000 + label / 4
+    return network.gain * x + network.shift + extra.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
 class Affine(nn.Module):
-    """x0 = gain x + shift; `hidden`, what heads read, is the answer itself."""
+    """A network that gives that answer; `hidden`, what heads read, is the answer itself."""
 
     def __init__(self, gain: float, shift: float) -> None:
         super().__init__()
@@ -59,7 +65,7 @@ class Affine(nn.Module):
         self.hidden = nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.hidden(self.gain * x + self.shift)
+        return self.hidden(answer(self, x, time, label))
 
 
 class Head(nn.Module):
@@ -84,7 +90,8 @@ class Call:
     who: str
     x_t: Tensor
     t: Tensor  # float64 (B,)
-    gradient: bool
+    label: Tensor | None = None
+    gradient: bool = False
 
 
 @dataclass
@@ -105,26 +112,35 @@ def play(method: Any, nets: Any, batch: dict[str, Tensor], progress: float = 0.9
     target = copy.deepcopy(nets["target"].state_dict()) if "target" in nets else {}
 
     def watch(who: str) -> Any:
-        def hook(_: nn.Module, given: Any) -> None:
+        def hook(_: nn.Module, given: Any, named: Any) -> None:
             x, time = given[:2]
-            gradient = torch.is_grad_enabled() and (nets[who].network.gain.requires_grad or x.requires_grad)
-            calls.append(Call(who, x.detach().clone(), time.detach().double(), gradient))
+            gradient = torch.is_grad_enabled() and (x.requires_grad or nets[who].network.gain.requires_grad)
+            calls.append(Call(who, x.detach().clone(), time.detach().double(), named.get("label"), gradient))
 
         return hook
 
-    handles = [n.network.register_forward_pre_hook(watch(k)) for k, n in nets.items() if isinstance(n, Denoiser)]
+    denoisers = [(who, net) for who, net in nets.items() if isinstance(net, Denoiser)]
+    handles = [net.network.register_forward_pre_hook(watch(who), with_kwargs=True) for who, net in denoisers]
     turns = []
     torch.manual_seed(0)
     try:
         for player, loss in method.step(nets, batch, progress):
             turns.append(Turn(player, loss, list(calls)))
             calls.clear()
+            others = [p for who, net in nets.items() if who != player for p in net.parameters() if p.requires_grad]
+            left = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True) if others else ()
+            assert all(g is None for g in left), "a turn reaches its own player only"
     finally:
         for handle in handles:
             handle.remove()
     if target and not keep:
         nets["target"].load_state_dict(target)
     return turns
+
+
+def drawn(net: Denoiser, call: Call) -> Tensor:
+    """What a network answers there, with its parameters' gradients."""
+    return answer(net.network, call.x_t, call.t, call.label)
 
 
 def column(values: Tensor) -> Tensor:
@@ -161,8 +177,23 @@ def again(eps: Tensor, x0: Tensor, t: Tensor, schedule: Any = VP) -> Tensor:
 
 
 def data(n: int = N) -> dict[str, Tensor]:
-    """Far from what any network here answers: mean 3, std 0.5."""
-    return {"x0": 3 + 0.5 * torch.randn(n, D, generator=torch.Generator().manual_seed(7))}
+    """Far from what any network here answers: mean 5, std 0.5; four classes in turn."""
+    x0 = 5 + 0.5 * torch.randn(n, D, generator=torch.Generator().manual_seed(7))
+    return {"x0": x0, "label": torch.arange(n) % 4}
+
+
+DRAWS = {  # batches of an iteration, by progress: one for the student and one for each turn of a critic
+    Dmd2(critic_turns=3): {0.0: 4, 0.9: 4},
+    DisBack(critic_turns=3, record=0.1): {0.0: 1, 0.09: 1, 0.1: 4, 0.9: 4},
+    HyperSD(segments=(2, 1), adversarial_weights=(0, 0), critic_turns=3, score_weight=1.0): {0.0: 1, 0.49: 1, 0.5: 4},
+    HyperSD(critic_turns=3): {0.0: 1, 0.9: 1},
+    Consistency(): {0.0: 1, 0.9: 1},
+}
+
+
+@pytest.mark.parametrize("method", DRAWS, ids=lambda method: type(method).__name__)
+def test_every_turn_has_its_own_data(method: Any) -> None:
+    assert {progress: method.draws(progress) for progress in DRAWS[method]} == DRAWS[method]
 
 
 def data_for(method: Any, progress: float = 0.9) -> dict[str, Tensor]:
@@ -206,10 +237,10 @@ def test_denoising_weighs_by_the_capped_signal_to_noise_ratio_plus_one(cap: floa
     net, x0 = affine(0.6, 0.2), torch.randn(200, D)
     t = torch.linspace(0, 999, 200).double()
     x_t = VP.add_noise(x0, torch.randn_like(x0), t)
-    ours = denoising(net, x_t, t, x0, None, *([] if cap is None else [cap]))
-    torch.testing.assert_close(
-        ours.double(), (weight(t, cap or 20.0) * mse(0.6 * x_t + 0.2, x0)).mean(), rtol=1e-5, atol=0
-    )
+    call = Call("", x_t, t, torch.arange(200) % 3)
+    ours = denoising(net, x_t, t, x0, {"label": call.label}, *([] if cap is None else [cap]))
+    by_hand = (weight(t, cap or 20.0) * mse(drawn(net, call), x0).double()).mean()
+    torch.testing.assert_close(ours.double(), by_hand, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("schedule", [VP, Trigonometric()], ids=lambda s: s.name)
@@ -222,7 +253,7 @@ def test_samples_are_diffused_to_all_times_but_the_outer_two_hundredths(schedule
     assert 0.02 <= float(share.min()) < 0.021 and 0.979 < float(share.max()) <= 0.98
     expected = torch.linspace(0.02, 0.98, 11).double()
     torch.testing.assert_close(share.quantile(torch.linspace(0, 1, 11).double()), expected, atol=0.015, rtol=0)
-    call = Call("", x_t, t, False)
+    call = Call("", x_t, t)
     assert shows(call, x0, schedule) and not shows(call, x0 + 0.2, schedule)
 
 
@@ -240,22 +271,26 @@ def test_neighbours_are_next_to_each_other_and_every_pair_is_drawn() -> None:
 def test_each_call_of_the_sampler_is_trained_as_often(steps: tuple[int, ...]) -> None:
     """k uniform among the step counts, the trained call uniform among its k; the calls before it carry no gradient."""
     net, found = affine(0.9, 0.4), dict[tuple[int, int], int]()
-    seen: list[tuple[Tensor, Tensor, bool]] = []
-    net.network.register_forward_pre_hook(lambda _, g: seen.append((g[0].detach(), g[1], torch.is_grad_enabled())))
+    seen: list[Call] = []
+
+    def note(_: nn.Module, given: Any, named: Any) -> None:
+        seen.append(Call("", given[0].detach(), given[1].double(), named["label"], torch.is_grad_enabled()))
+
+    net.network.register_forward_pre_hook(note, with_kwargs=True)
     plan = {k: sampling_times(VP, k) for k in steps}
     for seed in range(240):
         torch.manual_seed(seed)
         seen.clear()
         noise = torch.randn(500 if seed < 20 else 2, D)
-        x = sample_student(net, noise, None, steps)
-        assert [gradient for *_, gradient in seen] == [False] * (len(seen) - 1) + [True] and x.requires_grad
-        assert torch.equal(seen[0][0], noise)
-        torch.testing.assert_close(x, 0.9 * seen[-1][0] + 0.4)
-        times = [float(t[0]) for _, t, _ in seen]
+        x = sample_student(net, noise, {"label": torch.arange(len(noise)) % 3}, steps)
+        assert [call.gradient for call in seen] == [False] * (len(seen) - 1) + [True] and x.requires_grad
+        assert torch.equal(seen[0].x_t, noise)
+        torch.testing.assert_close(x, drawn(net, seen[-1]))
+        times = [float(call.t[0]) for call in seen]
         (k,) = {k for k in steps if plan[k][: len(times)] == times and (len(times) > 1 or k == max(steps))} or {0}
         found[k, len(times)] = found.get((k, len(times)), 0) + 1
-        for (x_t, _, _), (x_s, s, _) in pairwise(seen if seed < 20 else []):
-            assert shows(Call("", x_s, s.double(), False), 0.9 * x_t + 0.4), "re-noised with fresh noise"
+        for before, after in pairwise(seen if seed < 20 else []):
+            assert shows(after, drawn(net, before).detach()), "re-noised with fresh noise"
     whole = 240 / len(steps)
     assert set(found) == {(max(steps), i + 1) for i in range(max(steps))}
     for (k, calls), count in found.items():
@@ -271,10 +306,36 @@ def test_the_discriminator_wants_high_logits_of_real_and_low_ones_of_fake() -> N
 
 
 def test_density_ratios_are_bounded() -> None:
-    """One certain logit does not take the whole batch: r is cut at e^10."""
+    """One certain logit does not take the whole batch: r is cut at e^10 and e^-10."""
     weight = ratio_weight(torch.tensor([50.0, 10.0, -50.0, -10.0]), torch.zeros(4), "forward-kl")
-    torch.testing.assert_close(weight[0], weight[1]), torch.testing.assert_close(weight[2], weight[3])
+    torch.testing.assert_close(weight[[0, 2]], weight[[1, 3]], rtol=1e-5, atol=0)
+    assert float(weight[1] / weight[3]) == pytest.approx(math.exp(20), rel=1e-4)
     assert float(weight.mean()) == pytest.approx(1)
+
+
+WEIGHTS: dict[Any, Any] = {  # h(r) = f''(r) r^2
+    "reverse-kl": lambda r: 1.0,
+    "forward-kl": lambda r: r,
+    "jensen-shannon": lambda r: r / (1 + r),
+    "jeffreys": lambda r: 1 + r,
+    "squared-hellinger": lambda r: math.sqrt(r),
+    "softened-reverse-kl": lambda r: 1 / (1 + r),
+}
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+@pytest.mark.parametrize(("n", "bins"), [(20, 2), (7, 1), (8 * 9 + 7, 9), (80, 10), (200, 10)])
+def test_the_weights_of_divergences_have_mean_one_among_similar_times(divergence: Any, n: int, bins: int) -> None:
+    """Ten bins of time, or as many as leave eight samples to each."""
+    rng = torch.Generator().manual_seed(n)
+    logits, t = 2 * torch.randn(n, generator=rng), torch.rand(n, generator=rng)
+    h = torch.tensor([WEIGHTS[divergence](math.exp(x)) for x in logits.tolist()])
+    expected, order = torch.zeros(n), sorted(range(n), key=lambda i: float(t[i]))
+    sizes = [n // bins + (i < n % bins) for i in range(bins)]
+    for i in range(bins):
+        similar = order[sum(sizes[:i]) : sum(sizes[: i + 1])]
+        expected[similar] = h[similar] / h[similar].mean()
+    torch.testing.assert_close(ratio_weight(logits, t, divergence), expected)
 
 
 # --- consistency -----------------------------------------------------------------------------------------------------
@@ -284,21 +345,23 @@ def skip(t: Tensor) -> Tensor:
     return column(least**2 / ((ratio - least) ** 2 + least**2)).float()
 
 
-def f_of(net: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+def f_of(net: Denoiser, call: Call) -> Tensor:
     """The consistency function of an affine network."""
-    return skip(t) * x_t + (1 - skip(t)) * (net.network.gain * x_t + net.network.shift)
+    return skip(call.t) * call.x_t + (1 - skip(call.t)) * drawn(net, call)
 
 
-def ddim(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    eps = (x_t - column(VP.alpha(t)) * x0) / column(VP.sigma(t))
+def ddim(call: Call, s: Tensor, net: Denoiser) -> Tensor:
+    """alpha_s x0hat + sigma_s epshat, the step of the network's own estimates from t to s."""
+    x0 = drawn(net, call)
+    eps = (call.x_t - column(VP.alpha(call.t)) * x0) / column(VP.sigma(call.t))
     return again(eps, x0, s)
 
 
-def heun(x_t: Tensor, t: Tensor, s: Tensor, teacher: Any) -> Tensor:
+def heun(call: Call, s: Tensor, net: Denoiser) -> Tensor:
     """In u = x/alpha, r = sigma/alpha: du/dr = (u - x0)/r, averaged over both ends."""
-    x_s = ddim(x_t, teacher(x_t), t, s)
+    x_t, t, x_s = call.x_t, call.t, ddim(call, s, net)
     r_t, r_s, a_t, a_s = (column(v) for v in (VP.noise_ratio(t), VP.noise_ratio(s), VP.alpha(t), VP.alpha(s)))
-    slopes = (x_t / a_t - teacher(x_t)) / r_t + (x_s / a_s - teacher(x_s)) / r_s
+    slopes = (x_t / a_t - drawn(net, call)) / r_t + (x_s / a_s - drawn(net, replace(call, x_t=x_s, t=s))) / r_s
     return (a_s * (x_t / a_t + (r_s - r_t) * slopes / 2)).float()
 
 
@@ -306,10 +369,6 @@ def consistency_nets(**more: nn.Module) -> Networks:
     nets = {"student": affine(0.7, 0.3), "target": affine(0.5, -0.2), "teacher": affine(0.4, 0.6)}
     nets["target"].requires_grad_(False), nets["teacher"].requires_grad_(False)
     return Networks({**nets, **more})
-
-
-def teacher_of(nets: Networks) -> Any:
-    return lambda x: nets["teacher"].network.gain * x + nets["teacher"].network.shift
 
 
 @pytest.mark.parametrize("distance", ["l2", "pseudo-huber"])
@@ -322,12 +381,11 @@ def test_consistency_by_hand(distance: Any, solver: Any, decay: float) -> None:
     at, below = (turn.of("student")[-1], turn.of("target")[0] if decay else turn.of("student")[0])
     assert shows(at, batch["x0"]) and at.gradient and not below.gradient
     torch.testing.assert_close(below.t, at.t - 999 / (points - 1), atol=2e-3, rtol=0)
-    teacher = teacher_of(nets)
-    x_s = heun(at.x_t, at.t, below.t, teacher) if solver == "heun" else ddim(at.x_t, teacher(at.x_t), at.t, below.t)
+    x_s = (heun if solver == "heun" else ddim)(at, below.t, nets["teacher"])
     torch.testing.assert_close(below.x_t, x_s, atol=2e-3, rtol=2e-3)
     d = mse if distance == "l2" else huber
-    y = f_of(nets["target" if decay else "student"], below.x_t, below.t).detach()
-    same(turn, d(f_of(nets["student"], at.x_t, at.t), y).mean(), nets["student"])
+    y = f_of(nets["target" if decay else "student"], below).detach()
+    same(turn, d(f_of(nets["student"], at), y).mean(), nets["student"])
 
 
 def test_a_guidance_scale_for_each_sample_reaches_teacher_student_and_target() -> None:
@@ -368,9 +426,30 @@ def test_tuning_by_hand(distance: Any, decay: float) -> None:
     eps = noise_in(at, batch["x0"].double())
     torch.testing.assert_close(below.x_t, again(eps, batch["x0"], below.t), atol=2e-3, rtol=1e-3)
     d = mse if distance == "l2" else huber
-    y = f_of(nets["target" if decay else "student"], below.x_t, below.t).detach()
-    each = d(f_of(nets["student"], at.x_t, at.t), y).double() / (ratio - lower)
+    y = f_of(nets["target" if decay else "student"], below).detach()
+    each = d(f_of(nets["student"], at), y).double() / (ratio - lower)
     same(turn, each.mean(), nets["student"])
+
+
+def test_tuning_times_are_lognormal_between_two_least_levels_and_the_greatest() -> None:
+    method = Consistency(source="data", log_mean=0.5, log_std=0.7, ratio_base=1.0001, stages=1)
+    torch.manual_seed(0)
+    t, s = method.tuning_times(VP, 20_000, 0.0, torch.device("cpu"))
+    ratio = VP.noise_ratio(t).log()
+    assert float(ratio.mean()) == pytest.approx(0.5, abs=0.03) and float(ratio.std()) == pytest.approx(0.7, abs=0.03)
+    low = replace(method, log_mean=-5.0, log_std=2.0)
+    t, s = low.tuning_times(VP, 2000, 0.0, torch.device("cpu"))
+    ends = VP.noise_ratio(torch.tensor([0.0, 999.0]))
+    assert float(VP.noise_ratio(t).min()) == pytest.approx(2 * float(ends[0]), rel=1e-6) and bool((s < t).all())
+
+
+@pytest.mark.parametrize(
+    ("first", "points", "grids"), [(0, 40, [40] * 5), (5, 40, [5, 5, 10, 20, 40]), (10, 40, [10, 10, 20, 40, 40])]
+)
+def test_the_grid_doubles_at_even_intervals(first: int, points: int, grids: list[int]) -> None:
+    method = Consistency(points=points, first_points=first)
+    assert [method.grid_points(p) for p in (0.0, 0.24, 0.36, 0.7, 1.0)] == grids
+    assert Consistency(points=50, first_points=10).grid_points(0.99) == 50, "no more than asked for"
 
 
 def test_the_target_network_follows_by_its_decay() -> None:
@@ -388,7 +467,7 @@ def test_the_target_network_follows_by_its_decay() -> None:
 
 # --- adversarial consistency -----------------------------------------------------------------------------------------
 class Judge(nn.Module):
-    """A discriminator of two views whose logit is known: 0.4 of the first, 0.9 of the second, by their mean."""
+    """A discriminator of two views whose logit is known: 0.4 and 0.9 of their means, the class added to both."""
 
     def __init__(self, schedule: Any = VP) -> None:
         super().__init__()
@@ -396,7 +475,7 @@ class Judge(nn.Module):
 
     def encode(self, x: Tensor, t: Tensor, cond: Any = None) -> list[Tensor]:
         self.shown.append((x, t.expand(len(x))))
-        return [x]
+        return [x + cond["label"][:, None] if cond else x]
 
     def forward(self, *views: list[Tensor]) -> Tensor:
         return self.scale * sum(w * view[0].flatten(1).mean(1) for w, view in zip((0.4, 0.9), views, strict=False))
@@ -414,11 +493,11 @@ def test_adversarial_consistency_by_hand(real: Any, progress: float, ramped: flo
     turns = play(method, nets, batch, progress)
     calls = [call for turn in turns for call in turn.calls]
     at, below = (next(c for c in calls if c.who == who) for who in ("student", "target"))
-    assert shows(at, batch["x0"]) and at.gradient
+    assert shows(at, batch["x0"]) and at.gradient and not below.gradient
     torch.testing.assert_close(below.t, at.t - 999 / 8, atol=2e-3, rtol=0)
-    x_s = ddim(at.x_t, teacher_of(nets)(at.x_t), at.t, below.t)
+    x_s = ddim(at, below.t, nets["teacher"])
     torch.testing.assert_close(below.x_t, x_s, atol=2e-3, rtol=2e-3)
-    f, y = f_of(nets["student"], at.x_t, at.t), f_of(nets["target"], below.x_t, below.t).detach()
+    f, y = f_of(nets["student"], at), f_of(nets["target"], below).detach()
     loss = huber(f, y).mean()
     assert [turn.player for turn in turns] == (["discriminator", "student"] if ramped else ["student"])
     if not ramped:
@@ -427,7 +506,7 @@ def test_adversarial_consistency_by_hand(real: Any, progress: float, ramped: flo
     for x, t in judge.shown:
         noisy = torch.equal(x, at.x_t)
         torch.testing.assert_close(t.double(), at.t if noisy else torch.zeros(N).double(), atol=1e-3, rtol=0)
-    pull = lambda made: 0.4 * at.x_t.mean(1) + 0.9 * made.mean(1)  # noqa: E731
+    pull = lambda made: 0.4 * at.x_t.mean(1) + 0.9 * made.mean(1) + 1.3 * batch["label"]  # noqa: E731
     wanted = batch["x0"] if real == "data" else y
     same(
         turns[0],
@@ -436,6 +515,15 @@ def test_adversarial_consistency_by_hand(real: Any, progress: float, ramped: flo
         "discriminator",
     )
     same(turns[1], loss + 2.5 * ramped * softplus(-judge.scale.detach() * pull(f)).mean(), nets["student"])
+
+
+def test_adversarial_consistency_may_be_its_own_target() -> None:
+    """Without a target network the student's answer below carries no gradient."""
+    nets, batch = consistency_nets(), data()
+    (turn,) = play(AdversarialConsistency(adversarial_weight=0.0, target_decay=0.0, points=9), nets, batch)
+    below, at = turn.of("student")
+    assert not below.gradient and at.gradient
+    same(turn, huber(f_of(nets["student"], at), f_of(nets["student"], below).detach()).mean(), nets["student"])
 
 
 def test_the_colour_term_by_hand() -> None:
@@ -451,7 +539,7 @@ def test_the_colour_term_by_hand() -> None:
 
     turn, without = loss(3.5), loss(0.0)
     at = turn.of("student")[0]  # two points: every t is t_max
-    f = nets["student"].network.gain * at.x_t + nets["student"].network.shift
+    f = drawn(nets["student"], at)
     squares = (f - x0).unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
     turn.loss = turn.loss - without.loss
     same(turn, 3.5 * squares.square().mean(), nets["student"])
@@ -464,19 +552,14 @@ def matching_nets(**more: nn.Module) -> Networks:
     return Networks({**nets, **more})
 
 
-def drawn(net: Denoiser, call: Call) -> Tensor:
-    """What the student answered, live."""
-    return net.network.gain * call.x_t + net.network.shift
-
-
 def adversary(features: str) -> tuple[Networks, Head, Any]:
-    """Networks whose heads read the critic or a frozen copy of the teacher; the head, and the logits of an x_t."""
+    """Networks whose heads read the critic or a frozen copy of the teacher; the head, and the logits of a call."""
     head, backbone = Head(), affine(0.9, 0.1).requires_grad_(False)
     nets = matching_nets(backbone=backbone, discriminator=head) if features == "teacher" else matching_nets()
     if features == "critic":
         nets["critic"].heads = head
-    reader = (backbone if features == "teacher" else nets["critic"]).network
-    return nets, head, lambda x_t: head.scale * (reader.gain * x_t + reader.shift).mean(1) + head.offset
+    reader = backbone if features == "teacher" else nets["critic"]
+    return nets, head, lambda call: head.scale * drawn(reader, call).mean(1) + head.offset
 
 
 @pytest.mark.parametrize("features", ["critic", "teacher"])
@@ -501,7 +584,7 @@ def test_the_critics_turns_of_dmd2_by_hand(features: Any) -> None:
         ((real, part),) = ((call, i) for call in judged for i, x0 in enumerate(parts) if shows_exactly(call, x0))
         shown.append(part)
         critic = (weight(denoised.t) * mse(drawn(nets["critic"], denoised), samples[k]).double()).mean()
-        gan = (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean()
+        gan = (softplus(logits(fake)) + softplus(-logits(real))).mean()
         if features == "critic":
             same(round_of[0], critic + 0.3 * gan, nets["critic"], "critic")
         else:
@@ -524,10 +607,11 @@ def test_the_students_turn_of_dmd2_by_hand(features: Any, divergence: Any) -> No
     at = calls[0]
     assert shows(at, x.detach()) and all(torch.equal(call.x_t, at.x_t) for call in calls)
     assert all(torch.equal(call.t, at.t) for call in calls)
-    x_t = again(noise_in(at, x.detach().double()), x, at.t)
-    logit = logits(x_t)
+    assert not any(call.gradient for call in calls if call.who == "teacher" and divergence != "sid"), "memory"
+    live = replace(at, x_t=again(noise_in(at, x.detach().double()), x, at.t))
+    logit = logits(live)
     if divergence == "sid":
-        real, fake = drawn(nets["teacher"], replace(at, x_t=x_t)), drawn(nets["critic"], replace(at, x_t=x_t))
+        real, fake = drawn(nets["teacher"], live), drawn(nets["critic"], live)
         size = (x - real).detach().abs().mean(1, keepdim=True)
         loss = ((real - fake) * ((real - x) - 0.8 * (real - fake)) / size).mean()
     else:
@@ -538,7 +622,10 @@ def test_the_students_turn_of_dmd2_by_hand(features: Any, divergence: Any) -> No
             h[similar] = h[similar] / h[similar].mean()
         gap = h[:, None] * (fake - real) / (x - real).abs().mean(1, keepdim=True)
         loss = ((x - (x - gap).detach()) ** 2).mean() / 2
-    same(turns[-1], loss + 0.7 * softplus(-logit).mean(), nets["student"])
+    wanted = 0.7 * softplus(-logit).mean()
+    same(turns[-1], loss + wanted, nets["student"])
+    pulls = [torch.autograd.grad(term, x, retain_graph=True)[0].norm().item() for term in (loss, wanted)]
+    assert [float(nets.pulls[name]) for name in ("loss", "adversary")] == pytest.approx(pulls, rel=1e-3)
 
 
 def test_the_pairs_of_dmd2_by_hand() -> None:
@@ -566,10 +653,13 @@ def test_pairs_follow_the_teacher_down_the_grid() -> None:
     pairs = Pairs(100, 4, torch.zeros(1, D), 3)
     torch.manual_seed(1)
     noise, x0, cond = pairs(teacher, 300)
-    x_t, grid = pairs.noise, torch.linspace(999, 0, 5).double()
-    for t, s in pairwise(grid):
-        x_t = heun(x_t, t.expand(100), s.expand(100), lambda x: 0.4 * x + 0.6)
-    torch.testing.assert_close(pairs.x0, 0.4 * x_t + 0.6, atol=1e-4, rtol=1e-4)
+    call = Call("", pairs.noise, torch.full((100,), 999.0).double(), torch.arange(100) % 3)
+    for s in torch.linspace(999, 0, 5).double()[1:]:
+        call = replace(call, x_t=heun(call, s.expand(100), teacher).detach(), t=s.expand(100))
+    torch.testing.assert_close(pairs.x0, drawn(teacher, call), atol=1e-4, rtol=1e-4)
+    kept = pairs.x0.clone()
+    pairs(affine(2.0, 2.0), 5)
+    assert torch.equal(pairs.x0, kept), "made once"
     which = torch.cdist(noise, pairs.noise).argmin(1)
     assert cond is not None and torch.equal(cond["label"], which % 3) and torch.equal(x0, pairs.x0[which])
     assert is_noise(pairs.noise.double(), torch.randn(100, D).double()) and len(which.unique()) > 80
@@ -590,7 +680,7 @@ def test_several_steps_of_dmd2_judge_what_the_sampler_makes() -> None:
         counts.add(len(calls))
         assert [gradient for gradient, _ in calls].count(True) == 1
         assert all(t in {*sampling_times(VP, 2), *sampling_times(VP, 3)} for _, t in calls)
-    assert {2, 3, 4, 5, 6} >= counts and len(counts) > 3
+    assert min(counts) >= 2 and max(counts) <= 9 and len(counts) > 3, "each sample takes one to three calls"
 
 
 def test_the_ratio_of_sid_is_of_each_sample() -> None:
@@ -602,6 +692,11 @@ def test_the_ratio_of_sid_is_of_each_sample() -> None:
         ]
     )
     torch.testing.assert_close(score_identity(x0, real, fake, 0.8), by_hand.mean())
+
+
+def test_a_sample_that_is_the_teachers_has_no_size_to_divide_by() -> None:
+    x0, fake = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert bool(score_identity(x0, x0, fake, 0.8).isfinite())
 
 
 # --- disback ---------------------------------------------------------------------------------------------------------
@@ -649,7 +744,7 @@ def test_the_way_back_of_disback_by_hand(progress: float, node: int) -> None:
     x = drawn(nets["student"], given)
     asked = turns[-1].of("critic")[0]
     assert shows(asked, x.detach())
-    real = 0.4 * asked.x_t + 0.6 if node == 0 else asked.x_t / (node + 2) - node
+    real = drawn(affine(0.4, 0.6) if node == 0 else affine(1 / (node + 2), -float(node)), asked)
     gap = (drawn(nets["critic"], asked) - real) / (x - real).abs().mean(1, keepdim=True)
     same(turns[-1], ((x - (x - gap).detach()) ** 2).mean() / 2, nets["student"])
 
@@ -682,16 +777,11 @@ def test_the_plateau_sees_the_gap_between_critic_and_target() -> None:
     method, nets = way_back(4, critic_turns=1, advance="plateau", patience=9)
     turn = play(method, nets, data_for(method, 0.3), 0.3, keep=True)[-1]
     asked = turn.of("critic")[0]
-    gap = (drawn(nets["critic"], asked) - (asked.x_t / 5 - 3)).abs().mean().detach()
+    gap = (drawn(nets["critic"], asked) - drawn(affine(1 / 5, -3.0), asked)).abs().mean().detach()
     assert float(nets["path"].gap) == pytest.approx(float(gap), rel=1e-4)
 
 
 # --- hyper-sd --------------------------------------------------------------------------------------------------------
-def jump(net: Denoiser, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """alpha_s x0hat + sigma_s epshat."""
-    return ddim(x_t, net.network.gain * x_t + net.network.shift, t, s)
-
-
 def segments_of(turn: Turn, k: int, points: int = 16) -> tuple[Call, Call, Tensor]:
     """The student's call at t, the target's at m, and the lower end of the segment."""
     grid = torch.tensor([0.0] + [float(round(i * 1000 / points) - 1) for i in range(1, points + 1)]).double()
@@ -718,10 +808,9 @@ def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, ratio: float, di
     assert [turn.player for turn in turns] == ["discriminator", "student"]
     at, below, b = segments_of(turns[0], k)
     assert shows(at, batch["x0"])
-    x_m = ddim(at.x_t, teacher_of(nets)(at.x_t), at.t, below.t)
+    x_m = ddim(at, below.t, nets["teacher"])
     torch.testing.assert_close(below.x_t, x_m, atol=2e-3, rtol=2e-3)
-    x_b = jump(nets["student"], at.x_t, at.t, b)
-    y = jump(nets["target"], below.x_t, below.t, b).detach()
+    x_b, y = ddim(at, b, nets["student"]), ddim(below, b, nets["target"]).detach()
     loss = (mse if distance == "l2" else huber)(x_b, y).mean()
     views = [call for turn in turns for call in turn.of("backbone")]
     assert len(views) == 3
@@ -739,11 +828,11 @@ def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, ratio: float, di
     torch.testing.assert_close(real.x_t, (fake.x_t + scale * (y - x_b.detach())).float(), atol=5e-3, rtol=1e-3)
     x_u = (fake.x_t + scale * (x_b - x_b.detach())).float()
 
-    def logits(x: Tensor) -> Tensor:
-        return head.scale * (0.9 * x + 0.1).mean(1) + head.offset
+    def logits(call: Call) -> Tensor:
+        return head.scale * drawn(backbone, call).mean(1) + head.offset
 
-    same(turns[0], (softplus(logits(fake.x_t)) + softplus(-logits(real.x_t))).mean(), head, "discriminator")
-    wanted = softplus(-logits(x_u)).mean()
+    same(turns[0], (softplus(logits(fake)) + softplus(-logits(real))).mean(), head, "discriminator")
+    wanted = softplus(-logits(replace(fake, x_t=x_u))).mean()
     pulls = [torch.autograd.grad(term, x_b, retain_graph=True)[0].norm() for term in (loss, wanted)]
     same(turns[1], loss + ratio * pulls[0] / pulls[1] * (wanted - wanted.detach()), nets["student"])
     assert float(nets.pulls["adversary"] / nets.pulls["loss"]) == pytest.approx(ratio, rel=1e-3)
@@ -771,7 +860,7 @@ def test_the_one_step_terms_of_hyper_sd_by_hand(score: float, liked: float) -> N
     turns = play(method, nets, data_for(method, 0.7), 0.7)
     assert [turn.player for turn in turns] == ["critic"] * (2 if score else 0) + ["student"]
     at, below, b = segments_of(Turn("", turns[0].loss, [c for t in turns for c in t.calls]), 1)
-    loss = huber(jump(nets["student"], at.x_t, at.t, b), jump(nets["target"], below.x_t, below.t, b).detach()).mean()
+    loss = huber(ddim(at, b, nets["student"]), ddim(below, b, nets["target"]).detach()).mean()
     samples = []
     for turn in turns[:-1]:
         samples += [drawn(nets["student"], c).detach() for c in turn.of("student") if not c.gradient]
@@ -816,14 +905,20 @@ def test_boot_by_hand(solver: Any, beta: float) -> None:
     torch.testing.assert_close(carried.x_t, x_t, atol=1e-3, rtol=1e-3)
     if solver == "ddim":  # the paper's own form
         rho = column(VP.sigma(s) * VP.alpha(t) / (VP.alpha(s) * VP.sigma(t)))
-        y_s = y_t + (1 - rho) * (0.4 * x_t + 0.6 - y_t)
+        y_s = y_t + (1 - rho) * (drawn(nets["teacher"], carried) - y_t)
     else:
-        y_s = (heun(x_t, t, s, teacher_of(nets)) - column(VP.sigma(s)) * eps) / column(VP.alpha(s))
+        y_s = (heun(carried, s, nets["teacher"]) - column(VP.sigma(s)) * eps) / column(VP.alpha(s))
     rho = (VP.noise_ratio(s) / VP.noise_ratio(t)).double()
     y = drawn(nets["student"], both)
     bootstrap = (mse(y[:N], y_s.detach().float()).double() / (1 - rho) ** 2).mean()
-    boundary = mse(y[N:], (0.4 * eps[:k] + 0.6)).mean()
+    boundary = mse(y[N:], drawn(nets["teacher"], top)).mean()
     same(turn, bootstrap + beta * boundary, nets["student"])
+
+
+def test_the_boundary_of_boot_takes_one_sample_at_least() -> None:
+    for share, k in ((0.01, 1), (0.5, 10), (1.0, 20)):
+        (turn,) = play(Boot(boundary_share=share), consistency_nets(), data(20))
+        assert len(turn.of("teacher")[-1].x_t) == k
 
 
 # --- multi-student, diffusion ----------------------------------------------------------------------------------------
@@ -845,7 +940,7 @@ def test_score_matching_by_hand() -> None:
 @pytest.mark.parametrize("last", [0.0, 0.3])
 def test_diffusion_by_hand(cap: float, log_std: float, log_mean: float, last: float) -> None:
     """Times are uniform or lognormal in sigma/alpha, a share of them t_max; the weight is min(SNR, cap) + 1."""
-    nets, batch = Networks({"student": affine(0.7, 0.3)}), data()
+    nets, batch = Networks({"student": affine(0.7, 0.3)}), {"x0": data()["x0"]}
     method = Diffusion(snr_cap=cap, log_std=log_std, log_mean=log_mean, last_time_share=last)
     (turn,) = play(method, nets, batch)
     (asked,) = turn.calls
@@ -866,6 +961,14 @@ def test_diffusion_by_hand(cap: float, log_std: float, log_mean: float, last: fl
         torch.testing.assert_close(inner.quantile(torch.linspace(0, 1, 11).double()), expected, atol=45, rtol=0)
 
 
+def test_uniform_times_of_diffusion_begin_at_the_least_time() -> None:
+    schedule = Trigonometric(t_min=0.4)
+    nets = Networks({"student": affine(0.7, 0.3, schedule)})
+    (turn,) = play(Diffusion(), nets, {"x0": data()["x0"]})
+    t = turn.calls[0].t
+    assert 0.4 <= float(t.min()) < 0.41 and schedule.t_max - 0.01 < float(t.max()) <= schedule.t_max
+
+
 def test_labels_are_dropped_for_the_null_class_at_their_share() -> None:
     seen: list[Tensor] = []
 
@@ -875,7 +978,7 @@ def test_labels_are_dropped_for_the_null_class_at_their_share() -> None:
         def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Any:
             assert class_labels is not None
             seen.append(class_labels)
-            return type("Output", (), {"sample": self.gain * x + self.shift})()
+            return type("Output", (), {"sample": answer(self, x, time, class_labels)})()
 
     nets = Networks({"student": Denoiser(Classes(0.7, 0.3), VP, "x0")})
     label = torch.arange(N) % 5
@@ -920,7 +1023,7 @@ class Tuned(Affine):
         self.change, self.on = nn.Parameter(torch.tensor(change)), True
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.gain * x + self.shift + self.change * self.on
+        return answer(self, x, time, label) + self.change * self.on
 
 
 @pytest.fixture
@@ -945,16 +1048,16 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield Networks({"student": Denoiser(Tuned(0.5, 0.1, 0.07), VP, "x0"), "sampler": sampler, "reward": Liking()})
 
 
-def policy(nets: Networks, x: Tensor, on: bool = True) -> Tensor:
-    return 0.5 * x + 0.1 + nets["student"].network.change * on
+def policy(nets: Networks, call: Call, on: bool = True) -> Tensor:
+    return drawn(nets["student"], call) + nets["student"].network.change * on
 
 
 @pytest.mark.parametrize("mode", ["offline", "personalise", "finetune"])
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 def test_the_offline_losses_of_pso_by_hand(tuned: Networks, mode: Any, beta: float) -> None:
     """Winner and loser under one noise at one of the four times; errors are over sigma^2."""
-    winner, loser = data()["x0"] - 2.5, data()["x0"].flip(0) - 3.5
-    (turn,) = play(Pso(mode=mode, beta=beta), tuned, {"x0": winner, "loser": loser})
+    winner, loser = data()["x0"] - 4.5, data()["x0"].flip(0) - 5.5
+    (turn,) = play(Pso(mode=mode, beta=beta), tuned, {**data(), "x0": winner, "loser": loser})
     first = turn.calls[0]
     eps = noise_in(first, winner.double())
     assert is_noise(eps, winner.double()) and set(first.t.tolist()) == set(sampling_times(VP, 4))
@@ -962,7 +1065,8 @@ def test_the_offline_losses_of_pso_by_hand(tuned: Networks, mode: Any, beta: flo
     assert bool(((counts - N / 4).abs() < 120).all()), "every time as often"
 
     def error(x0: Tensor, on: bool = True) -> Tensor:
-        return mse(policy(tuned, again(eps, x0, first.t), on), x0).double() / VP.sigma(first.t) ** 2
+        x_t = again(eps, x0, first.t)
+        return mse(policy(tuned, replace(first, x_t=x_t), on), x0).double() / VP.sigma(first.t) ** 2
 
     won, lost = error(winner), error(loser)
     expected = {
@@ -986,9 +1090,9 @@ def test_the_online_loss_of_pso_by_hand(tuned: Networks, clip: float, policy_std
     for path in (a, b):
         assert [float(call.t[0]) for call in path] == times
         for one, next_one in pairwise(path):
-            assert shows(next_one, policy(tuned, one.x_t).detach())
+            assert shows(next_one, policy(tuned, one).detach())
     assert not torch.equal(a[0].x_t, b[0].x_t)
-    ends = [policy(tuned, path[3].x_t).detach() for path in (a, b)]
+    ends = [policy(tuned, path[3]).detach() for path in (a, b)]
     noisy = range(4) if policy_std else range(3)
     if policy_std:  # the last step's Gaussian was drawn inside: found again by its seed
         torch.manual_seed(0)
@@ -1006,7 +1110,7 @@ def test_the_online_loss_of_pso_by_hand(tuned: Networks, clip: float, policy_std
             reached = end if j == 3 else path[j + 1].x_t
 
             def squared(on: bool, j: int = j, path: Any = path, scale: float = scale, to: Tensor = reached) -> Tensor:
-                return mse(scale * policy(tuned, path[j].x_t, on), to)
+                return mse(scale * policy(tuned, path[j], on), to)
 
             ratio = (squared(False).detach() - squared(True)) / (2 * std**2)
             ratios.append(ratio.clamp(math.log(1 - clip), math.log(1 + clip)))

@@ -37,6 +37,8 @@ class GaussianMixture(nn.Module):
     Computes in float64 and answers in the dtype of x_t. Points are (B, D), t is () or (B,).
     """
 
+    prediction: Prediction = "x0"  # what it answers is what it is asked for
+
     means: Tensor
     stds: Tensor
     weights: Tensor
