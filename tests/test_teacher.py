@@ -15,10 +15,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from folders import save
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from distillers.cli import app as command
+from distillers.data import Part
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.publish import adopt
+from distillers.jobs.recipe import Recipe
 from distillers.models.clipping import Clipping
 from distillers.models.codec import PixelUnshuffle, Vae
 from distillers.models.guidance import Guided
@@ -51,12 +58,12 @@ def save_parts(folder: Path, **parts: Any) -> Path:
     return folder
 
 
-def dit_pipeline(scheduler: Any, out_channels: int = 8, sample_size: int = 4) -> Any:
+def dit_pipeline(scheduler: Any, out_channels: int = 8, sample_size: int = 4, classes: int = NULL) -> Any:
     """A tiny DiT in the latent space of a tiny VAE; 8 output channels: learned variance, as the published ones."""
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=out_channels, num_layers=2,
-        sample_size=sample_size, patch_size=2, num_embeds_ada_norm=NULL, norm_num_groups=4,
+        sample_size=sample_size, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=4,
     ).eval()  # fmt: skip
     for parameter in transformer.parameters():  # far enough from its start, where all classes look alike
         nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
@@ -346,6 +353,33 @@ def test_all_rows_of_a_foreign_unet_are_classes_and_none_is_null(tmp_path: Path)
         generator.sample([0], labels=[0])
 
 
+@pytest.mark.parametrize("null", [0, 2, 4])
+def test_adopting_says_which_row_is_the_null_class(null: int, tmp_path: Path) -> None:
+    save_parts(tmp_path / "theirs", unet=unet(num_class_embeds=5), scheduler=ddim(prediction_type="v_prediction"))
+    before = Teacher.from_pretrained(tmp_path / "theirs").denoiser
+    options = ["--null-class", str(null), "--guidance", "3"]
+    done = CliRunner().invoke(command, ["adopt", str(tmp_path / "theirs"), str(tmp_path / "ours"), *options])
+    assert done.exit_code == 0, done.output
+    teacher = Teacher.from_pretrained(tmp_path / "ours")
+    assert (teacher.info.labels, teacher.info.guidance_scale) == (["0", "1", "2", "3"], 3.0)
+    x_t, t = torch.randn(4, 3, SIDE, SIDE), torch.tensor(500.0)
+    rows = torch.tensor([row for row in range(5) if row != null])
+    with torch.no_grad():
+        named, none = (before(x_t, t, {"label": label}) for label in (rows, torch.full((4,), null)))
+        ours = teacher.guided(3.0)(x_t, t, {"label": torch.arange(4)})
+    torch.testing.assert_close(ours, none + 3 * (named - none), atol=2e-2, rtol=0)  # float16 weights
+    assert float((named - none).abs().max()) > 0.1
+
+
+def test_a_null_class_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    save_parts(tmp_path / "classes", unet=unet(num_class_embeds=5), scheduler=ddim())
+    save_parts(tmp_path / "none", unet=unet(), scheduler=ddim())
+    dit_pipeline(ddim()).save_pretrained(tmp_path / "dit")
+    for name, row, allowed in (("classes", 5, "0 to 4"), ("none", 0, "absent"), ("dit", NULL, "absent")):
+        with pytest.raises(BadInput, match=f"null_class: got {row}; allowed: {allowed}"):
+            adopt(tmp_path / name, tmp_path / "out", [], "ddim", None, row)
+
+
 def test_our_own_teachers_have_a_null_class_behind_the_last(tmp_path: Path) -> None:
     info = Info(
         name="x",
@@ -398,6 +432,37 @@ def test_dit_draws_its_own_pictures(out_channels: int, guidance_scale: float, tm
     ours = generator.sample([5, 6], labels=[1, 999], steps=4)
     assert ours.std() > 0.05
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(stock).permute(0, 3, 1, 2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("synonyms", [False, True])
+def test_class_folders_are_matched_with_the_teachers_classes_by_name(synonyms: bool, tmp_path: Path) -> None:
+    """ImageNet's order is not the alphabet's, in which folders are sorted."""
+    names = ["tench", "goldfish", "shark", "ray"]
+    pipeline = dit_pipeline(ddim(), classes=len(names))
+    pipeline.register_to_config(
+        id2label={str(i): f"{name}, {name.title()} sp." if synonyms else name for i, name in enumerate(names)}
+    )
+    pipeline.save_pretrained(tmp_path / "theirs")
+    for i, name in enumerate(names):
+        save(tmp_path / "data" / name / "a.png", np.full((8, 8, 3), 60 * i, np.uint8))
+    table = {"name": "x", "method": "consistency", "teacher": str(tmp_path / "theirs")}
+    recipe = Recipe.from_table(table | {"data": {"kind": "images", "path": str(tmp_path / "data")}})
+    data = load_data(recipe)
+    teacher = load_teacher(recipe, data)
+    Generator(teacher.denoiser, teacher.codec, teacher.info).save_pretrained(tmp_path / "ours")
+    assert list(data.labels) == teacher.info.labels == Info.read(tmp_path / "ours").labels
+    assert list(diffusers.DiTPipeline.from_pretrained(tmp_path / "ours").labels)[:1] == [
+        "Goldfish sp." if synonyms else "goldfish"
+    ]
+    part = Part(data, [data.labels[3]])
+    for items in (data.items(range(4)), data.draw(9, np.random.default_rng(0)), part.draw(3, np.random.default_rng(0))):
+        shown = ((items["image"].mean((1, 2, 3)) + 1) * 127.5 / 60).round().long()
+        assert torch.equal(shown, items["label"])
+    save(tmp_path / "data" / "eel" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(
+        BadInput, match=r"data: got '1 class name \(eel\)'; allowed: all of the teacher's 4 class names"
+    ):
+        load_teacher(recipe, load_data(recipe))
 
 
 def test_dit_with_another_solver_and_in_the_older_spelling(tmp_path: Path) -> None:

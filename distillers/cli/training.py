@@ -91,6 +91,10 @@ def adopt(
     guidance: Annotated[
         float | None, typer.Option(help="Scale; 1 with --steps, else the pipeline's own.", show_default=False)
     ] = None,
+    null_class: Annotated[
+        int | None,
+        typer.Option(help="Of a U-Net with classes: the row that stands for none, for guidance.", show_default=False),
+    ] = None,
 ) -> None:
     """Make a folder that can be served out of a pipeline that others have trained, at float16 if that holds it.
 
@@ -98,7 +102,7 @@ def adopt(
     """
     from distillers.jobs.publish import adopt as make
 
-    name = make(pipeline, out, step_counts("steps", steps) if steps else [], sampler, guidance)
+    name = make(pipeline, out, step_counts("steps", steps) if steps else [], sampler, guidance, null_class)
     typer.echo(f"{out}: {name}")
 
 

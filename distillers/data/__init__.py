@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from distillers.data.image_folder import ImageFolder
+from distillers.data.image_folder import ImageFolder, PicturesInMemory
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
 from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, read_sar
@@ -105,8 +105,13 @@ def options_of(kind: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(KINDS[kind]).parameters
 
 
-def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -> ImageData:
+def open_data(
+    kind: str, classes: Sequence[str] | None = None, *, labels: Sequence[str] = (), **options: Any
+) -> ImageData:
     """Open a data set of `kind` (a key of KINDS), whole or some of its classes.
+
+    Args:
+        labels: the classes of a model, in whose order pictures of the same classes are numbered.
 
     Raises:
         BadInput: an unknown kind; an option that is unknown, missing or of the wrong type; what the kind refuses.
@@ -123,4 +128,6 @@ def open_data(kind: str, classes: Sequence[str] | None = None, **options: Any) -
         if parameter.default is parameter.empty and option not in options:
             raise BadInput(f"data.{option}", None, f"{kind} needs it")
     data = KINDS[kind](**checked(KINDS[kind], options, "data"))
+    if isinstance(data, PicturesInMemory):
+        data.number_as(labels)
     return data if classes is None else Part(data, classes)

@@ -36,6 +36,15 @@ from distillers.data.pixels import (
 from distillers.errors import BadInput
 
 
+def class_numbers(labels: Sequence[str]) -> dict[str, int]:
+    """Number a model's classes by their names, and by each of the words that a name lists: "tench, Tinca tinca".
+
+    ImageNet's names are such lists. Of two classes with one word, the first has it.
+    """
+    words = {word.strip(): k for k, name in reversed([*enumerate(labels)]) for word in name.split(",")}
+    return words | {name: k for k, name in enumerate(labels)}
+
+
 class PicturesInMemory(ABC):
     """Labelled or unlabelled items of `path[/split]`, decoded once, drawn at random and turned.
 
@@ -74,6 +83,13 @@ class PicturesInMemory(ABC):
     @abstractmethod
     def batch(self, pixels: Pixels) -> Batch:
         """Make the pictures of a batch of items (n,H,W,C)."""
+
+    def number_as(self, labels: Sequence[str]) -> None:
+        """Number the classes as a model does, by name, if they are its classes in whatever order; leave others."""
+        number = class_numbers(labels)
+        found = [number.get(name) for name in self.labels]
+        if labels and None not in found and sorted(map(int, found)) == list(range(len(labels))):  # type: ignore[arg-type]
+            self.labels, self._classes = tuple(labels), np.array(found, dtype=np.int64)[self._classes]
 
     def __len__(self) -> int:
         return len(self._classes)

@@ -11,6 +11,7 @@ import torch
 
 from distillers import methods
 from distillers.data import ImageData, Part, open_data, options_of
+from distillers.data.image_folder import class_numbers
 from distillers.data.pixels import listed
 from distillers.errors import BadInput, Notice
 from distillers.jobs.recipe import Recipe
@@ -28,7 +29,8 @@ def load_data(
 ) -> ImageData:
     """Open the data of a recipe, all classes of it: `Distiller.data` says which part a training learns from.
 
-    Pictures have the size and the channels that the teacher draws, where the recipe does not say otherwise.
+    Pictures have the size and the channels that the teacher draws, where the recipe does not say otherwise, and classes
+    the numbers that the teacher has for their names.
 
     Args:
         split: "test" or "train"; None for the one that the recipe trains on.
@@ -50,7 +52,7 @@ def load_data(
     options = {name: value for name, value in fitting.items() if name in accepted} | options
     if "size" not in options and kind in SIZED:
         raise BadInput("data.size", None, "a side in pixels, such as 64, or [height, width]: no teacher says it")
-    return open_data(kind, **options)
+    return open_data(kind, labels=drawn.labels if drawn is not None else (), **options)
 
 
 SIZED = ("images", "preferences")  # kinds whose files have any size, so that none can be guessed
@@ -105,7 +107,11 @@ def load_teacher(recipe: Recipe, data: ImageData, device: str = "cpu") -> Teache
     info = teacher.info
     if info.task == "class-to-image" and list(data.labels) != info.labels:
         if info.labels != [str(i) for i in range(len(data.labels))]:
-            raise BadInput("data", list(data.labels), f"the teacher's classes {info.labels}")
+            numbers = class_numbers(info.labels)
+            strange = [name for name in data.labels if name not in numbers] or list(data.labels)
+            raise BadInput(
+                "data", listed(strange, "class name"), f"all of the teacher's {listed(info.labels, 'class name')}"
+            )
         info = replace(info, labels=list(data.labels))
         named = [f"{i} is {name}" for i, name in enumerate(data.labels)]
         text = f"the teacher numbers its classes, the data name them in this order: {listed(named, 'label')}"

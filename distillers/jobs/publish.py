@@ -23,7 +23,7 @@ from distillers.models.schedule import VariancePreserving
 from distillers.runtime import package_versions
 from distillers.teacher import Teacher
 from distillers.weights.manifest import SAMPLERS, Info
-from distillers.weights.network import guided
+from distillers.weights.network import guided, null_class_last
 from distillers.weights.write import lcm_times, staged
 
 COLUMNS = 10  # of grid.png
@@ -79,18 +79,32 @@ def manifest(info: Info, recipe: Recipe, teacher: Teacher | None, data: ImageDat
     )
 
 
-def adopt(pipeline: str | Path, folder: Path, steps: Sequence[int], sampler: str, guidance: float | None) -> str:
+def adopt(
+    pipeline: str | Path,
+    folder: Path,
+    steps: Sequence[int],
+    sampler: str,
+    guidance: float | None,
+    null_class: int | None = None,
+) -> str:
     """Make a folder that can be served out of a pipeline that others have trained; return what it draws, in words.
 
     Args:
         steps: a few-step model's, at the times where stock schedulers take them; empty: a teacher, any number.
         sampler: of a few-step model: "consistency" or "ddim".
         guidance: None: 1 for a few-step model, else the pipeline's own.
+        null_class: the row of a U-Net's class embedding that stands for no class, for guidance; the classes behind it
+            are one less afterwards. None: all rows are classes.
     """
     generator = Generator.from_pretrained(pipeline)
     if sampler not in SAMPLERS:
         raise BadInput("sampler", sampler, ", ".join(SAMPLERS))
     info = replace(generator.info, name=folder.name, sha256={})
+    if null_class is not None:
+        null_class_last(generator.denoiser.network, null_class)
+        numbered, labels = info.labels == list(map(str, range(len(info.labels)))), list(info.labels)
+        del labels[null_class]
+        info = replace(info, labels=list(map(str, range(len(labels)))) if numbered else labels)
     if steps:
         lcm = sampler == "consistency" and isinstance(generator.schedule, VariancePreserving)
         times = {n: lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]

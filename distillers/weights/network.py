@@ -30,6 +30,26 @@ def class_rows(network: nn.Module) -> int:
     return counted + 1 if counted else config.get("num_class_embeds") or 0
 
 
+def null_class_last(network: nn.Module, row: int) -> None:
+    """Move a row of a network's class embedding, the null class of guidance, behind all others, in place.
+
+    Raises:
+        BadInput: a network without class embedding, a row that it does not have, or a DiT, whose last row it is anyway.
+    """
+    embedding = getattr(network, "class_embedding", None)
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 0
+    if not 0 <= row < rows:
+        what = (
+            f"0 to {rows - 1}, a row of the class embedding"
+            if rows
+            else "absent: only U-Nets with classes have a choice"
+        )
+        raise BadInput("null_class", row, what)
+    assert embedding is not None
+    order = [k for k in range(rows) if k != row] + [row]
+    embedding.weight.data = embedding.weight.data[order]
+
+
 def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn.Module:
     """Put a denoiser under classifier-free guidance; scale 1 is the denoiser itself.
 
@@ -40,7 +60,8 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
         return denoiser
     null_label = info.condition(PixelUnshuffle(info.patch)).null_label(class_rows(denoiser.network))
     if null_label is None:
-        raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by")
+        hint = "; `fewstep adopt --null-class` says which of its rows is one" if info.task == "class-to-image" else ""
+        raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by{hint}")
     return Guided(denoiser.unclipped(), guidance_scale, null_label, denoiser.clipping)
 
 
