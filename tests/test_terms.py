@@ -1045,7 +1045,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     nn.Module.__init__(sampler)
     sampler.info = type("Info", (), {"guidance_scale": 1.0})()
     sampler.times, sampler.renoises = sampling_times(VP, 4), True
-    yield Networks({"student": Denoiser(Tuned(0.5, 0.1, 0.07), VP, "x0"), "sampler": sampler, "reward": Liking()})
+    rewards = nn.ModuleList([Liking()])
+    yield Networks({"student": Denoiser(Tuned(0.5, 0.1, 0.07), VP, "x0"), "sampler": sampler, "rewards": rewards})
 
 
 def policy(nets: Networks, call: Call, on: bool = True) -> Tensor:

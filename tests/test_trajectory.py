@@ -6,6 +6,7 @@ here *is* that formula. A loss that does not vanish on it is another loss; one t
 one that a mutation of the method does not raise was not looked at.
 """
 
+import copy
 import json
 import math
 import sys
@@ -34,7 +35,7 @@ from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
 from distillers.methods.consistency import Consistency
 from distillers.methods.hyper_sd import HyperSD, jump
-from distillers.methods.scm import ContinuousConsistency, derivative_along, sin_cos
+from distillers.methods.scm import ContinuousConsistency, TimeWeight, derivative_along
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.guidance import Guided, GuidedTime
@@ -42,7 +43,13 @@ from distillers.models.lora import lora_rank, set_lora_scale
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller
-from distillers.training.losses import consistency_function, gan_loss, per_sample_mse, sampling_times
+from distillers.training.losses import (
+    consistency_function,
+    gan_loss,
+    lognormal_times,
+    per_sample_mse,
+    sampling_times,
+)
 from distillers.training.toy import GaussianMixture, exact_teacher, gaussian_flow_map, ring
 from distillers.weights.manifest import ADAPTER, Info
 
@@ -56,12 +63,22 @@ def shapes() -> ImageData:
 
 
 def loss_of(method: Any, nets: Any, gaussian: GaussianMixture, progress: float = 0.0, **cond: Tensor) -> float:
-    """The loss of the method's first turn on 2000 samples of the Gaussian, float64."""
+    """The student's loss on 2000 samples of the Gaussian, float64; all of sCM's times weigh alike."""
     torch.manual_seed(0)
     x0 = gaussian.sample(2000, torch.Generator().manual_seed(0)).double()
-    player, loss = next(method.step(nn.ModuleDict(nets), {"x0": x0, **cond}, progress))
-    assert player == "student"
-    return float(loss)
+    turns = dict(method.step(nn.ModuleDict({"weight": Even(), **nets}), {"x0": x0, **cond}, progress))
+    return float(turns["student"])
+
+
+class Even(nn.Module):
+    """A weight of 1 at all times; it can learn."""
+
+    def __init__(self, w: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w))
+
+    def forward(self, ratio: Tensor) -> Tensor:
+        return self.w.expand(len(ratio))
 
 
 # --- scm: the consistency function stands still along the trajectory -------------------------------------------------
@@ -105,7 +122,7 @@ def test_the_derivative_of_a_wrong_student_is_the_finite_difference(schedule: No
     for old, new in (
         ("(dx, dt))", "(dx, 0 * dt))"),
         (") * eps\n", ") * -eps\n"),
-        ("(a**2 + s**2) / (", "(a**2 + 2 * s**2) / ("),
+        ("** 2 + s**2) / (", "** 2 + 2 * s**2) / ("),
     ):
         broken = mutated(scm, old, new).derivative_along(*given)[1]
         assert float((broken - expected).abs().mean()) > 0.02, f"{new!r} went unnoticed"
@@ -120,13 +137,13 @@ def test_a_finite_step_along_the_trajectory_comes_to_the_same(schedule: NoiseSch
     f, df = derivative_along(*given)
     errors = []
     for step in (2e-3, 1e-3):
-        same_f, difference = ContinuousConsistency(tangent_step=step).derivative(*given)
+        same_f, difference = ContinuousConsistency(tangent_step=step, sigma_data=1.0).derivative(*given)
         assert torch.equal(same_f, f)
         errors.append(float((difference - df).square().mean().sqrt()))
     assert errors[1] < 0.01 * float(df.square().mean().sqrt())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2)
     along_eps = mutated(scm, "schedule.step(x_t, x0, t, s)", "schedule.step(x_t, x_t, t, s)")
-    broken = along_eps.ContinuousConsistency(tangent_step=1e-3).derivative(*given)[1]
+    broken = along_eps.ContinuousConsistency(tangent_step=1e-3, sigma_data=1.0).derivative(*given)[1]
     assert float((broken - df).square().mean().sqrt()) > 10 * errors[1]
     low = torch.full((5,), schedule.t_min, dtype=torch.float64)
     x_low = diffused(gaussian, low)[2]
@@ -154,7 +171,7 @@ def test_the_exact_solution_has_no_continuous_loss(
     schedule: NoiseSchedule, tangent: Literal["normalised", "clipped"]
 ) -> None:
     gaussian, stranger = single(schedule), single(schedule, std=0.6)
-    method = ContinuousConsistency(tangent=tangent)
+    method = ContinuousConsistency(tangent=tangent, last_time_share=0.0)
     right, wrong = (
         loss_of(method, {"student": ExactStudent(g), "teacher": gaussian}, gaussian, 1.0) for g in (gaussian, stranger)
     )
@@ -165,12 +182,18 @@ def test_the_exact_solution_has_no_continuous_loss(
 def test_the_tangent_is_faded_in_from_the_teachers_estimate(schedule: NoiseSchedule) -> None:
     """At the exact solution df = 0, so that the towards-term (1 - r) cos^2 (f - x0) / sin is all there is."""
     gaussian = single(schedule)
-    student, method = ExactStudent(gaussian), ContinuousConsistency(tangent_warmup=0.5, tangent="clipped")
+    student, method = (
+        ExactStudent(gaussian),
+        ContinuousConsistency(
+            tangent_warmup=0.5, tangent="clipped", sigma_data=1.0, log_mean=-1.0, log_std=1.4, last_time_share=0.0
+        ),
+    )
     torch.manual_seed(0)
     x0 = gaussian.sample(2000, torch.Generator().manual_seed(0)).double()
     t = schedule.time_at_ratio((-1 + 1.4 * torch.randn(2000, dtype=torch.float64)).exp())
+    torch.rand(2000)  # which of them are at t_max: none
     x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-    sin, cos = (like(c, x_t) for c in sin_cos(schedule, t))
+    sin, cos = (like(c, x_t) for c in method.sin_cos(schedule, t))
     torch.testing.assert_close((sin / cos).flatten(), schedule.noise_ratio(t))
     towards = cos**2 * (consistency_function(student, x_t, t) - gaussian(x_t, t)) / sin  # type: ignore[arg-type]
     weight = (1 / sin.flatten() ** 2).clamp(max=20)
@@ -184,33 +207,118 @@ def test_the_tangent_is_faded_in_from_the_teachers_estimate(schedule: NoiseSched
     assert without < 1e-6, "no warm-up: the whole tangent from the first iteration"
 
 
+@pytest.mark.parametrize("source", ["teacher", "data"])
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 @pytest.mark.parametrize("tangent_step", [0.0, 1e-3])
 @pytest.mark.parametrize("tangent", ["normalised", "clipped"])
 def test_the_continuous_loss_is_the_one_written_out_by_hand(
-    tangent: Literal["normalised", "clipped"], tangent_step: float
+    tangent: Literal["normalised", "clipped"], tangent_step: float, sigma_data: float, source: Any
 ) -> None:
-    """Value and gradient, at a student that is wrong and half-way through the warm-up; the target has no gradient."""
+    """Value and gradient, at a student that is wrong and half-way through the warm-up; the target has no gradient.
+
+    A fifth of the samples is at t_max; the weight's own loss is e^w error - w, and moves nothing but the weight.
+    """
     gaussian, schedule, n = single(VP), VP, 500
-    student = Denoiser(Shift(), schedule, "v")
-    nets: Any = nn.ModuleDict({"student": student, "teacher": gaussian})
+    student, weight = Denoiser(Shift(), schedule, "v"), Even(0.7)
+    nets: Any = nn.ModuleDict({"student": student, "weight": weight, "teacher": gaussian})
     x0 = gaussian.sample(n, torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    method = ContinuousConsistency(tangent=tangent, tangent_step=tangent_step, tangent_warmup=0.5)
-    _, loss = next(method.step(nets, {"x0": x0}, 0.25))
+    method = ContinuousConsistency(
+        source=source, tangent=tangent, tangent_step=tangent_step, tangent_warmup=0.5, sigma_data=sigma_data,
+        log_mean=-1.0, log_std=1.4, last_time_share=0.2,
+    )  # fmt: skip
+    (first, of_weight), (second, loss) = method.step(nets, {"x0": x0}, 0.25)
+    assert (first, second) == ("weight", "student")
     ours = torch.autograd.grad(loss, list(student.parameters()))
     torch.manual_seed(0)
     t = schedule.time_at_ratio((-1 + 1.4 * torch.randn(n, dtype=torch.float64)).exp())
+    t = t.masked_fill(torch.rand(n) < 0.2, 999)
+    assert 70 < int((t == 999).sum()) < 130
     x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-    phi, f = torch.atan(schedule.noise_ratio(t)), consistency_function(student, x_t, t)
+    phi, f = torch.atan(schedule.noise_ratio(t) / sigma_data), consistency_function(student, x_t, t)
     sin, cos = like(phi.sin(), x_t), like(phi.cos(), x_t)
-    df = method.derivative(student, x_t, t, gaussian(x_t, t), None)[1]
-    g = 0.5 * cos**2 * (f - gaussian(x_t, t)) / sin + 0.5 * cos * df
-    size = g.square().sum(1, keepdim=True).sqrt()
-    target = f - sin * (g / (size + 0.1) if tangent == "normalised" else g.clamp(-1, 1))
-    expected = ((1 / sin**2).clamp(max=20) * (f - target.detach()) ** 2).mean()
-    by_hand = torch.autograd.grad(expected, list(student.parameters()))
-    torch.testing.assert_close(loss, expected)
+    end = gaussian(x_t, t) if source == "teacher" else x0
+    df = method.derivative(student, x_t, t, end, None)[1]
+    g = (0.5 * cos**2 * (f - end) / sin + 0.5 * cos * df) / sigma_data
+    size = g.square().mean(1, keepdim=True).sqrt()
+    target = f / sigma_data - sin * (g / (size + 0.1) if tangent == "normalised" else g.clamp(-1, 1))
+    error = (1 / sin**2).clamp(max=20) * (f / sigma_data - target.detach()) ** 2
+    by_hand = torch.autograd.grad(math.exp(0.7) * error.mean(), list(student.parameters()), retain_graph=True)
+    torch.testing.assert_close(loss, math.exp(0.7) * error.mean())
     torch.testing.assert_close(ours, by_hand)
+    torch.testing.assert_close(of_weight, math.exp(0.7) * error.mean() - 0.7)
+    of_weight.backward()
+    torch.testing.assert_close(weight.w.grad, math.exp(0.7) * error.mean().detach() - 1)
+    assert all(p.grad is None for p in student.parameters())
+
+
+@each_schedule
+def test_the_derivative_for_data_of_another_deviation(schedule: NoiseSchedule) -> None:
+    """df/dphi of phi = atan(sigma / (alpha sigma_data)): the same slope in another unit, and what the step measures."""
+    gaussian, student, t = single(schedule), ExactStudent(single(schedule, std=0.5)), inner_times(schedule)
+    given: Any = (student, x_t := diffused(gaussian, t)[2], t, gaussian(x_t, t), None)
+    for sigma_data in (0.5, 2.0):
+        ratio = schedule.noise_ratio(t)
+        angle_per_angle = sigma_data * (1 + (ratio / sigma_data) ** 2) / (1 + ratio**2)  # dphi_1 / dphi_sigma_data
+        expected = derivative_along(*given)[1] * like(angle_per_angle, x_t)
+        torch.testing.assert_close(derivative_along(*given, sigma_data)[1], expected)
+        method = ContinuousConsistency(tangent_step=1e-3, sigma_data=sigma_data)
+        step = method.derivative(*given)[1]
+        assert float((step - expected).norm()) < 0.02 * float(expected.norm())
+
+
+def test_a_tangent_is_normalised_by_the_size_of_an_element() -> None:
+    """c = 0.1 is a tenth of an element, whatever the picture's size; over all elements it would be nothing."""
+    method = ContinuousConsistency(tangent="normalised")
+    for side in (2, 64):
+        g = 0.2 * torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        size = float(method.normalised(g).square().mean().sqrt())
+        assert size == pytest.approx(0.2 / 0.3, rel=0.15)
+
+
+def test_at_first_there_is_no_tangent_in_half_precision_either() -> None:
+    """The student is its teacher: what their difference is in bfloat16 is rounding, which training would follow."""
+    denoiser = Denoiser(unet(num_class_embeds=4, add_attention=False), VP, "v").eval()
+    nets: Any = nn.ModuleDict({"student": copy.deepcopy(denoiser), "teacher": denoiser, "weight": Even()})
+    batch = {"x0": torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "label": torch.arange(64) % 3}
+    losses = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            *_, (_, loss) = ContinuousConsistency(tangent="clipped").step(nets, batch, 0.0)
+        losses.append(float(loss.detach()))
+    assert losses[0] < 1e-4, "what the boundary at t_min makes"
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_the_weight_of_a_time_levels_the_loss() -> None:
+    """e^w learns one over the mean error there: the weighted loss is 1 at all times."""
+    torch.manual_seed(0)
+    weight = TimeWeight()
+    ratio = torch.logspace(-2, 2, 400, dtype=torch.float64)
+    assert float(weight(ratio).abs().max()) == 0, "it starts even"
+    error = (0.01 + 0.3 * ratio / (1 + ratio)).float()
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.02)
+    for _ in range(500):
+        w = weight(ratio)
+        loss = (w.exp() * error - w).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    torch.testing.assert_close(weight(ratio).exp() * error, torch.ones(400), atol=0.15, rtol=0)
+
+
+@each_schedule
+def test_times_are_the_schedules_own_and_a_share_is_the_last(schedule: NoiseSchedule) -> None:
+    """Around the middle of ln(sigma/alpha), and 10 to 20 % at t_max, where a one-step student is called."""
+    torch.manual_seed(0)
+    t, s = Consistency(source="data").tuning_times(schedule, 10_000, 0.5, torch.device("cpu"))
+    last = t == schedule.t_max
+    assert 0.1 < float(last.double().mean()) < 0.2 and bool((s < t).all())
+    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max])).log()
+    assert float(schedule.noise_ratio(t[~last]).log().median()) == pytest.approx(float(ends.mean()), abs=0.3)
+    torch.manual_seed(0)
+    own = lognormal_times(schedule, 10_000, -1.0, 0.5, 0.0, torch.device("cpu"))
+    ratio = schedule.noise_ratio(own).log()
+    assert float(ratio.mean()) == pytest.approx(-1, abs=0.03) and float(ratio.std()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_continuous_student_leaves_as_a_consistency_model(shapes: ImageData) -> None:
@@ -235,7 +343,8 @@ def test_the_student_moves_towards_the_teachers_estimate_at_first() -> None:
     before = distance()
     torch.manual_seed(0)
     x0 = gaussian.sample(500, torch.Generator().manual_seed(0))
-    next(ContinuousConsistency().step(nn.ModuleDict(nets), {"x0": x0}, 0.0))[1].backward()
+    turns = dict(ContinuousConsistency().step(nn.ModuleDict({**nets, "weight": Even()}), {"x0": x0}, 0.0))
+    turns["student"].backward()
     with torch.no_grad():
         for p in free.parameters():
             p -= 0.05 * p.grad / p.grad.norm()

@@ -40,6 +40,7 @@ from distillers.training.losses import (
     check_steps,
     consistency_function,
     consistency_generator,
+    lognormal_times,
     neighbours,
     per_sample_mse,
     pseudo_huber,
@@ -65,8 +66,9 @@ class Consistency(Distiller):
     # easy consistency tuning (source = data)
     ratio_base: float = 2.0  # q: r/t approaches 1 - 1/q^(k+1)
     stages: int = 8  # times that the gap halves over the training
-    log_mean: float = -1.1  # of ln(sigma/alpha) at t
+    log_mean: float | None = None  # of ln(sigma/alpha) at t; absent: the middle of the schedule's range (EDM: -1.1)
     log_std: float = 2.0  # of the same
+    last_time_share: float = 0.15  # of samples at t_max, where a one-step student is called
 
     def __post_init__(self) -> None:
         if self.points < 2:
@@ -80,6 +82,8 @@ class Consistency(Distiller):
             wrong = (self.ratio_base, self.stages, self.log_std, self.guidance_scale)
             allowed = "above 1; 1 or more; above 0; 0 or more"
             raise BadInput("consistency.ratio_base, stages, log_std, guidance_scale", wrong, allowed)
+        if not 0 <= self.last_time_share <= 1:
+            raise BadInput("consistency.last_time_share", self.last_time_share, "0 to 1")
         low, high = self.guidance_range or (self.guidance_scale, self.guidance_scale)
         if self.guidance_range and (self.source == "data" or not 0 <= low <= self.guidance_scale <= high):
             allowed = f"low <= guidance_scale = {self.guidance_scale} <= high, from a teacher: tuning has none to guide"
@@ -135,9 +139,9 @@ class Consistency(Distiller):
         self, schedule: NoiseSchedule, count: int, progress: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Sample t lognormal and r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, as sigma/alpha (Geng et al. 2024)."""
-        ratio = (self.log_mean + self.log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
-        ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], device=device))
-        ratio = ratio.clamp(2 * ends[0], ends[1])
+        t = lognormal_times(schedule, count, self.log_mean, self.log_std, self.last_time_share, device)
+        least = 2 * schedule.noise_ratio(t.new_tensor(schedule.t_min))
+        ratio = schedule.noise_ratio(t).clamp_min(least)
         stage = int(progress * self.stages)
         below = ratio * (1 - self.ratio_base ** -(stage + 1) * (1 + 8 * torch.sigmoid(-ratio)))
         return schedule.time_at_ratio(ratio), schedule.time_at_ratio(below.clamp_min(0))

@@ -55,18 +55,19 @@ class Pso(Distiller):
     lora_rank: int = 16  # of the change that learns
     beta: float = 5.0  # per element, as all here; larger stays nearer to the reference (paper, online: 50)
     clip: float = 0.5  # eps, online: likelihood ratios outside [1 - eps, 1 + eps] earn no more (paper: 0.1)
-    reward: str | None = None  # online: a feature classifier's folder, or "module:function"; see training/reward.py
+    reward: str | tuple[str, ...] | None = None  # online: a classifier's folder or "module:function", or several
+    inner_epochs: int = 1  # turns that learn from one pair of rollouts, online
     policy_std: float = 0.0  # online, experimental: std of the last step, in the unit of x0; 0 leaves that step out
 
     def __post_init__(self) -> None:
-        self._at_least(1, "steps", "lora_rank")
+        self._at_least(1, "steps", "lora_rank", "inner_epochs")
         self._at_least(0, "policy_std")
         if not self.beta > 0:
             raise BadInput("pso.beta", self.beta, "a number above 0")
         if not 0 < self.clip < 1:
             raise BadInput("pso.clip", self.clip, "a number between 0 and 1")
         online = self.mode == "online"
-        if online != (self.reward is not None):
+        if online != bool(self.reward):
             raise BadInput("pso.reward", self.reward, 'a reward for mode = "online", absent for the others')
         if self.policy_std and not online:
             raise BadInput("pso.policy_std", self.policy_std, 'absent: only mode = "online" has a policy')
@@ -86,7 +87,9 @@ class Pso(Distiller):
                 allowed = f"a sampler that adds noise between its steps, for others have no likelihood; {WAYS_OUT}"
                 raise BadInput("teacher", f"{teacher.info.name}, sampled by {teacher.info.sampler}", allowed)
             x0, cond = teacher.example()
-            nets["reward"] = frozen(Reward(load_reward(self.reward), teacher.codec, x0, cond, differentiable=False))
+            names = (self.reward,) if isinstance(self.reward, str) else self.reward
+            rewards = [Reward(load_reward(name), teacher.codec, x0, cond, differentiable=False) for name in names]
+            nets["rewards"] = frozen(nn.ModuleList(rewards))
         for warning in self.doubts():
             warnings.warn(warning, stacklevel=2)
         return nets
@@ -104,7 +107,9 @@ class Pso(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         x0, cond = split_batch(batch)
         if self.mode == "online":
-            yield "student", self.online(nets, x0, cond)
+            rollouts = self.judged_rollouts(nets, x0, cond)
+            for _ in range(self.inner_epochs):
+                yield "student", self.online(nets, *rollouts, cond)
         else:
             yield "student", self.offline(nets, x0, batch.get("loser"), cond)
 
@@ -136,18 +141,25 @@ class Pso(Distiller):
         return -F.logsigmoid(self.beta * ((won_ref - lost_ref) - (won - lost))).mean()
 
     # --- pairs of rollouts -------------------------------------------------------------------------------------------
-    def online(self, nets: Networks, x0: Tensor, cond: Cond | None) -> Tensor:
-        """Compute L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs.
+    @torch.no_grad()
+    def judged_rollouts(
+        self, nets: Networks, x0: Tensor, cond: Cond | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Draw two rollouts of x0's shape, and h (B,): +1 where the first is the winner, -1 where the second is.
 
-        x0 only gives the shape. h = +1 for the winner, -1 for the loser. A tie has h = 0 and no gradient; the official
+        One of the rewards, drawn for each pair, judges all of its steps. A tie has h = 0 and no gradient; the official
         code takes the second for the winner.
         """
-        student, sampler = nets["student"], nets["sampler"]
-        a, b = (sampler.rollout(student, torch.randn_like(x0), cond) for _ in range(2))
+        a, b = (nets["sampler"].rollout(nets["student"], torch.randn_like(x0), cond) for _ in range(2))
         for path in (a, b):
             path[-1] = path[-1] + self.policy_std * torch.randn_like(x0)
-        with torch.no_grad():
-            h = (nets["reward"](a[-1], cond) - nets["reward"](b[-1], cond)).sign()
+        h = torch.stack([(reward(a[-1], cond) - reward(b[-1], cond)).sign() for reward in nets["rewards"]])
+        judge = torch.randint(len(h), (1, len(x0)), device=x0.device)
+        return a, b, h.gather(0, judge)[0]
+
+    def online(self, nets: Networks, a: list[Tensor], b: list[Tensor], h: Tensor, cond: Cond | None) -> Tensor:
+        """Compute L = -ln sigmoid( beta (h_a ln r_a + h_b ln r_b) ), mean over noisy steps and pairs; h_b = -h_a."""
+        student, sampler = nets["student"], nets["sampler"]
         margins = [
             h * (self.log_ratio(nets, a, j, cond) - self.log_ratio(nets, b, j, cond))
             for j in self.noisy_steps(sampler, student.schedule)

@@ -98,6 +98,22 @@ def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.d
     return grid[n + 1], grid[n]
 
 
+def lognormal_times(
+    schedule: NoiseSchedule, count: int, log_mean: float | None, log_std: float, last_share: float, device: torch.device
+) -> Tensor:
+    """Sample times (count,) at which ln(sigma/alpha) is normal (Karras et al. 2022, table 1); a share of them is t_max.
+
+    t_max is the one time at which a one-step student is called, and the normal's tail hardly reaches it. A log_mean of
+    None is the middle of the schedule's range of ln(sigma/alpha): 0.2 for DDPM's, and for EDM's -0.9, near to what its
+    users take.
+    """
+    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).log()
+    mean = float(ends.mean()) if log_mean is None else log_mean
+    ratio = (mean + log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
+    last = torch.rand(count, device=device) < last_share
+    return schedule.time_at_ratio(ratio).masked_fill(last, schedule.t_max)
+
+
 # --- the consistency function ----------------------------------------------------------------------------------------
 def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
     """Evaluate f(x, t) = c_skip(t) x + (1 - c_skip(t)) x0_theta(x, t) (Song et al. 2023, eq. 5).

@@ -75,7 +75,9 @@ class Proof:
 MATCHING = replace(
     SETTINGS, iterations=1500, learning_rate=1e-3, learning_rates={"critic": 3e-3}, betas=(0.0, 0.99), clip=10.0
 )
-SCM = ContinuousConsistency(tangent="clipped", tangent_warmup=0.25, log_mean=0.0, log_std=2.0, weight_cap=1e9)
+SCM = ContinuousConsistency(
+    sigma_data=1.0, tangent="clipped", tangent_warmup=0.25, log_mean=0.0, log_std=2.0, weight_cap=1e9
+)
 PROOFS: dict[str, Proof] = {
     "consistency": Proof(Consistency(points=20, steps=(1, 2, 4))),
     # the tangent needs a slow clock, a start that knows the scores, and times up to where only noise is left

@@ -327,10 +327,44 @@ def test_it_leaves_as_it_came() -> None:
     torch.testing.assert_close(path[-1], base(noise, {"label": label}, steps=4), atol=1e-4, rtol=1e-4)
 
 
+def test_each_pair_is_judged_by_one_of_several_rewards() -> None:
+    """Two opposite rewards: about half of the pairs each, and all steps of a pair alike."""
+    both = judged(reward=("test_pso:rightness", "test_pso:leftness"))
+    nets, one = begin(both), judged()
+    single = begin(one)
+    torch.manual_seed(3)
+    a, b, h = both.judged_rollouts(nets, torch.zeros(400, 2), None)
+    right = (rightness(a[-1], None) - rightness(b[-1], None)).sign()
+    agree = (h == right).double().mean()
+    assert 0.4 < float(agree) < 0.6 and bool((h.abs() == 1).all())
+    torch.manual_seed(3)
+    assert torch.equal(one.judged_rollouts(single, torch.zeros(400, 2), None)[2], right)
+
+
+def test_rollouts_are_reused_over_inner_epochs() -> None:
+    """Three turns learn from one pair of rollouts; the student's margin over the reference grows from nothing."""
+    method = judged(inner_epochs=3)
+    nets, drawn = begin(method), list[tuple[Tensor, ...]]()
+    rollout = nets["sampler"].rollout
+    nets["sampler"].rollout = lambda *given: drawn.append(given) or rollout(*given)
+    optimizer = torch.optim.SGD([p for p in nets["student"].parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    torch.manual_seed(2)
+    for player, loss in method.step(nets, pair(), 0.0):
+        assert player == "student" and len(drawn) == 2
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(math.log(2)) and losses == sorted(losses, reverse=True) and len(losses) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
         ({"steps": 0}, "pso.steps"),
+        ({"inner_epochs": 0}, "pso.inner_epochs"),
+        ({"mode": "online", "reward": ()}, "pso.reward"),
         ({"lora_rank": 0}, "pso.lora_rank"),
         ({"beta": 0.0}, "pso.beta"),
         ({"clip": 1.0}, "pso.clip"),
