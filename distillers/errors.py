@@ -1,7 +1,9 @@
-"""The errors that a person can act on, and the checks of options and file names that several floors share."""
+"""The errors that a person can act on, and the checks of options and of names to write that several floors share."""
 
 import inspect
 import json
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -26,10 +28,31 @@ class Notice(UserWarning):
     """Tell a person what was left out or assumed; the command prints it as one line."""
 
 
-def check_suffix(path: Path, *suffixes: str) -> None:
-    """Refuse with BadInput a file to write whose name has none of these suffixes, in whatever case."""
+def check_file(path: Path, *suffixes: str, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file to write before work goes into it.
+
+    Raises:
+        BadInput: a name with none of these suffixes, in whatever case; a folder; one of the files that are read; a
+            place where nothing can be written. A missing folder is none of these: whoever writes makes it.
+    """
     if path.suffix.lower() not in suffixes:
         raise BadInput("out", str(path), f"a name that ends in {suffixes[0]}")
+    if path.is_dir():
+        raise BadInput("out", str(path), "a file: this is a folder")
+    for read in inputs:
+        if path.exists() and read.exists() and path.samefile(read):
+            raise BadInput("out", str(path), f"another file than {read}, which is read")
+    check_place(path.parent)
+
+
+def check_place(folder: Path) -> None:
+    """Raise BadInput unless files can be written into a folder, or a missing one can be made where it should be."""
+    try:
+        place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise BadInput("out", str(folder), f"a folder that can be written ({error.strerror})") from None
 
 
 def checked(kind: Any, options: dict[str, Any], where: str) -> dict[str, Any]:
@@ -53,5 +76,14 @@ def checked(kind: Any, options: dict[str, Any], where: str) -> dict[str, Any]:
         except ValidationError as error:
             first = error.errors()[0]
             allowed = "true or false" if first["type"] == "bool_type" else first["msg"]
-            raise BadInput(".".join(map(str, (where, key, *first["loc"]))), value, allowed) from None
+            raise BadInput(".".join(map(str, (where, key, *_inside(value, first["loc"])))), value, allowed) from None
     return found
+
+
+def _inside(value: Any, path: Iterable[Any]) -> Iterator[Any]:
+    """Yield the keys and positions of pydantic's path that are of the value itself, not names of a union's types."""
+    for part in path:
+        if not (isinstance(value, dict) or (isinstance(value, list | tuple) and isinstance(part, int))):
+            return
+        yield part
+        value = value.get(part) if isinstance(value, dict) else [*value, *[None] * (part + 1)][part]

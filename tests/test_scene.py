@@ -515,7 +515,7 @@ def test_outputs_that_cannot_be_are_refused(tmp_path: Path, generator: Generator
             translate(generator, scene, out)
     assert scene.read_bytes() == before
     scene = scene.rename(uncertainty_path(tmp_path / "o.tif"))
-    with pytest.raises(BadInput, match="another file than the scene"):
+    with pytest.raises(BadInput, match=r"another file than .*, which is read"):
         translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=2))
     assert scene.read_bytes() == before
 

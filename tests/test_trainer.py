@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trainings import TINY, Breaks, Duel, Regression, norm, same, settings, values
 
 from distillers.data import Batch, ImageData, open_data
-from distillers.errors import BadInput, TrainingStopped
+from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.generator import Generator
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
@@ -397,11 +397,14 @@ def test_every_player_goes_on_where_it_was(
 
 
 @pytest.mark.process
-def test_sigterm_writes_a_checkpoint_and_the_same_command_goes_on(processes: ForkServerContext, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill_by", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_writes_a_checkpoint_and_the_same_command_goes_on(
+    processes: ForkServerContext, tmp_path: Path, kill_by: int
+) -> None:
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(tomli_w.dumps(TINY | {"train": TINY["train"] | {"checkpoint_every": 3}}))
     command = Command(processes, recipe, tmp_path / "out")
-    assert command.run(kill_at=3, kill_by=signal.SIGTERM) == 1  # while the first checkpoint is written
+    assert command.run(kill_at=3, kill_by=kill_by) == 1  # while the first checkpoint is written
     assert f"stopped: asked to stop at iteration 4; the same command continues from {command.out}" in command.output
     assert "Traceback" not in command.output
     assert command.checkpoints == ["00000003", "00000004"]
@@ -430,6 +433,23 @@ def test_a_learning_rate_beyond_reason_stops_the_run(teacher: Teacher, data: Ima
     with pytest.raises(TrainingStopped, match=r"student .*none yet"):
         train(Diffusion(), teacher, data, settings(iterations=9, learning_rate=1e20, clip=1.0), tmp_path, device="cpu")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_longer_training_goes_on_from_a_shorter_one(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    def run(folder: str, iterations: int, **changes: Any) -> Generator:
+        chosen = settings(iterations=iterations, **changes)
+        about = {"name": "x", "train": {"iterations": iterations, **changes}}
+        return train(Regression(), teacher, data, chosen, tmp_path / folder, description=about, device="cpu")
+
+    whole = run("whole", 8)
+    run("parts", 4)
+    with pytest.warns(Notice, match="from iteration 4 of what was a training of 4 iterations and is one of 8"):
+        longer = run("parts", 8, samples=2)  # what leaves the weights as they are may change, too
+    assert same(values(longer), values(whole))  # at a constant rate
+    with pytest.raises(BadInput, match=r"train\.iterations: got 6; allowed: 8 or more"):
+        run("parts", 6)
+    with pytest.raises(BadInput, match="another recipe"):
+        run("parts", 9, learning_rate=0.5)
 
 
 def test_only_the_recipe_that_began_there_goes_on(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:

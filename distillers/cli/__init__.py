@@ -5,9 +5,11 @@ This file lists the commands in the order in which `fewstep --help` shows them; 
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,6 +18,7 @@ from distillers.cli import benchmark, evaluation, pictures, service, training
 from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.runtime import prepare_process
 
+PACKAGE = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start here": (service.run, service.serve, service.key),
     "Make a model": (
@@ -51,17 +54,34 @@ app.add_typer(benchmarks, name="benchmark", rich_help_panel="Measure")
 
 
 def main() -> Any:
-    """Run the command: bad input is one line on stderr and exit code 2, a stopped training one line and exit code 1."""
+    """Run the command: whatever a person can mend is one line on stderr.
+
+    Exit codes: 2 for bad input, 1 for a stopped training and for files that cannot be read or written.
+    """
     prepare_process()
-    show = warnings.showwarning
-    warnings.showwarning = lambda message, kind, *where: (
-        typer.echo(f"note: {message}", err=True) if issubclass(kind, Notice) else show(message, kind, *where)
-    )
-    try:
-        return app()
-    except BadInput as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except TrainingStopped as error:
-        typer.echo(f"stopped: {error}", err=True)
-        sys.exit(1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.showwarning = lambda message, kind, file, *where: (
+            typer.echo(f"note: {message}", err=True) if _is_ours(kind, file) else show(message, kind, file, *where)
+        )
+        try:
+            return app()
+        except BadInput as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except TrainingStopped as error:
+            typer.echo(f"stopped: {error}", err=True)
+            sys.exit(1)
+        except UnicodeEncodeError as error:
+            typer.echo(f"error: {error.object!r}: no text in UTF-8", err=True)
+            sys.exit(2)
+        except OSError as error:
+            typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            sys.exit(1)
+
+
+def _is_ours(kind: type[Warning], file: str) -> bool:
+    """Say whether a warning is of this library, whose words need neither a category nor a line of code beside them."""
+    return issubclass(kind, Notice) or (issubclass(kind, UserWarning) and Path(file).is_relative_to(PACKAGE))

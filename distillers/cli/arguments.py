@@ -77,7 +77,7 @@ def label_of(given: str, labels: list[str]) -> int:
     lowered = [label.lower() for label in labels]
     if given.lower() in lowered:
         return lowered.index(given.lower())
-    if given.isdigit() and int(given) < len(labels):
+    if given.isdecimal() and int(given) < len(labels):
         return int(given)
     raise BadInput("label", given, ", ".join(labels) or "nothing: this model has no classes")
 

@@ -11,7 +11,7 @@ import typer
 
 from distillers.benchmarks.serving.plan import SYSTEMS, Plan, find_systems
 from distillers.cli.arguments import Device, Steps, Table, Weights, device_of, step_counts
-from distillers.errors import check_suffix
+from distillers.errors import check_file
 
 Pinned = Annotated[
     bool, typer.Option("--pinned/--unpinned", help="The server on one processor and the client on another.")
@@ -165,7 +165,7 @@ def _say(line: str) -> None:
 def _check(out: Path | None) -> None:
     """Check the name of a table before it takes minutes to fill."""
     if out is not None:
-        check_suffix(out, ".json")
+        check_file(out, ".json")
 
 
 def _write(out: Path | None, figures: Any, page: str, indent: int = 2) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distillers.cli.arguments import Device, Root, Seed, Weights, device_of, open_pairs, step_counts
-from distillers.errors import BadInput, check_suffix
+from distillers.errors import BadInput, check_file
 from distillers.evaluation.options import EvaluationOptions
 
 if TYPE_CHECKING:
     from distillers.evaluation.calibration import Calibration
     from distillers.evaluation.report import Report
+    from distillers.generator import Generator
 
 
 def evaluate(
@@ -56,17 +57,20 @@ def evaluate(
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
     pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
-    from distillers.evaluation.calibration import TILES, calibrate
+    from distillers.evaluation.calibration import TILES, calibrate, check_calibration
     from distillers.evaluation.evaluate import evaluate as measure
     from distillers.evaluation.features import feature_space, load_features
     from distillers.generator import Generator
     from distillers.jobs.inputs import held_out
     from distillers.progress import drawing_bar
-    from distillers.weights.manifest import draws
+    from distillers.weights.manifest import MANIFEST, Info, draws
 
-    if out is not None:
-        check_suffix(out, ".json")
+    if not (weights / MANIFEST).is_file():
+        raise BadInput("weights", str(weights), f"a weights folder, with {MANIFEST}; `fewstep adopt` makes one")
     target = out or weights / "report.json"
+    check_file(
+        target, ".json", inputs=[weights / name for name in (MANIFEST, "golden.json", *Info.read(weights).sha256)]
+    )
     if not draws(weights):
         given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
         for name, value in given.items():
@@ -84,9 +88,9 @@ def evaluate(
     )
     generator = Generator.from_pretrained(weights, device_of(device))
     data, train = held_out(weights, path) if pairs is None else open_pairs(generator, pairs, pairs_option or [])
-    beside = weights.parent / (generator.info.teacher or "")
-    source = teacher or (str(beside) if generator.info.teacher and beside.is_dir() else None)
-    opened = Generator.from_pretrained(source, device_of(device)) if source and options.teacher_steps else None
+    if samples:
+        check_calibration(generator, samples, min(n, len(data)))
+    opened = _open_teacher(teacher, weights, device_of(device)) if options.teacher_steps else None
     space = load_features(features or feature_space(generator.info.data), weights.parent)
     calibration = None
     with drawing_bar() as show:
@@ -103,6 +107,25 @@ def evaluate(
                 picture=target.with_name(f"{target.stem}-tiles.png"),
             )
     _write(report, out, calibration, weights)
+
+
+def _open_teacher(named: str | None, weights: Path, device: str) -> Generator | None:
+    """Open the teacher that is named, else the folder's own; say why there is none where a student lacks it."""
+    from distillers.generator import Generator
+    from distillers.jobs.inputs import find_teacher
+    from distillers.weights.manifest import Info
+
+    source, why = named or find_teacher(weights), "no folder says which it was"
+    try:
+        if source:
+            return Generator.from_pretrained(source, device)
+    except BadInput as error:
+        if named:
+            raise
+        why = str(error)
+    if Info.read(weights).role == "student":
+        typer.echo(f"note: no row of the teacher, which --teacher may name: {why}", err=True)
+    return None
 
 
 def _measure_autoencoder(
@@ -123,12 +146,14 @@ def _measure_autoencoder(
 
 
 def _write(report: Report, out: Path | None, calibration: Calibration | None, weights: Path) -> None:
-    """Write a report into its weights folder and its card, or to another file with a page beside it; print the page."""
+    """Print a report, write it into its weights folder and its card, or to another file with a page beside it."""
     import json
 
     from distillers.jobs.card import write_card
 
     target, page = out or weights / "report.json", report.markdown()
+    typer.echo(page + ("" if calibration is None else "\n" + calibration.markdown()))
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**report.to_dict(), "markdown": page}, indent=2) + "\n")
     if calibration is not None:
         calibration.save(target.with_name("calibration.json" if out is None else f"{target.stem}-calibration.json"))
@@ -138,7 +163,6 @@ def _write(report: Report, out: Path | None, calibration: Calibration | None, we
     else:
         curves = f"\n![calibration]({target.stem}-calibration.png)\n" if calibration is not None else ""
         target.with_suffix(".md").write_text(f"# {report.model} on {report.data}\n\n{page}{curves}")
-    typer.echo(page)
 
 
 def compare(
@@ -170,11 +194,13 @@ def results(
     """Collect the reports of all folders below --weights into one table."""
     from distillers.jobs.card import results as collect
 
+    if not weights.is_dir():
+        raise BadInput("weights", str(weights), "an existing folder of weights folders")
     table, mark = collect(weights), "<!-- results -->"
     if readme is None:
         typer.echo(table)
         return
-    text = readme.read_text() if readme.is_file() else ""
+    text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     if text.count(mark) != 2:
         raise BadInput("readme", str(readme), f"an existing file with two lines {mark}")
     before, _, after = text.split(mark)

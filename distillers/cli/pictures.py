@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from distillers.cli.arguments import Device, Seed, Steps, Weights, columns_of, device_of, label_of, with_options
-from distillers.errors import BadInput, check_suffix
+from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, with_options
+from distillers.errors import BadInput, check_file, check_place
 from distillers.sar.options import WARNING, SceneOptions
 
 
 def generate(
-    weights: Weights,
+    weights: Annotated[
+        str, typer.Argument(help="A weights folder, or a diffusers pipeline: a folder or hub id.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
     n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
@@ -31,8 +33,10 @@ def generate(
 
     if not 1 <= n <= 1024:
         raise BadInput("n", n, "1 to 1024")
-    check_suffix(out, ".png")
+    check_file(out, ".png")
     generator = Generator.from_pretrained(weights, device_of(device))
+    if generator.condition.paired:
+        raise BadInput("weights", weights, "one that draws without SAR; `fewstep translate` is for this one")
     classes, chosen = generator.info.classes, None
     if label is not None:
         chosen = [label_of(label, generator.info.labels)] * n
@@ -41,10 +45,8 @@ def generate(
     prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
     pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
     grid_png(pictures, columns=columns_of(n), path=out)
-    typer.echo(
-        f"{out}: {n} from {generator.info.name}, {steps or generator.info.default_steps} steps each, "
-        f"seeds {seed} to {seed + n - 1}"
-    )
+    calls, seeds = steps or generator.info.default_steps, f"seeds {seed} to {seed + n - 1}" if n > 1 else f"seed {seed}"
+    typer.echo(f"{out}: {n} from {generator.info.name}, {calls} step{'s' * (calls > 1)} each, {seeds}")
 
 
 @with_options(SceneOptions)
@@ -75,11 +77,13 @@ def translate(
 
     from distillers.generator import Generator
 
+    if not sar.is_file():
+        raise BadInput("sar", str(sar), "an existing file")
     picture = sar.suffix.lower() not in (".tif", ".tiff")
     if preview is not None:
-        check_suffix(preview, ".png")
+        check_file(preview, ".png", inputs=[sar])
     if picture:
-        check_suffix(out, ".png")
+        check_file(out, ".png", inputs=[sar])
     generator = Generator.from_pretrained(model, device_of(device))
     if picture:
         _translate_picture(generator, sar, out, options)
@@ -126,12 +130,11 @@ def _translate_picture(generator: Any, sar: Path, out: Path, options: SceneOptio
 
 def _calibrated(model: Path) -> str | None:
     """Describe the folder's calibration in one line; None without one."""
-    import json
+    from distillers.weights.manifest import read_json
 
-    file = model / "calibration.json"
-    if not file.is_file():
+    figures = read_json(model / "calibration.json")
+    if not {"spread_over_skill", "rank_correlation", "n", "data"} <= set(figures):
         return None
-    figures = json.loads(file.read_text())
     spread, correlation = figures["spread_over_skill"], figures["rank_correlation"]
     return (
         f"calibration on {figures['n']} tiles of {figures['data']}: spread over skill {spread:.2f}, 1 if "
@@ -155,7 +158,7 @@ def demonstration(
 
 
 def pairs(
-    model: Weights,
+    model: Annotated[str, typer.Argument(help="A weights folder, or a folder or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
     reward: Annotated[
         str,
@@ -174,6 +177,7 @@ def pairs(
     from distillers.generator import Generator
     from distillers.training.reward import choose_pairs, load_reward
 
+    check_place(out.parent)
     judge = load_reward(reward)
     chosen = choose_pairs(Generator.from_pretrained(model, device_of(device)), judge, out, n=n, steps=steps, seed=seed)
     typer.echo(

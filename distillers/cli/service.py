@@ -27,6 +27,8 @@ def serve(
 
     import uvicorn
 
+    if not 0 <= port <= 65535:
+        raise BadInput("port", port, "0 to 65535; 0 takes a free one")
     if not weights.is_dir():
         raise BadInput("weights", str(weights), "an existing folder of weights folders")
     if (weights / "fewstep.json").is_file():
@@ -87,9 +89,9 @@ def run(
         distill("shapes-quickstart", [f"teacher={weights / 'shapes-teacher'}"], out=folder)
         evaluate(folder, n=256)
     else:
-        import json
+        from distillers.jobs.card import read_report
 
-        typer.echo(json.loads((folder / "report.json").read_text())["markdown"])
+        typer.echo(read_report(folder).get("markdown", ""))
     typer.echo(f"pictures: {folder / 'grid.png'}")
     if serving:
         serve(weights, host, port)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -34,6 +36,8 @@ from distillers.data.pixels import (
     to_tensor,
 )
 from distillers.errors import BadInput
+
+ENOUGH = 150  # pictures to measure with: a Frechet distance needs more than the features' 128
 
 
 def class_numbers(labels: Sequence[str]) -> dict[str, int]:
@@ -133,9 +137,12 @@ class ImageFolder(PicturesInMemory):
     of moving ones the first is taken. Images beside class folders or deeper in them are left out, and so is what Pillow
     cannot read; a Notice counts them.
 
+    Where neither path/train nor path/test is there, a split is a part of the images, the same for the same names: of
+    every class a fifth is the test split, or what makes ENOUGH of them.
+
     Raises:
-        BadInput: a missing folder, no images, and any file that is unreadable, not 8-bit, smaller than 8 px or of other
-            bands, by name.
+        BadInput: a missing folder, no images, too few to divide, and any file that is unreadable, not 8-bit, smaller
+            than 8 px or of other bands, by name.
     """
 
     def __init__(
@@ -148,13 +155,23 @@ class ImageFolder(PicturesInMemory):
         limit: int | None = None,
         channels: int = 3,
     ) -> None:
-        super().__init__(path, split, size, flip, dihedral, channels)
+        folders = any((Path(path).expanduser() / s).is_dir() for s in SPLITS)
+        divided = split in SPLITS and not folders
+        super().__init__(path, None if divided else split, size, flip, dihedral, channels)
         # Labels come from both splits, so that a class absent from one of them never shifts the numbers of the others.
-        siblings = [self.root] if split is None else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
+        siblings = (
+            [self.root] if split is None or divided else [self.path / s for s in SPLITS if (self.path / s).is_dir()]
+        )
         self.labels = tuple(in_order({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
-        self.files, self._classes = self._find(self.root, limit)
+        found = self._find(self.root)
+        if divided:
+            test = _chosen_for_test(self.root, found)
+            found = [one for one in found if (one in test) == (split == "test")]
+        found = [found[i] for i in spread(len(found), limit)]
+        self.files, self._classes = [file for file, _ in found], np.array([k for _, k in found], dtype=np.int64)
 
-    def _find(self, root: Path, limit: int | None) -> tuple[list[Path], np.ndarray]:
+    def _find(self, root: Path) -> list[tuple[Path, int]]:
+        """List the files and their classes."""
         if self.labels:
             found = [(f, k) for k, c in enumerate(self.labels) if (root / c).is_dir() for f in image_files(root / c)]
         else:
@@ -165,8 +182,7 @@ class ImageFolder(PicturesInMemory):
             raise BadInput("path", str(root), f"a folder with images, or with class folders of images{hint}")
         where = f"directly in {listed(self.labels, 'class folder')}" if self.labels else "directly in the folder"
         tell_left_out(root, {file for file, _ in found}, f"pictures {where}")
-        found = [found[i] for i in spread(len(found), limit)]
-        return [f for f, _ in found], np.array([k for _, k in found], dtype=np.int64)
+        return found
 
     @cached_property
     def pixels(self) -> Pixels:
@@ -181,3 +197,16 @@ class ImageFolder(PicturesInMemory):
 
     def batch(self, pixels: Pixels) -> Batch:
         return {"image": to_tensor(pixels)}
+
+
+def _chosen_for_test(root: Path, found: Sequence[tuple[Path, int]]) -> set[tuple[Path, int]]:
+    """Choose those of every class whose names have the least SHA-256; a class keeps one at least to learn from."""
+    if len(found) < 2 * ENOUGH:
+        allowed = f"folders train and test in it, or {2 * ENOUGH} pictures or more, to hold some of them out"
+        raise BadInput("path", f"{root}: {len(found)} pictures", allowed)
+    share, chosen = max(1 / 5, ENOUGH / len(found)), set[tuple[Path, int]]()
+    for label in {k for _, k in found}:
+        own = [one for one in found if one[1] == label]
+        own.sort(key=lambda one: hashlib.sha256(one[0].relative_to(root).as_posix().encode()).digest())
+        chosen.update(own[: min(math.ceil(share * len(own)), len(own) - 1)])
+    return chosen

@@ -120,6 +120,14 @@ class Calibration:
 
 
 @torch.no_grad()
+def check_calibration(generator: Generator, samples: int, n: int) -> None:
+    """Refuse with BadInput a model of another task than sar-to-optical, fewer than 2 samples, no tiles."""
+    if generator.info.task != "sar-to-optical":
+        raise BadInput("model", generator.info.name, "a model of sar-to-optical")
+    if samples < 2 or n < 1:
+        raise BadInput("samples, n", (samples, n), "2 samples or more, 1 tile or more")
+
+
 def calibrate(
     generator: Generator,
     data: ImageData,
@@ -142,11 +150,8 @@ def calibrate(
     Raises:
         BadInput: a model of another task, fewer than 2 samples, no tiles.
     """
-    if generator.info.task != "sar-to-optical":
-        raise BadInput("model", generator.info.name, "a model of sar-to-optical")
     n = min(n, len(data))
-    if samples < 2 or n < 1:
-        raise BadInput("samples, n", (samples, n), "2 samples or more, 1 tile or more")
+    check_calibration(generator, samples, n)
     steps = generator.info.default_steps if steps is None else steps
     indices = [int(i) for i in np.linspace(0, len(data) - 1, n).round()]
     ranks = np.zeros(samples + 1)

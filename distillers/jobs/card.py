@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from distillers.weights.manifest import ADAPTER, AUTOENCODER, STUDENTS, Info, find
+from distillers.errors import BadInput
+from distillers.weights.manifest import ADAPTER, AUTOENCODER, STUDENTS, Info, find, read_json
 
 ATTRIBUTION = {
     "avatars": "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0.",
@@ -32,7 +33,7 @@ def results(root: Path) -> str:
     for name, folder in find(root).items():
         if not (folder / "report.json").is_file():
             continue
-        for row in json.loads((folder / "report.json").read_text())["rows"]:
+        for row in read_report(folder)["rows"]:
             kid = row.get("kid_mean")
             cells = (
                 row.get("nfe"),
@@ -48,6 +49,15 @@ def results(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """Read report.json of a weights folder. Raises BadInput for another JSON."""
+    report = read_json(folder / "report.json")
+    rows = report.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"name", "n"} <= set(row) for row in rows):
+        raise BadInput(str(folder / "report.json"), sorted(report), "rows as `fewstep evaluate` writes them")
+    return report
+
+
 def _figure(value: float | None, form: str) -> str | None:
     """Format a number; None stays None."""
     return None if value is None else format(value, form)
@@ -57,7 +67,7 @@ def write_card(folder: Path) -> None:
     """Write README.md from fewstep.json, recipe.toml and, once measured, report.json."""
     info = Info.read(folder)
     recipe = (folder / "recipe.toml").read_text() if (folder / "recipe.toml").is_file() else ""
-    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
+    report = read_report(folder) if (folder / "report.json").is_file() else None
     tags = [info.task] if info.task == AUTOENCODER else ["diffusion", "few-step", info.method, info.task]
     lines = [
         "---",
@@ -81,9 +91,7 @@ def write_card(folder: Path) -> None:
         "",
         "## Measured",
         "",
-        report["markdown"]
-        if report and "markdown" in report
-        else "Not measured yet: `fewstep evaluate` writes this part.",
+        report["markdown"] if report else "Not measured yet: `fewstep evaluate` writes this part.",
         "",
         *_calibration(folder),
         "## Data and limits",
@@ -115,7 +123,7 @@ def _calibration(folder: Path) -> list[str]:
     """Write the part on calibration, if the deviation of samples was measured."""
     if not (folder / "calibration.json").is_file():
         return []
-    lines = [json.loads((folder / "calibration.json").read_text())["markdown"], "![calibration](calibration.png)", ""]
+    lines = [read_json(folder / "calibration.json").get("markdown", ""), "![calibration](calibration.png)", ""]
     return [*lines, "![tiles](report-tiles.png)", ""] if (folder / "report-tiles.png").is_file() else lines
 
 

@@ -6,24 +6,24 @@ another; what is finished is not made again, so a job that was stopped goes on w
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from distillers.data import ImageData
 from distillers.errors import BadInput
-from distillers.jobs.inputs import held_out_data, load_data, load_teacher
+from distillers.jobs.inputs import held_out_data, hold_out, load_data, load_teacher
 from distillers.jobs.merge import merge
 from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
 from distillers.models.denoiser import Denoiser
 from distillers.teacher import Teacher
-from distillers.training.checkpoints import newest_checkpoint
+from distillers.training.checkpoints import decisive, newest_checkpoint, read_about
 from distillers.training.head import HeadFit, check_start, fit_settings, head_errors, head_of, usable
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin, train
 from distillers.training.watch import best_iteration
 from distillers.weights.manifest import MANIFEST
+from distillers.weights.write import check_target
 
 
 def distill(recipe: Recipe, folder: Path, device: str | None = None) -> None:
@@ -41,6 +41,8 @@ def distill(recipe: Recipe, folder: Path, device: str | None = None) -> None:
     """
     from accelerate import PartialState
 
+    check_target(folder, recipe.inputs())
+    recipe = hold_out(recipe)
     parts = recipe.parts()
     if len(parts) == 1:
         _train(parts[0], folder, device)
@@ -93,7 +95,7 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
     if head == own.prediction:
         if (schedule := usable(own)) is own.schedule:
             return teacher
-        return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction))
+        return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction, own.sigma_data))
     fit = fit_settings(settings, student)
     about = {**recipe.table(), "stage": "head"}
     latents = encoded_once(data, teacher.codec)
@@ -125,7 +127,7 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
     checkpoint = newest_checkpoint(place)
     if checkpoint is None:
         raise BadInput("run", str(run), "the folder of a training with a checkpoint")
-    recipe = Recipe.from_table(json.loads((checkpoint / "about.json").read_text())["description"])
+    recipe = Recipe.from_table(read_about(checkpoint)["description"])
     if recipe.whole() != recipe:
         alone = f"a training of another method: students of {recipe.method} are published when they end"
         raise BadInput("run", str(run), alone)
@@ -145,9 +147,12 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:
-    """Say whether this recipe has made the folder already. Raises BadInput if another recipe has."""
+    """Say whether this recipe has made the folder already, to its end. Raises BadInput if another recipe has."""
     if not (folder / MANIFEST).is_file():
         return False
-    if Recipe.load(folder / "recipe.toml").table() != recipe.table():
+    made, wanted = Recipe.load(folder / "recipe.toml").table(), recipe.table()
+    if made == wanted:
+        return True
+    if decisive(made) != decisive(wanted):
         raise BadInput(str(folder), "a student of another recipe", "a folder that this recipe made, or none")
-    return True
+    return False  # its checkpoint is of a shorter training

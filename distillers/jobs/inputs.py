@@ -64,6 +64,34 @@ def _as_drawn(info: Info) -> dict[str, Any]:
     return {"size": height if height == width else [height, width], "channels": info.channels}
 
 
+def hold_out(recipe: Recipe) -> Recipe:
+    """Let a training on a folder of images that names no split keep pictures for `fewstep evaluate`.
+
+    Returns:
+        The recipe with data.split = "train" where the images can be divided, else as it is. A Notice says which.
+
+    Raises:
+        BadInput: what the data refuse.
+    """
+    divided = replace(recipe, data={**recipe.data, "split": "train"}) if _whole_folder(recipe) else recipe
+    try:
+        test = load_data(divided, "test")
+    except BadInput as error:
+        load_data(recipe)  # refuses data that can be no training's
+        text = f"no data are held out, so `fewstep evaluate` will need others by --path ({error})"
+        warnings.warn(text, Notice, stacklevel=2)
+        return recipe
+    if divided is not recipe:
+        text = f'{len(test)} pictures of {test.name} are held out for `fewstep evaluate`: data.split = "train"'
+        warnings.warn(text, Notice, stacklevel=2)
+    return divided
+
+
+def _whole_folder(recipe: Recipe) -> bool:
+    """Say whether the recipe learns from a folder of images without a split."""
+    return recipe.data.get("kind", "images") == "images" and recipe.data.get("split") is None
+
+
 def held_out_data(recipe: Recipe) -> ImageData:
     """Open the test split of a recipe's data; the training data themselves where there is none."""
     try:
@@ -80,12 +108,27 @@ def held_out(folder: Path, path: Path | None = None) -> tuple[ImageData, ImageDa
     if not (folder / "recipe.toml").is_file():
         raise BadInput("weights", str(folder), "a folder with a recipe.toml, which says what data it was trained on")
     recipe = Recipe.load(folder / "recipe.toml")
+    if path is None and _whole_folder(recipe):
+        allowed = "another folder of pictures, by --path: the model has learnt from all of these"
+        raise BadInput("path", recipe.data.get("path"), allowed)
     info = Info.read(folder)
     test, train = load_data(recipe, "test", path, info), load_data(recipe, "train", path, info)
     if len(info.classes) == len(info.labels):
         return test, train
     names = [test.labels[label] for label in info.classes]
     return Part(test, names), Part(train, names)
+
+
+def find_teacher(folder: Path) -> str | None:
+    """Find the teacher of a published folder: beside it, by name, or where its recipe says; None where there is none.
+
+    Returns:
+        A folder or a hub id.
+    """
+    info, file = Info.read(folder), folder / "recipe.toml"
+    if info.teacher and (beside := folder.absolute().parent / info.teacher).is_dir():
+        return str(beside)
+    return Recipe.load(file).teacher if file.is_file() else None
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from distillers.jobs.publish import publish
 from distillers.jobs.recipe import Recipe
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.teacher import Teacher
-from distillers.weights.manifest import Info
+from distillers.weights.manifest import Info, read_json
+from distillers.weights.write import check_target
 
 ALIKE = ("teacher", "task", "sampler", "step_times", "labels", "codec", "patch", "size", "data")
 
@@ -29,6 +30,7 @@ def merge(folders: Sequence[Path], out: Path) -> None:
     if not folders:
         raise BadInput("folders", [], "the folders of all students")
     recipes = [_recipe_of_job(folder) for folder in folders]
+    check_target(out, [*folders, *recipes[0].inputs()])
     opened = [Generator.from_pretrained(folder) for folder in folders]
     first, owner = opened[0].info, dict[int, Path]()
     for folder, generator, recipe in zip(folders, opened, recipes, strict=True):
@@ -72,7 +74,7 @@ def _add_costs(files: Sequence[Path], out: Path) -> None:
     """Write the sum of what all trainings took, and the most memory of one. Nothing is written if one is unknown."""
     if not all(file.is_file() for file in files):
         return
-    costs: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+    costs: list[dict[str, Any]] = [read_json(file) for file in files]
     whole = {**costs[0], **{key: sum(cost[key] for cost in costs) for key in ("iterations", "seconds")}}
     whole["peak_memory_mb"] = max(cost["peak_memory_mb"] for cost in costs)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from distillers.runtime import package_versions
 from distillers.teacher import Teacher
 from distillers.weights.manifest import SAMPLERS, Info
 from distillers.weights.network import guided, null_class_last
-from distillers.weights.write import lcm_times, staged
+from distillers.weights.write import check_target, lcm_times, staged
 
 COLUMNS = 10  # of grid.png
 PACKAGES = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")  # whose versions recipe.toml records
@@ -96,9 +96,12 @@ def adopt(
         null_class: the row of a U-Net's class embedding that stands for no class, for guidance; the classes behind it
             are one less afterwards. None: all rows are classes.
     """
-    generator = Generator.from_pretrained(pipeline)
+    if len(set(steps)) < len(steps):
+        raise BadInput("steps", steps, "different step counts")
     if sampler not in SAMPLERS:
         raise BadInput("sampler", sampler, ", ".join(SAMPLERS))
+    check_target(folder, [pipeline])
+    generator = Generator.from_pretrained(pipeline)
     info = replace(generator.info, name=folder.name, sha256={})
     if null_class is not None:
         null_class_last(generator.denoiser.network, null_class)

@@ -13,6 +13,7 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ NAMES = (
     "reward",
     "pairs",
 )  # of what lies on disk: strings, always
+LONGEST_NAME = 100  # bytes; others are made of it: NAME-student-1, .NAME.new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,8 @@ class ModelSettings:
             raise BadInput("model.patch", self.patch, "absent: the autoencoder has its own factor")
         if self.autoencoder is not None and self.task == "sar-to-optical":
             raise BadInput("model.autoencoder", self.autoencoder, f"absent for {self.task}: no autoencoder knows SAR")
-        sampled = {"vp": ("x0", "eps", "v"), "edm": ("edm", "edm-v")}  # by diffusers' schedulers
-        name = self.schedule.get("name", "vp")
-        if name not in sampled:
-            raise BadInput("model.schedule.name", name, "vp or edm, which diffusers' schedulers can sample")
-        if self.prediction not in sampled[name]:
-            raise BadInput("model.prediction", self.prediction, f"{', '.join(sampled[name])} with the schedule {name}")
+        if self.schedule.get("name", "vp") != "vp":
+            raise BadInput("model.schedule.name", self.schedule["name"], "vp, which diffusers' schedulers can sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +103,18 @@ class Recipe:
         for key in table:
             if key not in known:
                 raise BadInput(key, table[key], "one of " + ", ".join(sorted(known - {"versions"})))
-        if not isinstance(table.get("name"), str) or not table["name"]:
-            raise BadInput("name", table.get("name"), "the name of the folder to make")
+        name = table.get("name")
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NAME:
+            raise BadInput("name", name, f"the name of the folder to make, {LONGEST_NAME} bytes at most")
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise BadInput("name", name, "a name without / and \\, and without a dot at its start")
         teacher, named = table.get("teacher"), kind.starts_from == "teacher"
         if not named and teacher is not None:
             raise BadInput("teacher", teacher, f"absent: {method} trains from data")
         if named and not (isinstance(teacher, str) and teacher):
             raise BadInput("teacher", teacher, "a folder or hub id")
         recipe = cls(
-            name=table["name"],
+            name=name,
             method=method,
             teacher=teacher,
             data=_table(table, "data"),
@@ -136,6 +137,10 @@ class Recipe:
         options = raw.pop("options")
         table = {k: v for k, v in raw.items() if v not in (None, {})}
         return {**table, **({self.method: options} if options else {})}
+
+    def inputs(self) -> list[str]:
+        """List all that the recipe names to be read: folders, hub ids, files."""
+        return list(_named(self.table(), NAMES[2:]))
 
     def write(self, file: Path, versions: dict[str, Any]) -> None:
         """Write the TOML file, with a table of the package versions that the job ran with."""
@@ -204,6 +209,15 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(str(file), str(error), "valid TOML") from None
+
+
+def _named(table: Any, keys: Collection[str]) -> Iterator[str]:
+    """Find the strings under these keys in a table, and in the tables and lists within it."""
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if key in keys and isinstance(value, str):
+            yield value
+        for inner in value if isinstance(value, list) else (value,):
+            yield from _named(inner, keys)
 
 
 def value_of(key: str, text: str) -> Any:

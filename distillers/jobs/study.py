@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from distillers.data import ImageData
-from distillers.errors import BadInput, checked
+from distillers.errors import BadInput, check_place, checked
 from distillers.evaluation.evaluate import check_evaluation, evaluate
 from distillers.evaluation.features import Features, load_features
 from distillers.evaluation.latency import latencies_of
@@ -58,12 +58,15 @@ from distillers.evaluation.report import (
 )
 from distillers.evaluation.student_drift import describe_course, track_training
 from distillers.generator import Generator
-from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.inputs import hold_out, load_data, load_teacher
 from distillers.jobs.publish import draw_rows
 from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
 from distillers.training.reward import load_reward
+from distillers.training.settings import BESIDE
+from distillers.weights.manifest import read_json
+from distillers.weights.write import check_target
 
 Say = Callable[[str], None]
 
@@ -98,8 +101,8 @@ class Study:
     @classmethod
     def load(cls, file: Path) -> Study:
         """Read a study. Raises BadInput for what is missing, unknown or of the wrong type."""
-        if not file.is_file():
-            raise BadInput("study", str(file), "a TOML file")
+        if not file.is_file() or file.suffix.lower() != ".toml":  # beside it lie its .json, .md and .png
+            raise BadInput("study", str(file), "a TOML file, with a name that ends in .toml")
         table = read_toml(file)
         for name in ("title", "teacher", "students"):
             if name not in table:
@@ -116,7 +119,7 @@ class Study:
         plans: dict[str, tuple[str, Recipe]] = {}
         for student in self.students:
             own = Recipe.load(student)
-            plan = Recipe.load(student, self.overrides(own.name))
+            plan = hold_out(Recipe.load(student, self.overrides(own.name)))
             if own.teacher is None or Path(own.teacher).name != Path(self.teacher).name:
                 raise BadInput(
                     "study.students", f"{student}, of {own.teacher or 'data'}", f"students of {self.teacher}"
@@ -167,6 +170,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
     if jobs < 1:
         raise BadInput("jobs", jobs, "1 or more")
     study = Study.load(file)
+    check_place(file.parent)
     plans = study.plans()
     sources = [plan for _, plan in plans.values() if plan.data.get("kind") != "preferences"]
     if not sources:
@@ -181,6 +185,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
         teacher.times(steps)
     for _, plan in plans.values():
         load_teacher(plan, train)
+        check_target(runs / plan.name, plan.inputs())
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)
@@ -199,7 +204,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
         )
         for name, student in students.items()
     }
-    costs = {name: json.loads((runs / name / "training" / "cost.json").read_text()) for name in students}
+    costs = {name: read_json(runs / name / "training" / "cost.json") for name in students}
     paced = _pace([(teacher, report), *((students[name], reports[name]) for name in students)], pace, test)
     lines = _lines(study, report, reports, costs, paced)
     _write(file, study, report, reports, lines, costs, failed)
@@ -244,9 +249,6 @@ def _train_missing(
 def _finished(folder: Path) -> bool:
     """Say whether a folder is published and its training's cost known."""
     return (folder / "fewstep.json").is_file() and (folder / "training" / "cost.json").is_file()
-
-
-BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")  # leave the weights as they are
 
 
 def _check_folder(folder: Path, plan: Recipe) -> None:
@@ -341,7 +343,7 @@ def _pace(measured: list[tuple[Generator, Report]], steps: int, data: ImageData)
 def _read_report(file: Path) -> dict[str, Any]:
     """Read a report's JSON; {} if it is absent or broken."""
     try:
-        return dict(json.loads(file.read_text()))
+        return read_json(file)
     except (OSError, ValueError):  # absent, or half written by a killed process
         return {}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
-from distillers.errors import BadInput
+from distillers.errors import BadInput, check_file
 from distillers.sar.raster import import_rasterio
 
 LOOKS = 4.4  # of Sentinel-1 IW GRD
@@ -37,6 +37,9 @@ def demonstration(path: str | Path, side: int = 512, seed: int = 0) -> None:
     """
     if not 64 <= side <= 8192:
         raise BadInput("side", side, "64 to 8192")
+    if seed < 0:
+        raise BadInput("seed", seed, "0 or more")
+    check_file(Path(path), ".tif", ".tiff")
     rasterio, rng = import_rasterio(), np.random.default_rng(seed)
     cover = land(side, rng)
     levels = np.array(list(COVERS.values()), dtype=np.float32)

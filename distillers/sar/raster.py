@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distillers.errors import BadInput, check_suffix
+from distillers.errors import BadInput, check_file
 from distillers.models import radiometry
 from distillers.models.radiometry import Radiometry
 
@@ -306,10 +306,8 @@ def _check_whole(path: Path) -> None:
 
 def check_output(scene: Path, out: Path) -> None:
     """Refuse with BadInput a name that a GeoTIFF cannot have, or that is the scene's own."""
-    check_suffix(out, ".tif", ".tiff")
-    if out.exists() and scene.exists() and out.samefile(scene):
-        raise BadInput("out", str(out), "another file than the scene itself")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+    check_file(out, ".tif", ".tiff", inputs=[scene])
+    if not out.parent.is_dir():
         raise BadInput("out", str(out), "a name in an existing folder that can be written")
 
 

@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ class Batches:
                 num_workers=self.settings.workers,
                 pin_memory=self.pin_memory,
                 multiprocessing_context=context,
+                worker_init_fn=_ignore_interrupts,
             )
             self._workers = iter(loader)
         return next(self._workers)
@@ -76,6 +78,11 @@ class Batches:
         """End the thread and the processes."""
         self._thread.shutdown(cancel_futures=True)
         self._workers = None
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the training: it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Indexed(Dataset[dict[str, Tensor]]):

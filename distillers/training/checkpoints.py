@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from distillers.errors import BadInput
+from distillers.training.settings import BESIDE
+from distillers.weights.manifest import read_json
 
 KEPT = 2
 
@@ -52,16 +55,20 @@ class Checkpoints:
         """Read the newest checkpoint: (state, about), None if there is none.
 
         Raises:
-            BadInput: it belongs to a run of another description.
+            BadInput: it belongs to a run of another description; `decisive` says in what they may differ.
         """
         newest = newest_checkpoint(self.out)
         if newest is None:
             return None
-        about = json.loads((newest / "about.json").read_text())
-        if about["description"] != self.description:
+        about = read_about(newest)
+        if decisive(about["description"]) != decisive(self.description):
             allowed = "an empty folder, or the recipe that began there"
             raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
-        return torch.load(newest / "state.pt", map_location=device, weights_only=True), about
+        try:
+            return torch.load(newest / "state.pt", map_location=device, weights_only=True), about
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            allowed = f"a whole file; without {newest} the training goes on from an earlier checkpoint"
+            raise BadInput(str(newest / "state.pt"), str(error).splitlines()[0], allowed) from None
 
     def prune(self) -> None:
         """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
@@ -81,6 +88,20 @@ class Checkpoints:
             raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
         for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
             averages[name].load_state_dict(values)
+
+
+def decisive(description: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what may change while a training goes on: its length, and what leaves the weights as they are."""
+    train = {k: v for k, v in description.get("train", {}).items() if k not in ("iterations", *BESIDE)}
+    return {**description, "train": train}
+
+
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself. Raises BadInput if that is damaged."""
+    about = read_json(checkpoint / "about.json")
+    if not isinstance(about.get("description"), dict) or not isinstance(about.get("iteration"), int):
+        raise BadInput(str(checkpoint / "about.json"), sorted(about), "a description and an iteration")
+    return about
 
 
 def whole_checkpoints(out: Path) -> list[Path]:

@@ -83,8 +83,11 @@ class Reward(nn.Module):
         super().__init__()
         self.reward, self.codec = reward, codec
         tried = x0.clone().requires_grad_()
-        with torch.enable_grad():
-            value = torch.as_tensor(reward(codec.decode(tried), cond))
+        try:
+            with torch.enable_grad():
+                value = torch.as_tensor(reward(codec.decode(tried), cond))
+        except (TypeError, RuntimeError) as error:
+            raise BadInput("reward", f"{type(error).__name__}: {error}", "a function (pixels, cond) -> (B,)") from error
         silent = differentiable and not value.requires_grad
         if value.shape != (len(x0),) or not bool(value.isfinite().all()) or silent:
             given = f"{value.tolist()} for an example" + (", without a gradient" if silent else "")

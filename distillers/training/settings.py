@@ -8,6 +8,8 @@ from typing import Literal
 from distillers.errors import BadInput
 from distillers.training.execution import Compile
 
+BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")  # leave the weights as they are
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:

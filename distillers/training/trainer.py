@@ -12,9 +12,10 @@ import json
 import signal
 import sys
 import time
+import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
-from distillers.errors import BadInput, TrainingStopped
+from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.generator import Generator
 from distillers.models.conditions import split
 from distillers.progress import progress_bar
@@ -68,7 +69,7 @@ def train(
         `settings.publish` says so.
 
     Raises:
-        TrainingStopped: a loss was not finite; SIGTERM arrived (a checkpoint was written first).
+        TrainingStopped: a loss was not finite; SIGTERM or SIGINT arrived (a checkpoint was written first).
         BadInput: the checkpoints in `out` belong to another recipe; a tracker or player that does not exist.
     """
     from rich.progress import TextColumn
@@ -499,26 +500,43 @@ class Run:
         run_as(self.nets, self.execution)
         if self.accelerator.is_main_process:
             self.checkpoints.prune()
-        return int(about["iteration"])
+        done, length = int(about["iteration"]), self.settings.iterations
+        if done > length:
+            raise BadInput("train.iterations", length, f"{done} or more, which {self.out} has had already")
+        before, now = (
+            described.get("train", {}).get("iterations", TrainSettings.iterations)
+            for described in (about["description"], self.checkpoints.description)
+        )
+        if before != now:
+            text = f"goes on from iteration {done} of what was a training of {before} iterations and is one of {now}"
+            how = "learning rates and curricula follow the new length from there on"
+            warnings.warn(f"{text}: {how}", Notice, stacklevel=2)
+        return done
 
 
 class _Termination:
-    """A context that notes SIGTERM, so that the loop can write a checkpoint at the end of the iteration."""
+    """A context that notes SIGTERM and SIGINT, so that the loop can write a checkpoint at the end of the iteration.
+
+    A second SIGINT interrupts at once.
+    """
 
     asked = False
 
     def __enter__(self) -> _Termination:
-        self.before: Callable[..., Any] | int | None = None
+        self.before: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
-            self.before = signal.signal(signal.SIGTERM, self._ask)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._ask)
         return self
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def _peak_memory(device: torch.device) -> float:
