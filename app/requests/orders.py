@@ -18,6 +18,7 @@ from app.engine.model import Model
 from app.media.image_files import MIN_SIDE, decode_picture, decode_sar, pad, too_many_pixels
 from app.schemas import SEEDS, ContentFields, EditRequest, PictureFields, RealtimeRequest, SceneFields, SceneFormat
 from distillers.errors import BadInput
+from distillers.models.class_names import class_number
 
 if TYPE_CHECKING:
     from distillers.sar.options import SceneOptions
@@ -175,8 +176,7 @@ def labels_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[i
         return [None for _ in seeds]
     label = body.label
     if prompt:
-        folded = prompt.casefold()
-        label = next((k for k, name in enumerate(names) if name.casefold() == folded), None)
+        label = class_number(prompt, names)
         if label is None:
             more = f" and {len(names) - 40} more in /v1/models/{model.name}" if len(names) > 40 else ""
             raise BadInput("prompt", prompt, ", ".join(names[:40]) + more)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from distillers.errors import BadInput
+from distillers.models.class_names import class_number
 
 Weights = Annotated[
     Path, typer.Argument(help="A weights folder, such as weights/eurosat-consistency.", show_default=False)
@@ -73,10 +74,9 @@ def device_of(name: str) -> str:
 
 
 def label_of(given: str, labels: list[str]) -> int:
-    """Find the index of a class by its name or number. Raises BadInput for any other."""
-    lowered = [label.lower() for label in labels]
-    if given.lower() in lowered:
-        return lowered.index(given.lower())
+    """Find the index of a class by its name, a word of its name, or number. Raises BadInput for any other."""
+    if (number := class_number(given, labels)) is not None:
+        return number
     if given.isdecimal() and int(given) < len(labels):
         return int(given)
     raise BadInput("label", given, ", ".join(labels) or "nothing: this model has no classes")

@@ -36,17 +36,9 @@ from distillers.data.pixels import (
     to_tensor,
 )
 from distillers.errors import BadInput
+from distillers.models.class_names import class_numbers
 
 ENOUGH = 150  # pictures to measure with: a Frechet distance needs more than the features' 128
-
-
-def class_numbers(labels: Sequence[str]) -> dict[str, int]:
-    """Number a model's classes by their names, and by each of the words that a name lists: "tench, Tinca tinca".
-
-    ImageNet's names are such lists. Of two classes with one word, the first has it.
-    """
-    words = {word.strip(): k for k, name in reversed([*enumerate(labels)]) for word in name.split(",")}
-    return words | {name: k for k, name in enumerate(labels)}
 
 
 class PicturesInMemory(ABC):

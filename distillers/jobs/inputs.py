@@ -11,10 +11,10 @@ import torch
 
 from distillers import methods
 from distillers.data import ImageData, Part, open_data, options_of
-from distillers.data.image_folder import class_numbers
 from distillers.data.pixels import listed
 from distillers.errors import BadInput, Notice
 from distillers.jobs.recipe import Recipe
+from distillers.models.class_names import class_numbers
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.radiometry import Radiometry
 from distillers.teacher import Teacher
