@@ -22,6 +22,8 @@ from distillers.data import ImageData, open_data
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.recipe import Recipe
+from distillers.models.clipping import Clipping
+from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import from_config
 from distillers.training.distiller import Distiller, Networks
 from distillers.weights.manifest import AUTOENCODER
@@ -48,6 +50,22 @@ def given_to(generator: Generator, seeds: list[int], data: ImageData) -> dict[st
     if generator.info.task == "class-to-image":
         return {"labels": [5 * i for i in range(len(seeds))]}
     return {"sar": Paired(data).draw(len(seeds), np.random.default_rng(3))["sar"]}
+
+
+@every_generator
+def test_a_clipped_teacher_gives_clipped_targets_and_free_students(name: str, data: ImageData) -> None:
+    """A bound would kill the gradient of what lies outside of it."""
+    method, teacher = methods.find(name)(), teacher_for(task_of(name), data)
+    teacher.denoiser.clipping = Clipping(0.125)
+    nets = method.networks(teacher)
+    trained = [net for net in learners(nets).values() if isinstance(net, Denoiser)]
+    assert trained and not any(net.clipping for net in (*trained, method.generator(nets, teacher).denoiser))
+    if "teacher" in nets:
+        batch = batch_for(teacher, data)
+        cond = {k: v for k, v in batch.items() if k in ("label", "sar")}
+        with torch.no_grad():
+            target = nets["teacher"](torch.randn_like(batch["x0"]), torch.tensor(teacher.denoiser.schedule.t_max), cond)
+        assert float(target.abs().max()) == 0.125
 
 
 @every_generator
