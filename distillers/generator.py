@@ -17,7 +17,6 @@ from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec
 from distillers.models.conditions import Cond, Condition, Given
 from distillers.models.denoiser import Denoiser, Routed
-from distillers.models.schedule import VariancePreserving
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
@@ -86,13 +85,7 @@ class Generator(nn.Module):
             if steps not in self.info.step_times:
                 raise BadInput("steps", steps, ", ".join(map(str, sorted(self.info.step_times))))
             return self.info.step_times[steps]
-        count = min(int(self.schedule.t_max) + 1, 1000) if isinstance(self.schedule, VariancePreserving) else 1000
-        if not 1 <= steps <= count:
-            raise BadInput("steps", steps, f"1 to {count}")
-        if isinstance(self.schedule, VariancePreserving):  # diffusers' "trailing" spacing
-            clock = self.schedule.t_max + 1
-            return [round(clock - i * clock / steps) - 1 for i in range(steps)]
-        return self.schedule.grid(steps + 1)[1:].flip(0).tolist()
+        return self.schedule.sampling_times(steps)
 
     def forward(
         self,

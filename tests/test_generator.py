@@ -17,7 +17,7 @@ from distillers.evaluation.pictures import to_pixels
 from distillers.generator import MAX_SEED, Generator, seeded_noise
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
-from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving, from_config
+from distillers.models.schedule import NoiseSchedule, Prediction, Trigonometric, VariancePreserving, from_config
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
@@ -152,7 +152,7 @@ def test_a_teachers_times_are_diffusers_trailing_ones(steps: int) -> None:
 
 
 def test_schedules_without_a_clock_are_walked_on_their_grid() -> None:
-    schedule = EDM()
+    schedule = Trigonometric()
     times = Generator(Denoiser(nn.Linear(1, 1), schedule, "x0"), PixelUnshuffle(), untrained().info).times(5)
     assert times[0] == pytest.approx(schedule.t_max) and times == sorted(times, reverse=True) and len(times) == 5
     assert times[-1] > schedule.t_min

@@ -555,7 +555,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: save_parts(p, unet=unet(), scheduler=diffusers.CMStochasticIterativeScheduler()),
         "CMStochasticIterativeScheduler",
     ),
-    "EDM's clock": (lambda p: save_parts(p, unet=unet(), scheduler=diffusers.EDMEulerScheduler()), "EDMEulerScheduler"),
+    "EDM's other spacing": (
+        lambda p: save_parts(p, unet=unet(), scheduler=diffusers.EDMEulerScheduler(sigma_schedule="exponential")),
+        "sigma_schedule",
+    ),
+    "EDM and x0": (
+        lambda p: save_parts(
+            p, unet=unet(), scheduler=diffusers.EDMDPMSolverMultistepScheduler(prediction_type="sample")
+        ),
+        "EDMDPMSolverMultistepScheduler with sample",
+    ),
     "a beta schedule of Heun's alone": (
         lambda p: save_parts(p, unet=unet(), scheduler=diffusers.HeunDiscreteScheduler(beta_schedule="exp")),
         "beta_schedule: got 'exp'.*sigmoid, laplace",

@@ -95,7 +95,7 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
     if head == own.prediction:
         if (schedule := usable(own)) is own.schedule:
             return teacher
-        return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction, own.sigma_data))
+        return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction))
     fit = fit_settings(settings, student)
     about = {**recipe.table(), "stage": "head"}
     latents = encoded_once(data, teacher.codec)

@@ -62,8 +62,12 @@ class ModelSettings:
             raise BadInput("model.patch", self.patch, "absent: the autoencoder has its own factor")
         if self.autoencoder is not None and self.task == "sar-to-optical":
             raise BadInput("model.autoencoder", self.autoencoder, f"absent for {self.task}: no autoencoder knows SAR")
-        if self.schedule.get("name", "vp") != "vp":
-            raise BadInput("model.schedule.name", self.schedule["name"], "vp, which diffusers' schedulers can sample")
+        sampled = {"vp": ("x0", "eps", "v"), "edm": ("edm", "edm-v")}  # by diffusers' schedulers
+        name = self.schedule.get("name", "vp")
+        if name not in sampled:
+            raise BadInput("model.schedule.name", name, "vp or edm, which diffusers' schedulers can sample")
+        if self.prediction not in sampled[name]:
+            raise BadInput("model.prediction", self.prediction, f"{', '.join(sampled[name])} with the schedule {name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ class Denoiser(nn.Module):
         network: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, or a module called as
             `network(x, time, **cond)`.
         schedule: what x_t = alpha x0 + sigma eps means for this network.
-        prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0) or "flow" (eps - x0).
-        sigma_data: standard deviation of the data; used only to scale inputs of a variance-exploding schedule.
+        prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0), "flow" (eps - x0), "edm" (F of
+            Karras et al. 2022) or "edm-v" (-F). On the variance-exploding schedule any of them reads c_in x_t.
         clipping: the bound that the pipeline's own sampler puts on x0; None for none, as with all that is trained.
 
     Shapes: x_t (B, C, H, W) or (B, D); t () or (B,); result like x_t, float32.
@@ -39,13 +39,12 @@ class Denoiser(nn.Module):
         network: nn.Module,
         schedule: NoiseSchedule,
         prediction: Prediction,
-        sigma_data: float = 0.5,
         clipping: Clipping | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
-        self.network, self.schedule, self.prediction, self.sigma_data = network, schedule, prediction, sigma_data
+        self.network, self.schedule, self.prediction = network, schedule, prediction
         self.clipping = clipping
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -65,7 +64,7 @@ class Denoiser(nn.Module):
     def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Run the network and return its output, in its own prediction type, float32."""
         if isinstance(self.schedule, EDM):  # keep the input near unit variance (Karras et al. 2022, c_in)
-            x_in = x_t / like((self.sigma_data**2 + t.double() ** 2).sqrt(), x_t)
+            x_in = x_t / like((self.schedule.sigma_data**2 + t.double() ** 2).sqrt(), x_t)
         else:
             x_in = x_t
         time = self.schedule.network_time(t)

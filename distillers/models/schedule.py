@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distillers.errors import BadInput
 
-Prediction = Literal["x0", "eps", "v", "flow"]
+Prediction = Literal["x0", "eps", "v", "flow", "edm", "edm-v"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 PLAIN = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")  # options that say all of most schedules
 STOCK_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that every scheduler of diffusers knows
@@ -40,6 +40,12 @@ def _cached_coefficients(schedule: NoiseSchedule, t: float) -> tuple[float, floa
     return float(schedule.alpha(at)), float(schedule.sigma(at))
 
 
+def check_count(field: str, given: int, most: int) -> None:
+    """Raise BadInput unless a number is 1 to `most`."""
+    if not 1 <= given <= most:
+        raise BadInput(field, given, f"1 to {most}")
+
+
 class NoiseSchedule(ABC):
     """The forward process x_t = alpha(t) x0 + sigma(t) eps. Subclasses define alpha, sigma and the time range."""
 
@@ -47,6 +53,7 @@ class NoiseSchedule(ABC):
     t_min: float
     t_max: float
     rho: float = 1.0  # spacing of `grid`: 1 = uniform in t; EDM uses 7
+    sigma_data: float = 1.0  # standard deviation of the data, as the predictions "edm" and "edm-v" assume it
     velocity: ClassVar[Prediction | None] = None  # the prediction that is dx_t/dt itself, where there is one
 
     @abstractmethod
@@ -90,7 +97,9 @@ class NoiseSchedule(ABC):
         """Convert a network output of the given kind into the clean estimate x0.
 
         v is diffusers' velocity alpha eps - sigma x0 and needs alpha^2 + sigma^2 = 1 only if it is to be orthogonal;
-        the inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0.
+        the inverse below divides by alpha^2 + sigma^2 and holds for every schedule. flow is eps - x0. edm is the F of
+        Karras et al. 2022, eq. 7: x0 = c_skip x_t + c_out F, of about unit size at all times; edm-v is -F, which
+        diffusers' EDM schedulers call v_prediction.
         """
         a, s = self._at(t, x_t)
         if prediction == "x0":
@@ -101,6 +110,9 @@ class NoiseSchedule(ABC):
             return (a * x_t - s * output) / (a * a + s * s)
         if prediction == "flow":
             return (x_t - s * output) / (a + s)
+        if prediction in ("edm", "edm-v"):
+            c_skip, c_out = self._preconditioning(t, x_t)
+            return c_skip * x_t + (c_out if prediction == "edm" else -c_out) * output
         raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
 
     def output_from(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -114,7 +126,16 @@ class NoiseSchedule(ABC):
             return (a * x_t - (a * a + s * s) * x0) / s
         if prediction == "flow":
             return (x_t - (a + s) * x0) / s
+        if prediction in ("edm", "edm-v"):
+            c_skip, c_out = self._preconditioning(t, x_t)
+            return (x0 - c_skip * x_t) / (c_out if prediction == "edm" else -c_out)
         raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
+
+    def _preconditioning(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute c_skip and c_out (Karras et al. 2022, table 1), for any alpha: theirs is 1."""
+        a, s = self._coefficients(t)
+        variance = (a * self.sigma_data) ** 2 + s**2  # of x_t
+        return like(a * self.sigma_data**2 / variance, x), like(s * self.sigma_data / variance.sqrt(), x)
 
     def eps_from(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Compute the noise eps = (x_t - alpha x0) / sigma."""
@@ -209,6 +230,15 @@ class NoiseSchedule(ABC):
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
+    def sampling_times(self, steps: int) -> list[float]:
+        """List the times of so many steps of a teacher, descending: the upper ends of as many parts of the range.
+
+        Raises:
+            BadInput: no step, over 1000, or more than the schedule has.
+        """
+        check_count("steps", steps, 1000)
+        return self.grid(steps + 1)[1:].flip(0).tolist()
+
     def until(self, t_max: float) -> NoiseSchedule:
         """Return this schedule with an earlier end: the process is the same, and its noisiest time is t_max.
 
@@ -227,13 +257,23 @@ class NoiseSchedule(ABC):
 
 
 class EDM(NoiseSchedule):
-    """The variance-exploding schedule alpha = 1, sigma = t (Karras et al. 2022)."""
+    """The variance-exploding schedule alpha = 1, sigma = t (Karras et al. 2022).
+
+    Args:
+        sigma_data: standard deviation of the data.
+        rho: spacing of the grid.
+
+    Raises:
+        BadInput: numbers that are not above 0, or an end before the beginning.
+    """
 
     name = "edm"
-    rho = 7.0
 
-    def __init__(self, t_min: float = 0.002, t_max: float = 80.0) -> None:
-        self.t_min, self.t_max = t_min, t_max
+    def __init__(self, t_min: float = 0.002, t_max: float = 80.0, sigma_data: float = 0.5, rho: float = 7.0) -> None:
+        if not 0 <= t_min < t_max or sigma_data <= 0 or rho <= 0:
+            given = (t_min, t_max, sigma_data, rho)
+            raise BadInput("t_min, t_max, sigma_data, rho", given, "numbers above 0, t_min below t_max")
+        self.t_min, self.t_max, self.sigma_data, self.rho = t_min, t_max, sigma_data, rho
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
@@ -242,8 +282,16 @@ class EDM(NoiseSchedule):
         return t.double()
 
     def network_time(self, t: Tensor) -> Tensor:
-        """Compute 250 ln(sigma), as diffusers does for consistency models (1000 times EDM's ln(sigma)/4)."""
-        return 250 * t.log()
+        """Compute c_noise = ln(sigma) / 4 (Karras et al. 2022, table 1)."""
+        return t.log() / 4
+
+    def sampling_times(self, steps: int) -> list[float]:
+        """List the times of so many steps, descending, both ends among them: those of diffusers' EDM schedulers."""
+        check_count("steps", steps, 1000)
+        return [self.t_max] if steps == 1 else self.grid(steps).flip(0).tolist()
+
+    def to_config(self) -> dict[str, Any]:
+        return {**super().to_config(), "sigma_data": self.sigma_data, "rho": self.rho}
 
 
 class RectifiedFlow(NoiseSchedule):
@@ -338,6 +386,12 @@ class VariancePreserving(NoiseSchedule):
             raise BadInput("grid points", n, f"1 to {int(clock // 2)}: half of the schedule's {int(clock)} timesteps")
         return torch.tensor([0.0] + [float(round(i * clock / n) - 1) for i in range(1, n + 1)], dtype=torch.float64)
 
+    def sampling_times(self, steps: int) -> list[float]:
+        """List the times of so many steps, descending, at diffusers' "trailing" spacing."""
+        clock = int(self.t_max) + 1
+        check_count("steps", steps, min(clock, 1000))
+        return [float(round(clock - i * clock / steps) - 1) for i in range(steps)]
+
     def until(self, t_max: float) -> VariancePreserving:
         """Return the schedule of the first betas, whose last whole timestep is t_max or the one before."""
         if not 1 <= t_max <= self.t_max:
@@ -405,6 +459,9 @@ def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
         return RectifiedFlow(
             clock=scheduler_config.get("num_train_timesteps", 1000), shift=scheduler_config.get("shift", 1.0)
         )
+    if scheduler_config.get("_class_name", "").startswith("EDM"):
+        named = {"t_min": "sigma_min", "t_max": "sigma_max", "sigma_data": "sigma_data", "rho": "rho"}
+        return EDM(**{own: scheduler_config[theirs] for own, theirs in named.items() if theirs in scheduler_config})
     config = {
         k: scheduler_config[k] for k in (*PLAIN, "trained_betas", "rescale_betas_zero_snr") if k in scheduler_config
     }

@@ -187,7 +187,7 @@ def new_student(
         begun = own.network
     else:
         begun = rebuilt(own.network, network or {}, field)
-    return trainable_copy(Denoiser(begun, schedule, own.prediction, own.sigma_data))
+    return trainable_copy(Denoiser(begun, schedule, own.prediction))
 
 
 def rebuilt(network: nn.Module, options: Mapping[str, Any], field: str) -> nn.Module:

@@ -22,7 +22,7 @@ from distillers.data import ImageData
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.denoiser import Denoiser
-from distillers.models.schedule import NoiseSchedule, Prediction, VariancePreserving
+from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
 from distillers.training.losses import denoising
@@ -75,6 +75,11 @@ def check_start(student: StudentSettings, teacher: Teacher) -> None:
     if student.start_time is None:
         return
     schedule = usable(teacher.denoiser)
+    if isinstance(schedule, EDM):
+        if not schedule.t_min < student.start_time <= schedule.t_max:
+            allowed = f"a sigma above {schedule.t_min:g}, up to {schedule.t_max:g}, or absent for the last"
+            raise BadInput("student.start_time", student.start_time, allowed)
+        return
     if not isinstance(schedule, VariancePreserving):
         raise BadInput("student.start_time", student.start_time, f"absent: schedules of {schedule.name} have one start")
     if not 1 <= student.start_time <= schedule.t_max:
@@ -106,7 +111,7 @@ class HeadFit(Distiller):
 
     def networks(self, teacher: Teacher) -> Networks:
         own = teacher.denoiser
-        learner = Denoiser(own.network, usable(own), self.prediction, own.sigma_data)
+        learner = Denoiser(own.network, usable(own), self.prediction)
         return Networks({"student": trainable_copy(learner), "teacher": frozen(own)})
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:

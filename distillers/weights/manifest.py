@@ -24,6 +24,7 @@ ROLES = ("teacher", "student")
 STUDENTS = "students"
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, "scheduler")  # the network first: see `staged`
+EDM_PREDICTIONS: dict[str, Prediction] = {"epsilon": "edm", "v_prediction": "edm-v"}  # of diffusers' EDM schedulers
 DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 

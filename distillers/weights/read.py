@@ -21,6 +21,7 @@ from distillers.weights.manifest import (
     ADAPTER,
     AUTOENCODER,
     DIFFUSERS_PREDICTIONS,
+    EDM_PREDICTIONS,
     MANIFEST,
     PARTS,
     STUDENTS,
@@ -52,6 +53,7 @@ NETWORKS = (
     "Transformer2DModel",  # DiT, as older diffusers saved it
 )
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
+EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or noises a network is called with
     "timestep_type": "discrete",
@@ -59,6 +61,7 @@ OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or no
     "invert_sigmas": False,
     "use_dynamic_shifting": False,
     "shift_terminal": None,
+    "sigma_schedule": "karras",
 }
 HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
 GUIDANCE = {"StableDiffusionPipeline": 7.5, SDXL: 5.0}  # diffusers' defaults
@@ -283,7 +286,7 @@ def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     kind = scheduler.get("_class_name", "no scheduler")
-    known = {k.name for k in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"LCMScheduler", "TCDScheduler"}
+    known = {k.name for k in KarrasDiffusionSchedulers} | {"LCMScheduler", "TCDScheduler", *EDMS}
     if kind not in known | set(FLOWS):  # any other has another clock, and would be misread
         raise BadInput(str(folder), kind, "scheduler_config.json of " + ", ".join(sorted([*known, *FLOWS])))
     defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
@@ -311,12 +314,10 @@ def _prediction(folder: Path, options: dict[str, Any]) -> Prediction:
     kind = options["_class_name"]
     if kind in FLOWS:
         return "flow"
-    given = options.get("prediction_type", "epsilon")
-    if given not in DIFFUSERS_PREDICTIONS:
-        raise BadInput(
-            str(folder / "scheduler"), f"{kind} with {given}", "prediction_type " + ", ".join(DIFFUSERS_PREDICTIONS)
-        )
-    return DIFFUSERS_PREDICTIONS[given]
+    given, known = options.get("prediction_type", "epsilon"), EDM_PREDICTIONS if kind in EDMS else DIFFUSERS_PREDICTIONS
+    if given not in known:
+        raise BadInput(str(folder / "scheduler"), f"{kind} with {given}", "prediction_type " + ", ".join(known))
+    return known[given]
 
 
 def _codec(

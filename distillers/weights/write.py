@@ -19,11 +19,12 @@ from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
-from distillers.models.schedule import RectifiedFlow, VariancePreserving
+from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
     DIFFUSERS_PREDICTIONS,
+    EDM_PREDICTIONS,
     MANIFEST,
     PARTS,
     STUDENTS,
@@ -166,12 +167,13 @@ def _model_index(
 
     For U-Nets it is `ConsistencyModelPipeline`: the only one that hands labels to a UNet2DModel, and it works with
     LCM's and DDIM's schedulers. It knows neither guidance nor a learned variance, and draws squares alone; other shapes
-    are drawn by `DDPMPipeline`, which knows no labels.
+    are drawn by `DDPMPipeline`, which knows no labels and scales no input. EDM's schedulers add no noise between steps.
     """
     import diffusers
 
     config: Any = network.config
-    parts, more, square = {"scheduler": scheduler}, dict[str, Any](), isinstance(config.sample_size, int)
+    parts, more = {"scheduler": scheduler}, dict[str, Any]()
+    square, exploding = isinstance(config.sample_size, int), type(scheduler).__name__.startswith("EDM")
     if prompts is not None and isinstance(codec, Vae):
         kind, parts["unet"], parts["vae"] = "StableDiffusionPipeline", network, codec.vae
         for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
@@ -191,7 +193,8 @@ def _model_index(
         and config.in_channels == config.out_channels
         and info.guidance_scale == 1
         and hasattr(scheduler, "scale_model_input")
-        and (square or not info.labels)
+        and (square or not (info.labels or exploding))
+        and not (exploding and info.sampler == "consistency" and info.default_steps > 1)
     ):
         kind, parts["unet"] = "ConsistencyModelPipeline" if square else "DDPMPipeline", network
     else:
@@ -207,12 +210,14 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     schedule, prediction = denoiser.schedule, denoiser.prediction
     if isinstance(schedule, RectifiedFlow) and prediction == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.clock, shift=schedule.shift)
+    preconditioned = {v: k for k, v in EDM_PREDICTIONS.items()}
+    if isinstance(schedule, EDM) and prediction in preconditioned:
+        return diffusers.EDMEulerScheduler(**_edm_range(schedule, info), prediction_type=preconditioned[prediction])
     kinds = {v: k for k, v in DIFFUSERS_PREDICTIONS.items()}
     if not isinstance(schedule, VariancePreserving) or prediction not in kinds:
         given = f"{schedule.name} with {prediction}"
-        raise BadInput(
-            "schedule, prediction", given, f"flow with flow, or vp with {', '.join(kinds)}: what diffusers samples"
-        )
+        allowed = f"flow with flow, edm with edm or edm-v, or vp with {', '.join(kinds)}: what diffusers samples"
+        raise BadInput("schedule, prediction", given, allowed)
     config = {
         **schedule.betas_config,
         "num_train_timesteps": _clock(schedule),
@@ -225,6 +230,13 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     # One step at t_min, as BOOT's students are called, is what "leading" makes of one step.
     spacing = "leading" if info.step_times == {1: [schedule.t_min]} else "trailing"
     return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
+
+
+def _edm_range(schedule: EDM, info: Info) -> dict[str, Any]:
+    """Make the range of a stock EDM scheduler whose steps, in the default number, are the published ones."""
+    times = info.step_times.get(info.default_steps, [schedule.t_max])
+    last = times[-1] if len(times) > 1 else schedule.t_min
+    return {"sigma_min": last, "sigma_max": times[0], "sigma_data": schedule.sigma_data, "rho": schedule.rho}
 
 
 def _clock(schedule: VariancePreserving) -> int:
