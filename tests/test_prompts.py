@@ -148,9 +148,10 @@ def test_statistics_of_latents_are_read_where_stock_diffusers_reads_them(tmp_pat
     for read, name in ((Generator.from_pretrained, "sd"), (read_autoencoder, "xl")):  # of a model of its own
         with pytest.raises(BadInput, match=r"latents_mean: got \[-1.6"):
             read(tmp_path / name / "pipeline")  # type: ignore[operator]
-    half = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latents_std=[1.0] * 4)
-    with pytest.raises(BadInput, match=r"latents_mean, latents_std.*both"):
-        Vae(half)  # type: ignore[arg-type]
+    for wrong in ({"latents_std": [1.0] * 4}, {"latents_mean": [0.0] * 4}, {**STATISTICS, "latents_std": [1, 1, 1, 0]}):
+        vae: Any = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **wrong)
+        with pytest.raises(BadInput, match=r"latents_mean, latents_std.*4 of each"):
+            Vae(vae)
 
 
 def test_an_adopted_folder_is_a_student_that_stock_diffusers_still_opens(

@@ -309,6 +309,24 @@ def test_what_is_trained_is_not_clipped_and_says_so(tmp_path: Path) -> None:
         assert Teacher.from_pretrained(tmp_path / name).denoiser.clipping == (Clipping(0.125) if says else None)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip_sample": True, "clip_sample_range": None},
+        {"clip_sample": True, "clip_sample_range": -1.0},
+        {"thresholding": True, "dynamic_thresholding_ratio": 2},
+        {"num_train_timesteps": "many"},
+    ],
+    ids=str,
+)
+def test_options_that_are_none_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    save_parts(tmp_path, unet=unet(), scheduler=ddim())
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    with pytest.raises(BadInput, match=r"scheduler|clip_sample_range|dynamic_thresholding_ratio"):
+        Teacher.from_pretrained(tmp_path)
+
+
 def test_dynamic_thresholds_are_written_as_they_were_read(tmp_path: Path) -> None:
     save_parts(tmp_path / "theirs", unet=unet(), scheduler=ddim(**CLIPPED[2]))
     generator = Generator.from_pretrained(tmp_path / "theirs")

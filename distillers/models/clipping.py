@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillers.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Clipping:
@@ -22,10 +24,19 @@ class Clipping:
         limit: x0 is held within [-limit, limit]; with a quantile it is the largest threshold.
         quantile: of a picture's |x0| that becomes its threshold s, from 1 to `limit`: x0 is held within [-s, s] and
             divided by s (Saharia et al. 2022, sec. 2.3); None for the plain bound.
+
+    Raises:
+        BadInput: a limit that is not above 0, a quantile outside 0 to 1.
     """
 
     limit: float = 1.0
     quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise BadInput("clip_sample_range, sample_max_value", self.limit, "a number above 0")
+        if self.quantile is not None and not 0 <= self.quantile <= 1:
+            raise BadInput("dynamic_thresholding_ratio", self.quantile, "0 to 1")
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Clip x0, in its own dtype."""

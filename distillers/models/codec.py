@@ -75,7 +75,7 @@ class Vae(ImageCodec):
     An SDXL autoencoder may have statistics of its own for each channel, `latents_mean` and `latents_std`.
 
     Raises:
-        BadInput: one of the two without the other.
+        BadInput: other statistics than one of each for every channel.
     """
 
     kind = "vae"
@@ -87,11 +87,12 @@ class Vae(ImageCodec):
         self.decoder: nn.Module = Decoder(self.vae)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         scaling, mean, std = (self.vae.config.get(k) for k in ("scaling_factor", "latents_mean", "latents_std"))
-        if (mean is None) != (std is None):
-            raise BadInput("vae: latents_mean, latents_std", (mean, std), "both, or neither")
+        wanted = [self.vae.config.latent_channels] * 2
+        if (mean or std) and ([len(mean or ()), len(std or ())] != wanted or not min(std) > 0):
+            raise BadInput("vae: latents_mean, latents_std", (mean, std), f"{wanted[0]} of each, the second above 0")
         self.scaling: float | Tensor = float(scaling)
         self.shift: float | Tensor = float(self.vae.config.shift_factor or 0)
-        if mean is not None:
+        if mean:
             of_channels = torch.tensor([mean, std])[..., None, None]
             del self.scaling, self.shift
             self.register_buffer("shift", of_channels[0], persistent=False)

@@ -115,8 +115,7 @@ def read_pipeline(
     place = _part(folder, index, "scheduler")
     scheduler = read_json(place / "scheduler_config.json")
     options = _options(place, scheduler)
-    schedule, prediction = _schedule(place, options), _prediction(place, options)
-    clipping = Clipping.from_diffusers(options)
+    (schedule, clipping), prediction = _schedule(place, options), _prediction(place, options)
     networks = [_load(place, NETWORKS, dtype) for place in places]
     if prediction == "eps" and (ratio := float(schedule.noise_ratio(torch.tensor(schedule.t_max)))) > HOPELESS:
         warnings.warn(
@@ -299,9 +298,9 @@ def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
     return {"_class_name": kind, **options}
 
 
-def _schedule(folder: Path, options: dict[str, Any]) -> NoiseSchedule:
+def _schedule(folder: Path, options: dict[str, Any]) -> tuple[NoiseSchedule, Clipping | None]:
     try:
-        return from_diffusers(options)
+        return from_diffusers(options), Clipping.from_diffusers(options)
     except BadInput:
         raise
     except Exception as error:  # whatever diffusers' constructor makes of wrong options
@@ -338,7 +337,8 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
         raise BadInput(f"{folder}: sample_size", side, "the size the network was trained at")
     height, width = (side, side) if isinstance(side, int) else side
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    names = index.get("id2label") or {}
+    names = index.get("id2label")
+    names = names if isinstance(names, dict) else {}
     labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
     channels, extra = _channels(config, codec)
     task = "class-to-image" if labels else "image"
