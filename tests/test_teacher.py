@@ -142,6 +142,8 @@ def test_a_pipeline_draws_its_own_pictures(prediction: str, steps: int, tmp_path
         "UniPCMultistepScheduler",
         "LCMScheduler",
         "TCDScheduler",
+        "DDPMParallelScheduler",
+        "SASolverScheduler",
     ],
 )
 def test_any_scheduler_with_ddpms_clock_gives_the_same_schedule(

@@ -54,6 +54,7 @@ NETWORKS = (
 )
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+OTHERS_OF_DDPM = ("LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler")
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or noises a network is called with
     "timestep_type": "discrete",
@@ -285,7 +286,7 @@ def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     kind = scheduler.get("_class_name", "no scheduler")
-    known = {k.name for k in KarrasDiffusionSchedulers} | {"LCMScheduler", "TCDScheduler", *EDMS}
+    known = {k.name for k in KarrasDiffusionSchedulers} | {*OTHERS_OF_DDPM, *EDMS}
     if kind not in known | set(FLOWS):  # any other has another clock, and would be misread
         raise BadInput(str(folder), kind, "scheduler_config.json of " + ", ".join(sorted([*known, *FLOWS])))
     defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
