@@ -22,7 +22,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
-from distillers.models.fixed_time import as_first_timestep, check_rewritable
+from distillers.models.fixed_time import check_rewritable
 from distillers.models.schedule import EDM, like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, new_student, split_batch
@@ -58,7 +58,7 @@ class Boot(Distiller):
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
         student = new_student(teacher)
         student.prediction = "x0"  # a free head: the output is the signal, whatever the teacher's was
-        if isinstance(student.schedule, EDM):  # refused here, not when it is published
+        if isinstance(student.schedule, EDM) and hasattr(student.network, "config"):  # refused here, not when written
             check_rewritable(student.network)
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))
         if left > SIGNAL_LEFT:
@@ -99,17 +99,14 @@ class Boot(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # one step only: the student answers at t_min for any noise, and has no x_t to go on from
-        student = nets["student"]
-        if isinstance(student.schedule, EDM):
-            student = as_first_timestep(student)
         info = replace(
             teacher.info,
             sampler="ddim",
-            step_times={1: [student.schedule.t_min]},
+            step_times={1: [nets["student"].schedule.t_min]},
             default_steps=1,
             guidance_scale=1.0,
         )
-        return Generator(student, teacher.codec, info)
+        return Generator(nets["student"], teacher.codec, info)
 
 
 def signal(student: Denoiser, eps: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

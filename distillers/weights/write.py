@@ -18,6 +18,7 @@ from torch import nn
 from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.fixed_time import as_first_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving
 from distillers.models.text import PromptEncoder
@@ -52,6 +53,10 @@ def write_pipeline(
 
     A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
     """
+    if _is_called_on_noise(denoiser, info):
+        assert isinstance(denoiser, Denoiser)
+        denoiser = as_first_timestep(denoiser)
+        info = replace(info, step_times={1: [denoiser.schedule.t_min]})
     scheduler = _scheduler(denoiser, info)
     lora, index = None, None
     with staged(folder) as new:
@@ -230,6 +235,12 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     # One step at t_min, as BOOT's students are called, is what "leading" makes of one step.
     spacing = "leading" if info.step_times == {1: [schedule.t_min]} else "trailing"
     return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
+
+
+def _is_called_on_noise(denoiser: Denoiser | Routed, info: Info) -> bool:
+    """Tell whether this is BOOT's student of an EDM teacher, whose x0 no stock EDM scheduler takes."""
+    called = info.step_times == {1: [denoiser.schedule.t_min]}
+    return called and isinstance(denoiser.schedule, EDM) and denoiser.prediction == "x0"
 
 
 def _edm_range(schedule: EDM, info: Info) -> dict[str, Any]:
