@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -207,11 +208,17 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     for name in ("cat/1.png", "dog/session1/1.png", "fox/1.png", ".cache/1.png", "loose.png"):
         save(tmp_path / name, noise(0))
     (tmp_path / "cat/3.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.warns(Notice, match=r"left out 3 files, in 2 folders \(cat, dog\), the first cat/3.png. .*cat, fox"):
+    (tmp_path / "gnu").mkdir()
+    with (
+        pytest.warns(Notice, match=r"no pictures of 2 class folders \(dog, gnu\)"),
+        pytest.warns(Notice, match=r"left out 3 files, in 2 folders \(cat, dog\), the first cat/3.png. .*cat, fox"),
+    ):
         folder = ImageFolder(tmp_path, size=16)
     assert folder.labels == ("cat", "fox") and len(folder) == 2
     for name in ("cat/3.png", "dog/session1/1.png", "loose.png"):
         (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "dog")
+    (tmp_path / "gnu").rmdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         ImageFolder(tmp_path, size=16)

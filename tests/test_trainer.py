@@ -452,6 +452,18 @@ def test_a_longer_training_goes_on_from_a_shorter_one(teacher: Teacher, data: Im
         run("parts", 9, learning_rate=0.5)
 
 
+def test_a_damaged_checkpoint_is_named(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
+    train(Regression(), teacher, data, settings(), tmp_path, device="cpu")
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    for name, allowed in (("state.pt", "an earlier checkpoint"), ("about.json", "a description")):
+        for damaged in (b"", b"{}", (newest / name).read_bytes()[:100]):
+            whole = (newest / name).read_bytes()
+            (newest / name).write_bytes(damaged)
+            with pytest.raises(BadInput, match=allowed if damaged == b"{}" else name):
+                train(Regression(), teacher, data, settings(), tmp_path, device="cpu")
+            (newest / name).write_bytes(whole)
+
+
 def test_only_the_recipe_that_began_there_goes_on(teacher: Teacher, data: ImageData, tmp_path: Path) -> None:
     about = {"name": "first", "steps": (1, 2)}  # a tuple, which JSON knows as a list
     train(Regression(), teacher, data, settings(), tmp_path, description=about, device="cpu")

@@ -6,6 +6,7 @@ This file lists the commands in the order in which `fewstep --help` shows them; 
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def main() -> Any:
     with warnings.catch_warnings():
         show = warnings.showwarning
         warnings.showwarning = lambda message, kind, file, *where: (
-            typer.echo(f"note: {message}", err=True) if _is_ours(kind, file) else show(message, kind, file, *where)
+            _note(message) if _is_ours(kind, file) else show(message, kind, file, *where)
         )
         try:
             return app()
@@ -80,6 +81,12 @@ def main() -> Any:
         except OSError as error:
             typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
             sys.exit(1)
+
+
+def _note(message: Warning | str) -> None:
+    """Print a note, once where torchrun started several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"note: {message}", err=True)
 
 
 def _is_ours(kind: type[Warning], file: str) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +37,7 @@ from distillers.data.pixels import (
     tell_left_out,
     to_tensor,
 )
-from distillers.errors import BadInput
+from distillers.errors import BadInput, Notice
 from distillers.models.class_names import class_numbers
 
 ENOUGH = 150  # pictures to measure with: a Frechet distance needs more than the features' 128
@@ -174,6 +176,11 @@ class ImageFolder(PicturesInMemory):
             raise BadInput("path", str(root), f"a folder with images, or with class folders of images{hint}")
         where = f"directly in {listed(self.labels, 'class folder')}" if self.labels else "directly in the folder"
         tell_left_out(root, {file for file, _ in found}, f"pictures {where}")
+        counts = Counter(k for _, k in found)
+        empty = [c.name for c in subfolders(root) if c.name not in self.labels]
+        empty += [name for k, name in enumerate(self.labels) if not counts[k]]
+        if self.labels and empty:
+            warnings.warn(f"{root}: no pictures of {listed(empty, 'class folder')}", Notice, stacklevel=3)
         return found
 
     @cached_property

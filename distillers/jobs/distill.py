@@ -42,7 +42,7 @@ def distill(recipe: Recipe, folder: Path, device: str | None = None) -> None:
     from accelerate import PartialState
 
     check_target(folder, recipe.inputs())
-    recipe = hold_out(recipe)
+    recipe = recipe if _began(folder, recipe) else hold_out(recipe)
     parts = recipe.parts()
     if len(parts) == 1:
         _train(parts[0], folder, device)
@@ -144,6 +144,12 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
     learnt_from = teacher if recipe.teacher else None
     publish(made, recipe, folder, teacher=learnt_from, data=data, iteration=iteration)
     return f"the averages of iteration {iteration} of {settings.iterations}"
+
+
+def _began(folder: Path, recipe: Recipe) -> bool:
+    """Say whether the folder holds a training that learns from the very data of this recipe."""
+    checkpoint = newest_checkpoint(folder / "training")
+    return checkpoint is not None and decisive(read_about(checkpoint)["description"]) == decisive(recipe.table())
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:

@@ -119,7 +119,7 @@ class Study:
         plans: dict[str, tuple[str, Recipe]] = {}
         for student in self.students:
             own = Recipe.load(student)
-            plan = hold_out(Recipe.load(student, self.overrides(own.name)))
+            plan = Recipe.load(student, self.overrides(own.name))
             if own.teacher is None or Path(own.teacher).name != Path(self.teacher).name:
                 raise BadInput(
                     "study.students", f"{student}, of {own.teacher or 'data'}", f"students of {self.teacher}"
@@ -171,7 +171,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
         raise BadInput("jobs", jobs, "1 or more")
     study = Study.load(file)
     check_place(file.parent)
-    plans = study.plans()
+    plans = {name: (student, hold_out(plan)) for name, (student, plan) in study.plans().items()}
     sources = [plan for _, plan in plans.values() if plan.data.get("kind") != "preferences"]
     if not sources:
         raise BadInput("study.students", list(plans), "one or more that learn from data with a test split")

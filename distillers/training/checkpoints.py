@@ -64,11 +64,7 @@ class Checkpoints:
         if decisive(about["description"]) != decisive(self.description):
             allowed = "an empty folder, or the recipe that began there"
             raise BadInput(str(self.out), "checkpoints of another recipe", allowed)
-        try:
-            return torch.load(newest / "state.pt", map_location=device, weights_only=True), about
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            allowed = f"a whole file; without {newest} the training goes on from an earlier checkpoint"
-            raise BadInput(str(newest / "state.pt"), str(error).splitlines()[0], allowed) from None
+        return _load(newest / "state.pt", device), about
 
     def prune(self) -> None:
         """Keep the two newest; remove older ones, and what a killed process left half written or half deleted."""
@@ -86,8 +82,18 @@ class Checkpoints:
         file = self.out / "best.pt"
         if not file.is_file():
             raise BadInput("train.publish", "best", f"last: {self.out} has no watched weights yet")
-        for name, values in torch.load(file, map_location="cpu", weights_only=True).items():
+        for name, values in _load(file, "cpu").items():
             averages[name].load_state_dict(values)
+
+
+def _load(file: Path, device: str | torch.device) -> dict[str, Any]:
+    """Read tensors and numbers. Raises BadInput for a damaged file."""
+    try:
+        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        allowed = f"a whole file; without {file.parent} an earlier checkpoint is taken"
+        raise BadInput(str(file), str(error).splitlines()[0] if str(error) else type(error).__name__, allowed) from None
+    return state
 
 
 def decisive(description: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def train(
         watch = Watch(held_out or data, settings.watch_samples, settings.watch_steps, out)
     try:
         with (
-            _Termination() as termination,
+            _Termination(alone=accelerator.num_processes == 1) as termination,
             progress_bar(TextColumn("{task.fields[loss]}"), disable=not accelerator.is_main_process) as progress,
         ):
             bar = progress.add_task("training", total=settings.iterations, completed=start, loss="")
@@ -517,10 +517,11 @@ class Run:
 class _Termination:
     """A context that notes SIGTERM and SIGINT, so that the loop can write a checkpoint at the end of the iteration.
 
-    A second SIGINT interrupts at once.
+    A second SIGINT interrupts at once, unless there are several processes, to which torchrun sends each twice.
     """
 
-    asked = False
+    def __init__(self, *, alone: bool) -> None:
+        self.asked, self.alone = False, alone
 
     def __enter__(self) -> _Termination:
         self.before: dict[int, Any] = {}
@@ -530,7 +531,7 @@ class _Termination:
         return self
 
     def _ask(self, number: int, _: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.asked and self.alone and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
