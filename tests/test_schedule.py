@@ -264,14 +264,27 @@ def test_noise_added_in_two_steps_is_noise_added_in_one(schedule: NoiseSchedule)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "schedule", [*SCHEDULES, VariancePreserving(torch.linspace(0.01, 0.2, 7))], ids=lambda s: s.name
-)
+ODD = [
+    VariancePreserving(torch.linspace(0.01, 0.2, 7)),
+    VariancePreserving.from_betas("sigmoid"),
+    RectifiedFlow(clock=500, shift=3.0),
+]
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *ODD], ids=lambda s: s.name)
 def test_a_schedule_survives_its_own_config(schedule: NoiseSchedule) -> None:
     again = from_config(schedule.to_config())
     t = torch.linspace(schedule.t_min, schedule.t_max, 50, dtype=torch.float64)
     assert type(again) is type(schedule) and (again.t_min, again.t_max) == (schedule.t_min, schedule.t_max)
     torch.testing.assert_close(again.noise_ratio(t), schedule.noise_ratio(t), rtol=1e-12, atol=0)
+    assert torch.equal(again.grid(9), schedule.grid(9)) and torch.equal(again.network_time(t), schedule.network_time(t))
+
+
+def test_a_shifted_grid_has_the_same_ends_and_is_denser_in_the_noise() -> None:
+    plain, shifted = RectifiedFlow().grid(11), RectifiedFlow(shift=3.0).grid(11)
+    torch.testing.assert_close(shifted[[0, -1]], plain[[0, -1]])
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(shifted, 3 * u / (1 + 2 * u), atol=1.5e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +304,9 @@ def test_a_diffusers_scheduler_becomes_the_same_schedule(config: dict) -> None:
         ({"name": "cosine"}, "schedule.name"),
         ({"name": "trig", "rho": 7}, "schedule"),
         ({"name": "vp", "betas": 3}, "schedule"),
+        ({"name": "vp", "beta_schedule": "exp"}, "beta_schedule"),
+        ({"name": "flow", "shift": 0.0}, "schedule.clock, shift"),
+        ({"name": "flow", "clock": "many"}, "schedule"),
     ],
 )
 def test_a_wrong_schedule_table_is_refused_by_name(config: dict, field: str) -> None:
