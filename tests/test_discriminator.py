@@ -189,7 +189,7 @@ def test_without_its_adversary_it_is_consistency_bit_for_bit() -> None:
         return train_on(exact_teacher(ring()), ring(), method, replace(SETTINGS, iterations=3, warmup=1, batch=64))
 
     given: dict[str, Any] = dict(points=12, solver="heun", target_decay=0.9)
-    plain = run(Consistency(**given))
+    plain = run(Consistency(**given, anchored=0.0))
     for options in (dict(adversarial_weight=0.0), dict(adversarial_start=1.0, layers=("layers.3",))):
         ours = run(AdversarialConsistency(**given, **options))
         assert ours.losses["student"] == plain.losses["student"] and set(ours.losses) == {"student"}
@@ -204,7 +204,7 @@ def test_without_its_adversary_it_is_consistency_bit_for_bit() -> None:
 def test_without_its_adversary_it_is_consistency_on_pictures_too(task: str, shapes: ImageData) -> None:
     teacher = teacher_for(task, shapes)
     batch, students = batch_for(teacher, shapes), []
-    for method in (AdversarialConsistency(adversarial_weight=0.0), Consistency(points=50, solver="ddim")):
+    for method in (AdversarialConsistency(adversarial_weight=0.0), Consistency(points=50, solver="ddim", anchored=0.0)):
         nets = method.networks(teacher)
         torch.manual_seed(0)
         for i in range(3):

@@ -204,7 +204,7 @@ def test_every_method_starts_its_student_with_the_fitted_head(method: str, pipel
     assert nets["student"].prediction == "v" and nets["student"].schedule.t_max == 499
     if "critic" in nets:  # it reads the student's samples at every usable time
         assert nets["critic"].prediction == "v" and nets["critic"].schedule.t_max == 749
-    batch = {"x0": torch.rand(2, 3, 8, 8) * 2 - 1}
+    batch = {"x0": torch.rand(2 * plan.distiller().draws(0.99), 3, 8, 8) * 2 - 1}
     for player, loss in plan.distiller().step(nets, batch, 0.99):
         assert torch.isfinite(loss), player
 

@@ -377,7 +377,8 @@ def consistency_nets(**more: nn.Module) -> Networks:
 def test_consistency_by_hand(distance: Any, solver: Any, decay: float) -> None:
     """Student at x_t, target network (or the student) at the teacher's step from it, one grid point below."""
     nets, batch, points = consistency_nets(), data(), 9
-    (turn,) = play(Consistency(points=points, solver=solver, distance=distance, target_decay=decay), nets, batch)
+    method = Consistency(points=points, solver=solver, distance=distance, target_decay=decay, anchored=0.0)
+    (turn,) = play(method, nets, batch)
     at, below = (turn.of("student")[-1], turn.of("target")[0] if decay else turn.of("student")[0])
     assert shows(at, batch["x0"]) and at.gradient and not below.gradient
     torch.testing.assert_close(below.t, at.t - 999 / (points - 1), atol=2e-3, rtol=0)
@@ -403,11 +404,33 @@ def test_a_guidance_scale_for_each_sample_reaches_teacher_student_and_target() -
 
     nets: Any = nn.ModuleDict({who: Told(who) for who in ("student", "target", "teacher")})
     torch.manual_seed(0)
-    method = Consistency(guidance_range=(2.0, 5.0), guidance_scale=3.0)
+    method = Consistency(guidance_range=(2.0, 5.0), guidance_scale=3.0, anchored=0.0)
     next(method.step(nets, data(), 0.5))
     w = seen["student"]
     assert torch.equal(w, seen["teacher"]) and torch.equal(w, seen["target"])
     assert 2 <= float(w.min()) < 2.02 and 4.98 < float(w.max()) <= 5 and float(w.mean()) == pytest.approx(3.5, abs=0.08)
+
+
+def test_what_has_little_noise_is_anchored_by_hand() -> None:
+    """The first third, at sigma/alpha up to 0.44: the target is the teacher's end, by one midpoint step."""
+    nets, batch, k = consistency_nets(), data(), N // 3
+    (turn,) = play(Consistency(points=9, solver="ddim", anchored=1 / 3 + 1e-6, distance="l2"), nets, batch)
+    (at,), (below,) = turn.of("student"), turn.of("target")
+    first, middle = (call for call in turn.of("teacher") if len(call.t) == k)
+    (over,) = (call for call in turn.of("teacher") if len(call.t) == N - k)
+    assert shows(at, batch["x0"]) and torch.equal(over.x_t, at.x_t[k:]) and torch.equal(first.x_t, at.x_t[:k])
+    torch.testing.assert_close(below.x_t, ddim(over, below.t, nets["teacher"]), atol=2e-3, rtol=2e-3)
+    low, highest = first.t, float(VP.time_at_ratio(torch.tensor(0.44)))
+    assert float(low.max()) < highest + 0.1 and float(low.median()) == pytest.approx(highest / 2, rel=0.1)
+    assert float(at.t[k:].max()) == 999
+    r, r_end = VP.noise_ratio(low), VP.noise_ratio(torch.tensor(0.0))
+    torch.testing.assert_close(VP.noise_ratio(middle.t), (r + r_end) / 2, atol=1e-6, rtol=2e-4)
+    torch.testing.assert_close(middle.x_t, ddim(first, middle.t, nets["teacher"]), atol=1e-4, rtol=1e-4)
+    u, u_middle = first.x_t / column(VP.alpha(low)), middle.x_t / column(VP.alpha(middle.t))
+    slope = (u_middle - drawn(nets["teacher"], middle)) / column(VP.noise_ratio(middle.t))
+    ends = column(VP.alpha(torch.zeros(1))) * (u - column(r - r_end) * slope)
+    y = torch.cat([ends.float(), f_of(nets["target"], below)]).detach()
+    same(turn, mse(f_of(nets["student"], at), y).mean(), nets["student"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -432,7 +455,7 @@ def test_tuning_by_hand(distance: Any, decay: float) -> None:
 
 
 def test_tuning_times_are_lognormal_between_two_least_levels_and_the_greatest() -> None:
-    method = Consistency(source="data", log_mean=0.5, log_std=0.7, ratio_base=1.0001, stages=1)
+    method = Consistency(source="data", log_mean=0.5, log_std=0.7, last_time_share=0.0, ratio_base=1.0001, stages=1)
     torch.manual_seed(0)
     t, s = method.tuning_times(VP, 20_000, 0.0, torch.device("cpu"))
     ratio = VP.noise_ratio(t).log()

@@ -51,9 +51,9 @@ class ContinuousConsistency(Distiller):
     """
 
     source: Literal["teacher", "data"] = "teacher"  # whose trajectory: the teacher's (sCD), or the sample's own (sCT)
-    tangent: Literal["normalised", "clipped"] = "normalised"  # g / (|g| + c), or its elements kept within [-1, 1]
+    tangent: Literal["normalised", "clipped"] = "clipped"  # g / (|g| + c), or its elements kept within [-1, 1]
     tangent_constant: float = 0.1  # c
-    tangent_step: float = 0.0  # radians of phi for a finite difference; 0 = the exact derivative, by JVP
+    tangent_step: float = 0.15  # radians of phi for a finite difference; 0 = the exact derivative, by JVP
     tangent_warmup: float = 0.1  # share of the training over which the unstable part of g is faded in; paper: 10k its
     sigma_data: float = 0.5  # standard deviation of the data: 0.5 of pixels in [-1, 1], about 1 of latents
     log_mean: float | None = None  # of ln(sigma/alpha) at t; absent: the middle of the schedule's range (paper: -1)

@@ -52,7 +52,8 @@ class Networks(nn.ModuleDict):
     def noted(self, samples: Tensor, name: str) -> Tensor:
         """Pass samples (B, ...) on; the norm of the gradient that comes back through them is added to `pulls`."""
         passed = samples.view_as(samples)
-        passed.register_hook(lambda gradient: self.pull(name, gradient.float().norm()))
+        if passed.requires_grad:
+            passed.register_hook(lambda gradient: self.pull(name, gradient.float().norm()))
         return passed
 
     if TYPE_CHECKING:  # torch types every submodule as Tensor | Module

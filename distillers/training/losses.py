@@ -91,6 +91,24 @@ def teacher_step(
     return x_s if solver == "ddim" else schedule.heun_step(x_t, x0, teacher(x_s, s, cond), t, s)
 
 
+@torch.no_grad()
+def teacher_end(teacher: nn.Module, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """Follow the teacher's probability-flow ODE from x_t (B, ...) at t (B,) to t_min, in one midpoint step.
+
+    In u = x/alpha and r = sigma/alpha the ODE is du/dr = (u - x0)/r, taken at half of r: Heun's method would divide the
+    network's error by the r of t_min. For times of little noise.
+    """
+    schedule: NoiseSchedule = teacher.schedule  # type: ignore[assignment]
+    end = t.new_tensor(schedule.t_min)
+    r, r_end = schedule.noise_ratio(t), schedule.noise_ratio(end)
+    middle = schedule.time_at_ratio((r + r_end) / 2)
+    x_middle = schedule.step(x_t, teacher(x_t, t, cond), t, middle)
+    slope = (x_middle / like(schedule.alpha(middle), x_t) - teacher(x_middle, middle, cond)) / like(
+        schedule.noise_ratio(middle), x_t
+    )
+    return like(schedule.alpha(end), x_t) * (x_t / like(schedule.alpha(t), x_t) - like(r - r_end, x_t) * slope)
+
+
 def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sample `count` pairs of adjacent times t = t_{n+1}, s = t_n, with n ~ U{1..N-1} on the grid of N points."""
     grid = schedule.grid(points).to(device)

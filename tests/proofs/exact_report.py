@@ -76,7 +76,7 @@ MATCHING = replace(
     SETTINGS, iterations=1500, learning_rate=1e-3, learning_rates={"critic": 3e-3}, betas=(0.0, 0.99), clip=10.0
 )
 SCM = ContinuousConsistency(
-    sigma_data=1.0, tangent="clipped", tangent_warmup=0.25, log_mean=0.0, log_std=2.0, weight_cap=1e9
+    sigma_data=1.0, tangent="clipped", tangent_step=0.0, tangent_warmup=0.25, log_mean=0.0, log_std=2.0, weight_cap=1e9
 )
 PROOFS: dict[str, Proof] = {
     "consistency": Proof(Consistency(points=20, steps=(1, 2, 4))),

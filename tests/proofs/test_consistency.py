@@ -9,7 +9,7 @@ import pytest
 import torch
 from broken_methods import broken_copies, refute
 from exact_report import PROOFS, SETTINGS, hold, train_on
-from gaussians import ExactStudent, each_schedule, same, single, state
+from gaussians import ExactStudent, diffused, each_schedule, same, single, state
 from torch import Tensor, nn
 
 from distillers.methods.consistency import Consistency
@@ -17,8 +17,8 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher
 from distillers.training.distiller import follow
-from distillers.training.losses import consistency_function, per_sample_mse, pseudo_huber
-from distillers.training.toy import GaussianMixture, StudentNetwork, exact_teacher, ring
+from distillers.training.losses import consistency_function, per_sample_mse, pseudo_huber, teacher_end
+from distillers.training.toy import GaussianMixture, StudentNetwork, exact_teacher, gaussian_flow_map, ring
 
 
 # --- what is true without training -----------------------------------------------------------------------------------
@@ -39,11 +39,34 @@ def test_the_exact_consistency_function_has_no_loss(
 ) -> None:
     """Only the teacher's local error is left: the distance falls with the solver's order plus one."""
     gaussian, stranger = single(schedule), single(schedule, std=0.6)
-    coarse, fine = (Consistency(points=n, solver=solver, distance="l2") for n in (80, 160))
+    coarse, fine = (Consistency(points=n, solver=solver, distance="l2", anchored=0.0) for n in (80, 160))
     left = exact_loss(fine, gaussian, gaussian)
     assert left < 2e-3
     assert math.log2(exact_loss(coarse, gaussian, gaussian) / left) > order + 0.5
     assert exact_loss(fine, stranger, gaussian) > 3 * left, "another Gaussian's map must be told apart"
+
+
+@each_schedule
+def test_the_teachers_own_end_is_of_second_order(schedule: NoiseSchedule) -> None:
+    """From sigma/alpha = 0.08 and half of it to t_min, on a Gaussian whose flow map is known."""
+    gaussian = single(schedule)
+    errors = []
+    for ratio in (0.08, 0.04):
+        t = schedule.time_at_ratio(torch.full((500,), ratio, dtype=torch.float64))
+        x_t = diffused(gaussian, t)[2].double()
+        exact = gaussian_flow_map(gaussian, x_t, t, torch.tensor(schedule.t_min))
+        errors.append(float((teacher_end(gaussian, x_t, t, None) - exact).square().mean().sqrt()))
+        first_order = schedule.step(x_t, gaussian(x_t, t), t, torch.tensor(schedule.t_min))
+        assert errors[-1] < 0.2 * float((first_order - exact).square().mean().sqrt())
+    assert errors[1] < 0.3 * errors[0]
+
+
+@each_schedule
+def test_the_exact_consistency_function_is_at_the_teachers_own_end(schedule: NoiseSchedule) -> None:
+    gaussian, stranger = single(schedule), single(schedule, std=0.6)
+    method = Consistency(points=160, distance="l2", anchored=0.99)
+    right, wrong = (exact_loss(method, student, gaussian) for student in (gaussian, stranger))
+    assert right < 0.01 and wrong > 3 * right
 
 
 @each_schedule
