@@ -164,7 +164,11 @@ class Generator(nn.Module):
         stream = seeded_noise(seeds, shape)
         device = next(self.denoiser.parameters()).device
         x0 = self.forward(next(stream).to(device), cond, steps, stream)
-        return self.codec.decode(x0).float().clamp(-1, 1).cpu()
+        pixels = self.codec.decode(x0).float().cpu()
+        if not bool(pixels.isfinite().all()):
+            dtype = next(self.denoiser.parameters()).dtype
+            raise BadInput("model", self.info.name, f"weights that draw pictures, not NaN or infinities, at {dtype}")
+        return pixels.clamp(-1, 1)
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:
         """Sample one picture for each item of a data set, of seeds 0, 1, ..., under the item's condition."""

@@ -121,6 +121,16 @@ def test_nfe_is_the_number_of_steps() -> None:
         assert len(calls) == 4
 
 
+def test_a_picture_that_is_no_numbers_is_refused() -> None:
+    """Finite weights may still leave the range of their precision; the picture would be black."""
+    generator = untrained()
+    with torch.no_grad():
+        generator.denoiser.network.conv_out.bias.fill_(3e38)  # type: ignore[union-attr, operator]
+        generator.denoiser.network.conv_out.weight.fill_(3e38)  # type: ignore[union-attr, operator]
+    with pytest.raises(BadInput, match=r"model: .*NaN or infinities, at torch.float32"):
+        generator.sample([0], **condition(generator, 1))
+
+
 def test_samples_are_pixels() -> None:
     for task, patch in (("image", 1), ("class-to-image", 2), ("sar-to-optical", 2)):
         generator = untrained(task, patch=patch, default_steps=2)

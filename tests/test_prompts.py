@@ -154,6 +154,20 @@ def test_statistics_of_latents_are_read_where_stock_diffusers_reads_them(tmp_pat
             Vae(vae)
 
 
+def test_an_autoencoder_that_half_precision_does_not_suit_stays_single(stock: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(stock[1], tmp_path / "copy")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    for upcast, dtype in ((True, torch.float32), (False, torch.float16), (None, torch.float32)):
+        kept = {k: v for k, v in config.items() if k != "force_upcast"}
+        (folder / "vae" / "config.json").write_text(
+            json.dumps(kept | ({} if upcast is None else {"force_upcast": upcast}))
+        )
+        generator = Generator.from_pretrained(folder, dtype=torch.float16)
+        codec: Any = generator.codec
+        assert (codec.vae.dtype, next(generator.denoiser.parameters()).dtype) == (dtype, torch.float16)
+    assert Generator.from_pretrained(folder, dtype=torch.bfloat16).codec.vae.dtype == torch.bfloat16  # type: ignore[attr-defined]
+
+
 def test_an_adopted_folder_is_a_student_that_stock_diffusers_still_opens(
     stock: tuple[Any, Path], tmp_path: Path
 ) -> None:

@@ -326,6 +326,8 @@ def _codec(
     for part in VAES:
         if (folder / part / "config.json").is_file():
             _check_statistics(folder / part, pipeline)
+            if dtype == torch.float16 and read_json(folder / part / "config.json").get("force_upcast", True):
+                dtype = torch.float32  # as SDXL's pipeline does: its activations leave float16's range
             return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
     return PixelUnshuffle(info.patch if info else 1)
 
