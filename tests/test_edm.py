@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adm_reference import DhariwalUNet, EDMPrecond
 from diffusers import DDPMPipeline, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from folders import noise, save
 from networks import unet
@@ -28,6 +30,7 @@ from distillers.models.schedule import EDM, VariancePreserving, from_config
 from distillers.teacher import Teacher
 from distillers.weights.manifest import AUTOENCODER, EDM_PREDICTIONS
 
+ROOT = Path(__file__).resolve().parents[1]
 RANGE: dict[str, Any] = {"sigma_min": 0.003, "sigma_max": 40.0, "sigma_data": 0.37, "rho": 5.0}
 every_kind = pytest.mark.parametrize("kind", EDM_PREDICTIONS)
 
@@ -242,3 +245,56 @@ def test_the_schedule_is_described_whole() -> None:
     scheduler = EDMEulerScheduler(sigma_min=0.01, sigma_max=50.0, sigma_data=0.3, rho=5.0)
     scheduler.set_timesteps(9)
     np.testing.assert_allclose(schedule.sampling_times(9), scheduler.sigmas[:9].numpy(), rtol=1e-5)
+
+
+# --- the converter of public pickles
+def converter() -> Any:
+    """The script of docs/, which is no module of the library."""
+    spec = importlib.util.spec_from_file_location("convert_edm", ROOT / "docs" / "convert-edm.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("bands", "labels"), [(3, 5), (1, 0)])
+def test_a_public_network_is_converted_exactly(bands: int, labels: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = EDMPrecond(DhariwalUNet(8, bands, labels), 8, bands, labels, sigma_data=0.4)
+    assert converter().convert(net, tmp_path / "made") < 1e-4
+    teacher = Teacher.from_pretrained(tmp_path / "made")
+    assert (teacher.denoiser.schedule.sigma_data, teacher.info.channels, len(teacher.info.labels)) == (
+        0.4,
+        bands,
+        labels,
+    )
+    x, sigma, label = 9 * torch.randn(2, bands, 8, 8), torch.tensor([0.5, 20.0]), torch.tensor([1, 4])
+    with torch.no_grad():
+        theirs = net(x, sigma, torch.eye(labels)[label] if labels else None)
+        ours = teacher.denoiser(x, sigma, {"label": label} if labels else None)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_no_network_of_diffusers_is_like_is_refused(tmp_path: Path) -> None:
+    net = EDMPrecond(DhariwalUNet(8, 3, 0), 8, 3, 0)
+    net.model.__class__ = type("SongUNet", (DhariwalUNet,), {})
+    with pytest.raises(SystemExit, match="EDMPrecond over SongUNet"):
+        converter().convert(net, tmp_path / "made")
+    other = EDMPrecond(DhariwalUNet(8, 3, 0), 8, 3, 0)
+    other.model.dec["8x8_block0"].norm1 = torch.nn.GroupNorm(16, 128)  # type: ignore[index, union-attr]
+    with pytest.raises(SystemExit, match=r"norms of \[16, 32\] groups"):
+        converter().convert(other, tmp_path / "made")
+    other.model.dec["8x8_block0"].norm1 = torch.nn.GroupNorm(32, 128)  # type: ignore[index, union-attr]
+    other.model.enc["4x4_down"].resample = "sharper"  # type: ignore[index, union-attr]
+    other.model.enc["4x4_down"].resized = lambda x: x[..., ::2, ::2]  # type: ignore[index, union-attr, method-assign]
+    with pytest.raises(SystemExit, match=r"differs by .* nothing is written"):
+        converter().convert(other, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_library_never_unpickles() -> None:
+    for file in [*(ROOT / "distillers").rglob("*.py"), *(ROOT / "app").rglob("*.py")]:
+        text = file.read_text()
+        own = file.name == "batches.py"  # what its own processes send each other
+        assert ("import pickle" not in text or own) and "weights_only=False" not in text, file
+        assert text.count("torch.load(") == text.count("weights_only=True"), file
