@@ -341,7 +341,7 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], field: str) 
 def test_an_unknown_system_or_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="'apache'; allowed: fewstep-eager, fewstep, "):
         find_systems(["apache"])
-    with pytest.raises(BadInput, match="a weights folder"):
+    with pytest.raises(BadInput, match=r"fewstep\.json"):
         workload(tmp_path)
 
 

@@ -75,6 +75,7 @@ def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[Figures]:
 
     The keys are `setting`, `plan`, `peers`, and `workloads` with the raw loop and the systems of each.
     """
+    workloads = plan.workloads()  # refused, if at all, before peers are installed
     started, pythons, peers = time.perf_counter(), dict[str, Path](), dict[str, Any]()
     for system in plan.systems:
         say(f"{system.name}: environment")
@@ -93,7 +94,7 @@ def measure(plan: Plan, say: Say = lambda _: None) -> Iterator[Figures]:
     load, measured = os.getloadavg()[0], list[Figures]()
     asked = {name: value for name, value in asdict(plan).items() if name not in ("systems", "environments")}
     every = sorted(os.sched_getaffinity(0))
-    for work in plan.workloads():
+    for work in workloads:
         measured.append(_measure_workload(plan, work, pythons, peers, say))
         yield {
             "setting": {

@@ -7,7 +7,6 @@ This module imports neither torch nor numpy, so that the command can read its de
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,32 +156,34 @@ def workload(folder: Path, steps: int = 1) -> Workload:
     """Describe pictures of a published folder: classes or prompts in turn, or SAR pictures from its examples.
 
     Raises:
-        BadInput: no weights folder, or a translator without examples.
+        BadInput: no whole weights folder, one that was not published with so many steps, or a translator without
+            examples.
     """
     from distillers.models.radiometry import Radiometry
+    from distillers.weights.manifest import Info, verify
 
-    try:
-        info = json.loads((folder / "fewstep.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput("folder", str(folder), "a weights folder") from error
-    files = sorted((folder / "examples").glob("*.png")) if info["task"] == "sar-to-optical" else []
-    if info["task"] == "sar-to-optical" and not files:
+    info = Info.read(folder)
+    verify(folder, info)
+    if info.step_times and steps not in info.step_times:
+        raise BadInput("steps", steps, f"those of {folder}: {', '.join(map(str, sorted(info.step_times)))}")
+    files = sorted((folder / "examples").glob("*.png")) if info.task == "sar-to-optical" else []
+    if info.task == "sar-to-optical" and not files:
         raise BadInput("folder", str(folder), "a translator's with SAR pictures in examples/")
-    labels = len(info.get("labels") or [])
+    labels = len(info.labels)
     orders = []
     for seed in range(ORDERS):
         order: dict[str, Any] = {"seed": seed}
         if labels:
             order["label"] = seed % labels
-        if info["task"] == "text-to-image":
+        if info.task == "text-to-image":
             order["prompt"] = PROMPTS[seed % len(PROMPTS)]
         if files:
             file = files[seed % len(files)].absolute()
             order["file"] = str(file)
-            if band := Radiometry.of(info.get("sar")).band_of_picture(file=file.name):
+            if band := Radiometry.of(info.sar).band_of_picture(file=file.name):
                 order["bands"] = band
         orders.append(order)
-    height, width = info["size"]
+    height, width = info.size
     return Workload(name=folder.name, folder=folder, steps=steps, size=(height, width), orders=tuple(orders))
 
 
