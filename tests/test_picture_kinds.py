@@ -103,10 +103,25 @@ def test_files_become_pictures_of_as_many_bands_as_asked(tmp_path: Path) -> None
     for band in range(4):  # none is transparency, which would weight the others
         alone = Image.fromarray(pixels[..., band]).resize((8, 8), Image.Resampling.BICUBIC)
         assert (halved[..., band] == np.asarray(alone)).all()
-    with pytest.raises(BadInput, match=r"a\.png: got '4 bands, RGBA'; allowed: 5 bands"):
+    with pytest.raises(BadInput, match=r"a\.png: got '4 bands'; allowed: 5 bands"):
         ImageFolder(tmp_path, size=16, channels=5).items([0])
     with pytest.raises(BadInput, match="channels: got 0"):
         ImageFolder(tmp_path, size=16, channels=0)
+
+
+def test_bands_come_from_tiff_files_too(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    pixels = noise(0, 12, 16, 5)
+    options = {"driver": "GTiff", "width": 16, "height": 12, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "a.tif", "w", count=5, **options) as raster:
+        raster.write(pixels.transpose(2, 0, 1))
+    (seen,) = ImageFolder(tmp_path, size=(12, 16), channels=5).pixels
+    assert (seen == pixels).all()
+    with pytest.raises(BadInput, match=r"a\.tif: got '5 bands of uint8, 16x12 px'; allowed: 4 bands of 8 bits"):
+        ImageFolder(tmp_path, size=(12, 16), channels=4).items([0])
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:200])
+    with pytest.raises(BadInput, match=r"a\.tif"):
+        ImageFolder(tmp_path, size=(12, 16), channels=5).items([0])
 
 
 def test_a_stock_pipeline_tells_what_it_draws_before_its_weights_are_read(teacher: Path, channels: int) -> None:
@@ -159,6 +174,10 @@ def test_the_command_draws_and_measures(student: Path, teacher: Path, channels: 
     drawn = CliRunner().invoke(command, ["generate", str(student), "--steps", "1", "--out", str(tmp_path / "x.png")])
     assert drawn.exit_code == 0, drawn.output
     assert Image.open(tmp_path / "x.png").mode == {1: "L", 4: "RGB"}[channels]
+    drawn = CliRunner().invoke(command, ["generate", str(student), "--n", "2", "--out", str(tmp_path / "x.npy")])
+    assert drawn.exit_code == 0, drawn.output
+    whole = np.load(tmp_path / "x.npy")
+    assert whole.shape == (2, channels, SIDE, SIDE) and whole.dtype == np.float32 and abs(whole).max() <= 1
     assert Image.open(student / "grid.png").size[0] > 10 * SIDE
     options = ["--n", "140", "--features", "shapes", "--teacher", str(teacher), "--teacher-steps", "2", "--steps", "1"]
     measured = CliRunner().invoke(command, ["evaluate", str(student), *options, "--out", str(tmp_path / "r.json")])

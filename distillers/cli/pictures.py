@@ -16,7 +16,9 @@ def generate(
     weights: Annotated[
         str, typer.Argument(help="A weights folder, or a diffusers pipeline: a folder or hub id.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="A PNG; several pictures become one grid.")] = Path("sample.png"),
+    out: Annotated[
+        Path, typer.Option(help="A PNG, several pictures in one grid; or .npy: float32 (N, C, H, W), all bands.")
+    ] = Path("sample.png"),
     n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What a text-to-image model is to draw.")] = None,
@@ -28,12 +30,14 @@ def generate(
 
     Example: `fewstep generate weights/eurosat-consistency --label River --n 8 --steps 2 --out rivers.png`.
     """
+    import numpy as np
+
     from distillers.evaluation.pictures import grid_png
     from distillers.generator import Generator
 
     if not 1 <= n <= 1024:
         raise BadInput("n", n, "1 to 1024")
-    check_file(out, ".png")
+    check_file(out, ".png", ".npy")
     generator = Generator.from_pretrained(weights, device_of(device))
     if generator.condition.paired:
         raise BadInput("weights", weights, "one that draws without SAR; `fewstep translate` is for this one")
@@ -44,7 +48,11 @@ def generate(
         chosen = [classes[i % len(classes)] for i in range(n)]
     prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
     pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
-    grid_png(pictures, columns=columns_of(n), path=out)
+    if out.suffix.lower() == ".npy":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(out, pictures.numpy())
+    else:
+        grid_png(pictures, columns=columns_of(n), path=out)
     calls, seeds = steps or generator.info.default_steps, f"seeds {seed} to {seed + n - 1}" if n > 1 else f"seed {seed}"
     typer.echo(f"{out}: {n} from {generator.info.name}, {calls} step{'s' * (calls > 1)} each, {seeds}")
 

@@ -31,7 +31,7 @@ from distillers.data.pixels import (
     image_files,
     in_order,
     listed,
-    read_image,
+    read_bands,
     spread,
     subfolders,
     tell_left_out,
@@ -52,7 +52,7 @@ class PicturesInMemory(ABC):
         dihedral: turn and mirror drawn pictures in all eight ways instead, or in the four that keep the shape of
             those that are not square, which suits pictures without an up.
         channels: bands of a picture: 3 makes every file RGB without alpha, 1 makes it grey; with another number every
-            file has as many bands of 8 bits, such as a PNG of four.
+            file has as many bands of 8 bits: a PNG of four, or a TIFF (with rasterio).
 
     Attributes:
         labels: the names of the classes; () where there are none.
@@ -188,10 +188,7 @@ class ImageFolder(PicturesInMemory):
         """All images, (N,H,W,C), decoded at the first use."""
         pixels = np.empty((len(self.files), *self.size, self.channels), dtype=np.uint8)
         for i, file in enumerate(self.files):
-            try:
-                pixels[i] = fitted(read_image(file), self.size, self.channels)
-            except BadInput as error:
-                raise BadInput(str(file), error.given, error.allowed) from None
+            pixels[i] = fitted(read_bands(file, self.channels), self.size)
         return pixels
 
     def batch(self, pixels: Pixels) -> Batch:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, features
 from torch import Tensor
 
 from distillers.errors import BadInput, Notice
+from distillers.sar.raster import import_rasterio
 
 Batch = dict[str, Tensor]
 """`image` float32 (B,C,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
@@ -120,27 +121,52 @@ def read_image(path: Path) -> Image.Image:
     return upright
 
 
-def fitted(image: Image.Image, size: Size, channels: int = 3) -> Pixels:
-    """Crop the largest centred part of the size's shape out of a picture and resize it to (H, W, C) with antialiasing.
+def read_bands(path: Path, channels: int = 3) -> list[Image.Image]:
+    """Decode the bands of an 8-bit picture.
 
-    channels: 1 makes any picture grey, 3 makes any picture RGB; other numbers take pictures of as many bands.
+    channels: 1 makes any picture grey, 3 makes any picture RGB; other numbers take pictures of as many bands, TIFF by
+        rasterio, for Pillow knows few of them.
 
     Raises:
-        BadInput: another number of bands than `channels`, where that is neither 1 nor 3.
+        BadInput: what `read_image` refuses; another number of bands; a TIFF where rasterio is not installed.
+    """
+    if channels in COLOURS:
+        return list(read_image(path).convert(COLOURS[channels]).split())
+    if path.suffix.lower() in (".tif", ".tiff"):
+        return _raster_bands(path, channels)
+    bands = list(read_image(path).split())
+    if len(bands) != channels:
+        raise BadInput(str(path), f"{len(bands)} bands", f"{channels} bands")
+    return bands
+
+
+def _raster_bands(path: Path, channels: int) -> list[Image.Image]:
+    rasterio = import_rasterio(str(path))
+    try:
+        with warnings.catch_warnings(), rasterio.open(path, driver="GTiff") as raster:
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            kinds = set(raster.dtypes)
+            if raster.count != channels or kinds != {"uint8"} or min(raster.shape) < SMALLEST:
+                given = f"{raster.count} bands of {', '.join(sorted(kinds))}, {raster.width}x{raster.height} px"
+                raise BadInput(str(path), given, f"{channels} bands of 8 bits, at least {SMALLEST} px on each side")
+            return [Image.fromarray(band) for band in raster.read()]
+    except rasterio.errors.RasterioError as error:
+        raise BadInput(str(path), str(error), "a complete, readable TIFF") from error
+
+
+def fitted(bands: Sequence[Image.Image], size: Size) -> Pixels:
+    """Crop the largest centred part of the size's shape out of a picture and resize it to (H, W, C) with antialiasing.
+
+    Each band is treated alone: none is the transparency of the others.
     """
     height, width = size
-    wide, high = image.size
+    wide, high = across, down = bands[0].size
     if wide * height <= high * width:
         high = max(1, wide * height // width)
     else:
         wide = max(1, high * width // height)
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
-    if channels in COLOURS:
-        image = image.convert(COLOURS[channels])
-    bands = image.split()
-    if len(bands) != channels:
-        raise BadInput("image", f"{len(bands)} bands, {image.mode}", f"{channels} bands")
-    cropped = [band.crop((left, top, left + wide, top + high)) for band in bands]  # each alone: none is transparency
+    left, top = (across - wide) // 2, (down - high) // 2
+    cropped = [band.crop((left, top, left + wide, top + high)) for band in bands]
     if (high, wide) != size:  # Pillow's filter widens when it shrinks, which is the antialiasing
         cropped = [band.resize((width, height), Image.Resampling.BICUBIC) for band in cropped]
     return np.stack([np.asarray(band) for band in cropped], -1)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from distillers.data.image_folder import PicturesInMemory
-from distillers.data.pixels import Batch, Pixels, fitted, read_image, to_tensor
+from distillers.data.pixels import Batch, Pixels, fitted, read_bands, to_tensor
 from distillers.errors import BadInput
 
 PAIRS, LABELS = "pairs.jsonl", "labels.json"
@@ -114,7 +114,7 @@ class PreferencePairs(PicturesInMemory):
         pixels = np.empty((len(self.files), *self.size, 2 * self.channels), dtype=np.uint8)
         for i, pair in enumerate(self.files):
             try:
-                seen = [fitted(read_image(file), self.size, self.channels) for file in pair]
+                seen = [fitted(read_bands(file, self.channels), self.size) for file in pair]
                 pixels[i] = np.concatenate(seen, axis=2)
             except BadInput as error:
                 line = f"{self.root / PAIRS}:{i + 1}: {error.field}"
