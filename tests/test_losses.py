@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from gaussians import each_schedule
 from mutate import mutated
 from networks import unet
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
+from distillers.methods.consistency import Consistency
 from distillers.models.denoiser import Denoiser
-from distillers.models.schedule import VariancePreserving
+from distillers.models.schedule import NoiseSchedule, VariancePreserving
 from distillers.training import losses
 from distillers.training.losses import (
     best_shift,
@@ -21,6 +23,7 @@ from distillers.training.losses import (
     feature_distance,
     focal_frequency,
     gan_loss,
+    lognormal_times,
     per_sample_mse,
     ramp,
 )
@@ -89,6 +92,22 @@ def test_distribution_matching_descends_the_divergence(t: float) -> None:
     torch.testing.assert_close(by_the_loss, analytic, atol=2e-3, rtol=2e-2)
     upwards = mutated(losses, "(fake - real) / like(size, x0)", "(real - fake) / like(size, x0)")
     torch.testing.assert_close(kl_gradient(upwards, t)[0], -analytic, atol=2e-3, rtol=2e-2)
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+@each_schedule
+def test_times_are_the_schedules_own_and_a_share_is_the_last(schedule: NoiseSchedule) -> None:
+    """Around the middle of ln(sigma/alpha), and 10 to 20 % at t_max, where a one-step student is called."""
+    torch.manual_seed(0)
+    t, s = Consistency(source="data").tuning_times(schedule, 10_000, 0.5, torch.device("cpu"))
+    last = t == schedule.t_max
+    assert 0.1 < float(last.double().mean()) < 0.2 and bool((s < t).all())
+    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max])).log()
+    assert float(schedule.noise_ratio(t[~last]).log().median()) == pytest.approx(float(ends.mean()), abs=0.3)
+    torch.manual_seed(0)
+    own = lognormal_times(schedule, 10_000, -1.0, 0.5, 0.0, torch.device("cpu"))
+    ratio = schedule.noise_ratio(own).log()
+    assert float(ratio.mean()) == pytest.approx(-1, abs=0.03) and float(ratio.std()) == pytest.approx(0.5, abs=0.03)
 
 
 # --- misregistered pairs ---------------------------------------------------------------------------------------------

@@ -46,7 +46,6 @@ from distillers.training.distiller import Distiller
 from distillers.training.losses import (
     consistency_function,
     gan_loss,
-    lognormal_times,
     per_sample_mse,
     sampling_times,
 )
@@ -310,21 +309,6 @@ def test_the_weight_of_a_time_levels_the_loss() -> None:
         loss = (w.exp() * error - w).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     torch.testing.assert_close(weight(ratio).exp() * error, torch.ones(400), atol=0.15, rtol=0)
-
-
-@each_schedule
-def test_times_are_the_schedules_own_and_a_share_is_the_last(schedule: NoiseSchedule) -> None:
-    """Around the middle of ln(sigma/alpha), and 10 to 20 % at t_max, where a one-step student is called."""
-    torch.manual_seed(0)
-    t, s = Consistency(source="data").tuning_times(schedule, 10_000, 0.5, torch.device("cpu"))
-    last = t == schedule.t_max
-    assert 0.1 < float(last.double().mean()) < 0.2 and bool((s < t).all())
-    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max])).log()
-    assert float(schedule.noise_ratio(t[~last]).log().median()) == pytest.approx(float(ends.mean()), abs=0.3)
-    torch.manual_seed(0)
-    own = lognormal_times(schedule, 10_000, -1.0, 0.5, 0.0, torch.device("cpu"))
-    ratio = schedule.noise_ratio(own).log()
-    assert float(ratio.mean()) == pytest.approx(-1, abs=0.03) and float(ratio.std()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_continuous_student_leaves_as_a_consistency_model(shapes: ImageData) -> None:
