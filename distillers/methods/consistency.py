@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -50,6 +51,12 @@ from distillers.training.losses import (
 
 LITTLE_NOISE = 0.44  # sigma/alpha, that of t = 128 in DDPM's schedule
 DISTANCES = {"pseudo-huber": pseudo_huber, "l2": per_sample_mse}
+
+
+@lru_cache(16)
+def time_of_little_noise(schedule: NoiseSchedule) -> float:
+    """Find the time up to which samples have little noise."""
+    return float(schedule.time_at_ratio(torch.tensor(LITTLE_NOISE)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +128,8 @@ class Consistency(Distiller):
             # n ~ U{1..N-1}: t = t_{n+1}, s = t_n; the first k samples have little noise, whatever the grid
             t, s = neighbours(schedule, self.grid_points(progress), len(x0), x0.device)
             k = int(self.anchored * len(x0))
-            highest = float(schedule.time_at_ratio(torch.tensor(LITTLE_NOISE)))
-            t[:k] = schedule.t_min + (highest - schedule.t_min) * torch.rand(k, device=x0.device, dtype=torch.float64)
+            end = time_of_little_noise(schedule)
+            t[:k] = schedule.t_min + (end - schedule.t_min) * torch.rand(k, device=x0.device, dtype=torch.float64)
             x_t = schedule.add_noise(x0, eps, t)
             if self.guidance_range:  # w ~ U[low, high] guides the teacher's step and is embedded by the student (LCM)
                 low, high = self.guidance_range
