@@ -42,7 +42,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Encode pictures (B, 3, H, W) in [-1, 1] to their latents' means and decode them, float32 on the CPU."""
+        """Encode pictures (B, C, H, W) in [-1, 1] to their latents' means and decode them, float32 on the CPU."""
         device = next(self.parameters()).device
         parts = [self.codec.decode(self.codec.encode(part.to(device))) for part in pictures.split(BATCH)]
         return torch.cat(parts).float().clamp(-1, 1).cpu()
@@ -58,7 +58,7 @@ class Autoencoder(nn.Module):
         diffusion process wants them (Rombach et al. 2022, appendix G, who measured the deviation alone).
 
         Args:
-            batches: pictures (B, 3, H, W) in [-1, 1], spread over the training data.
+            batches: pictures (B, C, H, W) in [-1, 1], spread over the training data.
         """
         vae = self.codec.vae
         vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)

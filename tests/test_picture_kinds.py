@@ -222,6 +222,26 @@ def test_grey_teachers_are_trained_by_a_recipe(pictures: Path, tmp_path: Path) -
     assert Teacher.from_pretrained(tmp_path / "t").example()[0].shape == (1, 1, 8, 8)
 
 
+def test_autoencoders_and_teachers_in_their_latents_are_grey_too(pictures: Path, tmp_path: Path) -> None:
+    train = {"iterations": 1, "batch": 2, "samples": 1, "tracker": "none"}
+    data = {"kind": "images", "path": str(pictures), "split": "train", "size": 16, "channels": 1}
+    options = {"channels": [8, 8], "layers": 1, "latent_channels": 2, "discriminator_channels": 8}
+    options |= {"perceptual_weight": 0.0, "adversarial_weight": 0.5, "adversarial_start": 0.0}
+    table = {"name": "a", "method": "autoencoder", "data": data, "train": train, "autoencoder": options}
+    distill(Recipe.from_table(table), tmp_path / "a", "cpu")
+    assert Info.read(tmp_path / "a").channels == 1 and Image.open(tmp_path / "a" / "grid.png").size
+    network = {"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "norm_num_groups": 4}
+    network |= {"up_block_types": ["UpBlock2D"] * 2, "layers_per_block": 1}  # type: ignore[dict-item]
+    model = {"channels": 1, "network": network, "autoencoder": str(tmp_path / "a")}
+    table = {"name": "t", "method": "diffusion", "data": data, "train": train, "model": model}
+    distill(Recipe.from_table({**table, "diffusion": {"sampling_steps": 2}}), tmp_path / "t", "cpu")
+    teacher = Generator.from_pretrained(tmp_path / "t")
+    assert teacher.info.channels == 1 and teacher.sample([0], steps=1).shape == (1, 1, 16, 16)
+    with pytest.raises(BadInput, match=r"model\.channels: got 3; allowed: 1, as the autoencoder"):
+        plan = Recipe.from_table({**table, "data": {**data, "channels": 3}, "model": {**model, "channels": 3}})
+        load_teacher(plan, load_data(plan))
+
+
 def test_features_see_what_people_see() -> None:
     features, images = load_features("shapes"), torch.rand(2, 4, 32, 32) * 2 - 1
     torch.testing.assert_close(features(images), features(images[:, :3]))
@@ -337,6 +357,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("served")
     publish(root, "grey", "image", channels=1)
     publish(root, "bands", "image", channels=4)
+    wide = Generator.from_pretrained(stock(root / ".stock", 1, (16, 24)))
+    wide.info = replace(wide.info, name="wide")
+    wide.save_pretrained(root / "wide")
     with TestClient(create_app(Settings(weights=root, device="cpu", tune_seconds=0))) as opened:
         until_ready(lambda: opened.get("/readyz"))
         yield opened
@@ -362,6 +385,17 @@ def test_a_model_of_four_bands_is_shown_by_three_and_sent_whole_as_raw_bytes(cli
     whole = np.frombuffer(raw.content, np.uint8).reshape(SIDE, SIDE, 4)
     assert (whole[..., :3] == shown).all()
     assert client.get("/v1/models/bands").json()["channels"] == 4
+
+
+def test_pictures_that_are_no_squares_are_served_and_edited(client: TestClient) -> None:
+    answer = client.post(GENERATE, json={"model": "wide", "size": "24x16", "steps": 1}, headers={"Accept": "image/png"})
+    assert answer.status_code == 200, answer.text
+    picture = Image.open(io.BytesIO(answer.content))
+    assert (picture.mode, picture.size) == ("L", (24, 16))
+    upload = {"image": ("a.png", answer.content, "image/png")}
+    edited = client.post(EDIT, data={"model": "wide", "steps": "2"}, files=upload, headers={"Accept": "image/png"})
+    assert edited.status_code == 200 and Image.open(io.BytesIO(edited.content)).size == (24, 16)
+    assert client.post(GENERATE, json={"model": "wide", "size": "16x24"}).status_code == 400
 
 
 def test_grey_pictures_are_edited_in_grey(client: TestClient) -> None:

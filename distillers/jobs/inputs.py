@@ -174,6 +174,7 @@ def _untrained_info(recipe: Recipe, data: ImageData) -> Info:
         data=data.name,
         sampler="ddim",
         size=data.size,
+        channels=data.channels,
     )
 
 
@@ -187,6 +188,8 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
     if model.autoencoder is not None:
         codec, about = read_autoencoder(model.autoencoder, device)
         trained_with = about.trained_with if about else []
+        if (bands := codec.vae.config.in_channels) != model.channels:
+            raise BadInput("model.channels", model.channels, f"{bands}, as the autoencoder's pictures have")
     sar = {**getattr(data, "radiometry", Radiometry()).to_dict(), **(model.sar or {})}  # the data's, with remarks
     info = replace(
         _untrained_info(recipe, data),

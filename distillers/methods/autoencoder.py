@@ -86,6 +86,8 @@ class Autoencoder(Distiller):
         vae: nn.Module = AutoencoderKL(  # type: ignore[assignment]
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
+            in_channels=teacher.info.channels,
+            out_channels=teacher.info.channels,
             block_out_channels=self.channels,
             layers_per_block=self.layers,
             latent_channels=self.latent_channels,
@@ -96,7 +98,7 @@ class Autoencoder(Distiller):
         )
         nets = Networks({"autoencoder": vae})
         if self.adversarial_weight:
-            nets["discriminator"] = PatchDiscriminator(self.discriminator_channels)
+            nets["discriminator"] = PatchDiscriminator(self.discriminator_channels, teacher.info.channels)
         if self.perceptual_weight:
             nets["perceptual"] = frozen(EfficientNetFeatures())
         return nets

@@ -91,18 +91,19 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: of the first layer, a multiple of 8; the two after it have twice and four times as many.
+        bands: of the pictures.
     """
 
-    def __init__(self, channels: int = 64) -> None:
+    def __init__(self, channels: int = 64, bands: int = 3) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(bands, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for inputs, outputs, kernel, stride in ((1, 2, 4, 2), (2, 4, 4, 2), (4, 4, 3, 1)):
             convolution = nn.Conv2d(inputs * channels, outputs * channels, kernel, stride, 1)
             layers += [convolution, nn.GroupNorm(8, outputs * channels), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(4 * channels, 1, 3, padding=1))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Compute logits (B, 1, H/8, W/8), float32, of pictures (B, 3, H, W) in [-1, 1] with sides of 8 or more."""
+        """Compute logits (B, 1, H/8, W/8), float32, of pictures (B, C, H, W) in [-1, 1] with sides of 8 or more."""
         logits: Tensor = self.layers(pictures)
         return logits.float()
 
