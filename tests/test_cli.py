@@ -89,6 +89,17 @@ def test_data_are_never_the_folder_to_make(home: Path, fewstep: Fewstep, out: st
     assert code == 2 and "is read" in err and len(list((home / "images").iterdir())) == 4
 
 
+def test_a_training_is_published_anywhere_but_over_what_it_was_made_of(home: Path, fewstep: Fewstep) -> None:
+    assert fewstep("distill", "mine.toml", "--out", "run", "--device", "cpu")[0] == 0
+    before = contents(home / "weights" / "plain")
+    for out in ("weights/plain", "images", "images/new", "run/training", "run/training/new"):
+        code, _, err = fewstep("publish", "run", out)
+        assert code == 2 and "is read" in err, out
+    assert contents(home / "weights" / "plain") == before and len(list((home / "images").iterdir())) == 4
+    assert fewstep("publish", "run", "other")[0] == fewstep("publish", "run", "run")[0] == 0
+    assert (home / "other" / "fewstep.json").is_file()
+
+
 @pytest.mark.parametrize("out", ["", ".", "..", "/", "file.txt", "file.txt/new", "/proc/new"])
 @pytest.mark.parametrize("command", [["adopt", "weights/plain"], ["distill", "mine.toml", "--out"]])
 def test_a_folder_that_cannot_be_made_is_refused(home: Path, fewstep: Fewstep, command: list[str], out: str) -> None:

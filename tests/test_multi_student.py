@@ -494,6 +494,12 @@ def test_folders_that_do_not_belong_together_are_refused_by_name(why: str, lone:
     assert not (tmp_path / "merged").exists()
 
 
+def test_students_and_their_teacher_are_never_the_merged_folder(lone: list[Path]) -> None:
+    for out in (lone[0], Path(str(Recipe.load(lone[0] / "recipe.toml").teacher))):
+        with pytest.raises(BadInput, match=r"out: .*that is read"):
+            merge(lone, out)
+
+
 def test_students_are_merged_in_any_order_by_the_command(lone: list[Path], made: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["merge", *map(str, reversed(lone)), "--out", str(tmp_path / "merged")])
     assert done.exit_code == 0 and "2 students" in done.output, done.output

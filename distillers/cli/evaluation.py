@@ -88,6 +88,8 @@ def evaluate(
     )
     generator = Generator.from_pretrained(weights, device_of(device))
     data, train = held_out(weights, path) if pairs is None else open_pairs(generator, pairs, pairs_option or [])
+    if pairs_option and pairs is None:
+        raise BadInput("pairs-option", pairs_option, "nothing, without --pairs")
     if samples:
         check_calibration(generator, samples, min(n, len(data)))
     opened = _open_teacher(teacher, weights, device_of(device)) if options.teacher_steps else None

@@ -131,6 +131,7 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
     if recipe.whole() != recipe:
         alone = f"a training of another method: students of {recipe.method} are published when they end"
         raise BadInput("run", str(run), alone)
+    check_target(folder, [*recipe.inputs(), run / "training", checkpoint.parent])
     whole, method, settings = load_data(recipe), recipe.distiller(), recipe.settings()
     teacher = load_teacher(recipe, whole)
     teacher = with_head(teacher, recipe, method.data(whole, teacher), place, "cpu")
