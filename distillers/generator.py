@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec
 from distillers.models.conditions import Cond, Condition, Given
-from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
@@ -113,23 +113,21 @@ class Generator(nn.Module):
         times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
             raise BadInput("first", first, f"0 to {len(times) - 1}")
-        network, clipping = (
-            guided(self.denoiser.unclipped(), self.info, self.info.guidance_scale),
-            self.denoiser.clipping,
-        )
+        network = guided(unclipped(self.denoiser), self.info, self.info.guidance_scale)
+        clipping = clipping_of(self.denoiser)
         if start is not None:
             x_t = self.schedule.add_noise(start, noise, times[first])
         else:
             x_t = self.schedule.start(noise, times[first])
         for i, t in enumerate(times[first:], first):
-            unclipped: Tensor = network(x_t, t, cond)
-            x0 = unclipped if clipping is None else clipping(unclipped)
+            predicted: Tensor = network(x_t, t, cond)
+            x0 = predicted if clipping is None else clipping(predicted)
             if i + 1 == len(times):
                 return x0
             if watch is not None:
                 watch(i, x0)
             if self.info.sampler == "ddim":
-                x_t = self.schedule.step(x_t, x0, t, times[i + 1], unclipped)
+                x_t = self.schedule.step(x_t, x0, t, times[i + 1], predicted)
             else:  # multi-step consistency sampling (Song et al. 2023, Algorithm 1)
                 eps = next(fresh).to(noise) if fresh is not None else torch.randn_like(noise)
                 x_t = self.schedule.add_noise(x0, eps, times[i + 1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
 from distillers.models.guidance import GuidedTime
 from distillers.models.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Denoiser(nn.Module):
@@ -52,14 +54,6 @@ class Denoiser(nn.Module):
         output = self.output(x_t, t, cond)
         x0 = self.schedule.x0_from(self.prediction, output, x_t, t)
         return x0 if self.clipping is None else self.clipping(x0)
-
-    def unclipped(self) -> Denoiser:
-        """Return this denoiser, of the very same weights, without clipping."""
-        if self.clipping is None:
-            return self
-        free = copy.copy(self)
-        free.clipping = None
-        return free
 
     def output(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Run the network and return its output, in its own prediction type, float32."""
@@ -118,6 +112,20 @@ class Denoiser(nn.Module):
             if not isinstance(child, nn.ModuleList) or len(child)
         ]
         return "submodules that the network calls, e.g. " + ", ".join(blocks)
+
+
+def clipping_of(denoiser: nn.Module) -> Clipping | None:
+    """Return the bound on a network's estimates of x0; None where there is none, as for all but a `Denoiser`."""
+    return denoiser.clipping if isinstance(denoiser, Denoiser) else None
+
+
+def unclipped(denoiser: M) -> M:
+    """Return a denoiser, of the very same weights, without clipping."""
+    if clipping_of(denoiser) is None:
+        return denoiser
+    free = copy.copy(denoiser)
+    free.clipping = None  # type: ignore[assignment]
+    return free
 
 
 class _AllKept(Exception):
@@ -184,15 +192,10 @@ class Routed(nn.Module):
         super().__init__()
         if sorted(label for share in shares for label in share) != list(range(sum(map(len, shares)))):
             raise BadInput("shares", [list(share) for share in shares], "labels from 0 on, each in one share")
-        self.students = nn.ModuleList(student.unclipped() for student in students)
+        self.students = nn.ModuleList(unclipped(student) for student in students)
         of = {label: k for k, share in enumerate(shares) for label in share}
         self.register_buffer("student_of", torch.tensor([of[label] for label in range(len(of))]))
         self.schedule, self.prediction = students[0].schedule, students[0].prediction
-        self.clipping: Clipping | None = None
-
-    def unclipped(self) -> Routed:
-        """Return itself: no student is clipped."""
-        return self
 
     @property
     def network(self) -> Any:

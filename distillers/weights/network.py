@@ -8,7 +8,7 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec, PixelUnshuffle
-from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
 from distillers.models.guidance import Guided
 from distillers.weights.manifest import Info
 
@@ -62,7 +62,7 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
     if null_label is None:
         hint = "; `fewstep adopt --null-class` says which of its rows is one" if info.task == "class-to-image" else ""
         raise BadInput("guidance_scale", guidance_scale, f"1: {info.name} has no null class to be guided by{hint}")
-    return Guided(denoiser.unclipped(), guidance_scale, null_label, denoiser.clipping)
+    return Guided(unclipped(denoiser), guidance_scale, null_label, clipping_of(denoiser))
 
 
 def size_multiple(network: nn.Module, codec: ImageCodec) -> int:

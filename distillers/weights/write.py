@@ -17,7 +17,7 @@ from torch import nn
 
 from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
-from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.fixed_time import as_first_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving
@@ -228,7 +228,7 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
         "num_train_timesteps": _clock(schedule),
         "prediction_type": kinds[prediction],
         "clip_sample": False,
-        **(denoiser.clipping.to_diffusers() if denoiser.clipping else {}),
+        **(clipping.to_diffusers() if (clipping := clipping_of(denoiser)) else {}),
     }
     if info.sampler == "consistency":
         return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
