@@ -1010,8 +1010,8 @@ def test_each_sample_is_told_the_scale_that_its_teacher_was_guided_by() -> None:
     assert guided_loss(ExactGuided(gaussians, fixed=1.0), (1.0, 4.0)) > 3 * left
     told_another = mutated(
         consistency,
-        'teacher_step(nets["teacher"], x_t, t, s, cond,',
-        "teacher_step(nets[\"teacher\"], x_t, t, s, {**cond, 'guidance': cond['guidance'].flip(0)},",
+        'teacher_step(nets["teacher"], x_t[k:], t[k:], s[k:], others,',
+        "teacher_step(nets[\"teacher\"], x_t[k:], t[k:], s[k:], {**others, 'guidance': others['guidance'].flip(0)},",
     )
     assert guided_loss(ExactGuided(gaussians), (1.0, 4.0), told_another) > 3 * left
 

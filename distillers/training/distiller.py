@@ -214,7 +214,9 @@ def slow_copy(module: M) -> M:
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
     """Update an average in place: slow <- decay slow + (1 - decay) fast. Buffers are copied."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - decay)
+    own: list[Tensor] = list(slow.parameters())
+    if own:  # torch refuses an empty list
+        torch._foreach_lerp_(own, list(fast.parameters()), 1 - decay)
     for kept, new in zip(slow.buffers(), fast.buffers(), strict=True):
         kept.copy_(new)
 
