@@ -165,7 +165,9 @@ class Generator(nn.Module):
         pixels = self.codec.decode(x0).float().cpu()
         if not bool(pixels.isfinite().all()):
             dtype = next(self.denoiser.parameters()).dtype
-            raise BadInput("model", self.info.name, f"weights that draw pictures, not NaN or infinities, at {dtype}")
+            raise BadInput(
+                "weights", f"{self.info.name} draws what is no number", f"weights that draw pictures at {dtype}"
+            )
         return pixels.clamp(-1, 1)
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:

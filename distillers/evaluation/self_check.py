@@ -39,9 +39,7 @@ def check(generator: Generator, folder: Path) -> None:
     steps = min(generator.info.step_times or [1])
     shares = generator.info.shares or [generator.info.classes]
     for label in [share[0] if share else None for share in shares]:
-        picture = _draw(generator, steps, label)
-        if not bool(torch.isfinite(picture).all()):
-            raise BadInput("weights", f"{name} draws what is no number", "weights that draw pictures")
+        _draw(generator, steps, label)
     try:
         reference: dict[str, Any] = json.loads((folder / FILE).read_text())
         published = torch.tensor(reference["levels"])
