@@ -41,6 +41,7 @@ from distillers.training.losses import (
     check_steps,
     consistency_function,
     consistency_generator,
+    log_ratio_at,
     lognormal_times,
     neighbours,
     per_sample_mse,
@@ -81,7 +82,7 @@ class Consistency(Distiller):
     # easy consistency tuning (source = data)
     ratio_base: float = 2.0  # q: r/t approaches 1 - 1/q^(k+1)
     stages: int = 8  # times that the gap halves over the training
-    log_mean: float | None = None  # of ln(sigma/alpha) at t; absent: the middle of the schedule's range (EDM: -1.1)
+    log_mean: float | None = None  # of ln(sigma/alpha) at t (paper: -1.1); absent: at two thirds of its range
     log_std: float = 2.0  # of the same
     last_time_share: float = 0.15  # of samples at t_max, where a one-step student is called
 
@@ -166,7 +167,8 @@ class Consistency(Distiller):
         self, schedule: NoiseSchedule, count: int, progress: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Sample t lognormal and r = t (1 - q^-(k+1) (1 + 8 sigmoid(-t))) >= 0, as sigma/alpha (Geng et al. 2024)."""
-        t = lognormal_times(schedule, count, self.log_mean, self.log_std, self.last_time_share, device)
+        mean = log_ratio_at(schedule, 2 / 3) if self.log_mean is None else self.log_mean
+        t = lognormal_times(schedule, count, mean, self.log_std, self.last_time_share, device)
         least = 2 * schedule.noise_ratio(t.new_tensor(schedule.t_min))
         ratio = schedule.noise_ratio(t).clamp_min(least)
         stage = int(progress * self.stages)

@@ -36,6 +36,7 @@ from distillers.training.losses import (
     check_steps,
     consistency_function,
     consistency_generator,
+    log_ratio_at,
     lognormal_times,
     per_sample_mse,
     ramp,
@@ -83,7 +84,8 @@ class ContinuousConsistency(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         student, schedule = nets["student"], nets["student"].schedule
         x0, cond = split_batch(batch)
-        t = lognormal_times(schedule, len(x0), self.log_mean, self.log_std, self.last_time_share, x0.device)
+        mean = log_ratio_at(schedule, 1 / 2) if self.log_mean is None else self.log_mean
+        t = lognormal_times(schedule, len(x0), mean, self.log_std, self.last_time_share, x0.device)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
 
         # one precision for both: at first their difference is the tangent, and half precision is most of it

@@ -116,18 +116,20 @@ def neighbours(schedule: NoiseSchedule, points: int, count: int, device: torch.d
     return grid[n + 1], grid[n]
 
 
+def log_ratio_at(schedule: NoiseSchedule, share: float) -> float:
+    """Find ln(sigma/alpha) at a share of its own range, 0 at t_min and 1 at t_max."""
+    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).log()
+    return float(torch.lerp(ends[0], ends[1], share))
+
+
 def lognormal_times(
-    schedule: NoiseSchedule, count: int, log_mean: float | None, log_std: float, last_share: float, device: torch.device
+    schedule: NoiseSchedule, count: int, log_mean: float, log_std: float, last_share: float, device: torch.device
 ) -> Tensor:
     """Sample times (count,) at which ln(sigma/alpha) is normal (Karras et al. 2022, table 1); a share of them is t_max.
 
-    t_max is the one time at which a one-step student is called, and the normal's tail hardly reaches it. A log_mean of
-    None is the middle of the schedule's range of ln(sigma/alpha): 0.2 for DDPM's, and for EDM's -0.9, near to what its
-    users take.
+    t_max is the one time at which a one-step student is called, and the normal's tail hardly reaches it.
     """
-    ends = schedule.noise_ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).log()
-    mean = float(ends.mean()) if log_mean is None else log_mean
-    ratio = (mean + log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
+    ratio = (log_mean + log_std * torch.randn(count, device=device, dtype=torch.float64)).exp()
     last = torch.rand(count, device=device) < last_share
     return schedule.time_at_ratio(ratio).masked_fill(last, schedule.t_max)
 

@@ -94,7 +94,9 @@ PROOFS: dict[str, Proof] = {
         trained_start=True,
         mixtures=("ring",),
     ),
-    "hyper_sd": Proof(HyperSD(points=32, solver="heun", adversarial_weights=(0.0, 0.0, 0.0, 0.0))),
+    "hyper_sd": Proof(
+        HyperSD(points=32, solver="heun", adversarial_weights=(0.0, 0.0, 0.0, 0.0)), replace(SETTINGS, iterations=8000)
+    ),
     "boot": Proof(Boot(delta=0.08, solver="heun"), replace(SETTINGS, iterations=6000)),
     # a picture of what the game does; at weight 0 it is `consistency`, which the tests hold it to
     "adversarial_consistency": Proof(
