@@ -39,6 +39,7 @@ from distillers.training.losses import (
     diffuse,
     discriminator_loss,
     neighbours,
+    pseudo_huber,
     ratio_weight,
     sample_student,
     sampling_times,
@@ -126,6 +127,8 @@ def play(method: Any, nets: Any, batch: dict[str, Tensor], progress: float = 0.9
     try:
         for player, loss in method.step(nets, batch, progress):
             turns.append(Turn(player, loss, list(calls)))
+            for call in calls if "label" in batch and "pairs" not in nets else ():
+                assert call.label is not None and torch.equal(call.label, torch.arange(len(call.x_t)) % 4), "its class"
             calls.clear()
             others = [p for who, net in nets.items() if who != player for p in net.parameters() if p.requires_grad]
             left = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True) if others else ()
@@ -241,6 +244,15 @@ def test_denoising_weighs_by_the_capped_signal_to_noise_ratio_plus_one(cap: floa
     ours = denoising(net, x_t, t, x0, {"label": call.label}, *([] if cap is None else [cap]))
     by_hand = (weight(t, cap or 20.0) * mse(drawn(net, call), x0).double()).mean()
     torch.testing.assert_close(ours.double(), by_hand, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("c", [None, 0.5])
+def test_the_pseudo_huber_distance_is_flat_at_zero(c: float | None) -> None:
+    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(D) unless it is given."""
+    a, size = torch.zeros(4, 3), c or 0.00054 * math.sqrt(3)
+    b = torch.tensor([0.0, 0.1, 1.0, 30.0])[:, None] * torch.tensor([[1.0, -2.0, 2.0]]) * size
+    expected = [math.sqrt(9 * x * x + 1) * size - size for x in (0.0, 0.1, 1.0, 30.0)]
+    assert pseudo_huber(a, b, c).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("schedule", [VP, Trigonometric()], ids=lambda s: s.name)
@@ -400,6 +412,7 @@ def test_a_guidance_scale_for_each_sample_reaches_teacher_student_and_target() -
 
         def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
             seen[self.who] = cond["guidance"]
+            assert "label" in cond, "beside the other conditions"
             return self.gain * x_t
 
     nets: Any = nn.ModuleDict({who: Told(who) for who in ("student", "target", "teacher")})

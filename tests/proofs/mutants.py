@@ -198,7 +198,7 @@ def _replacements(node: ast.expr | ast.stmt, parent: ast.AST, names: set[str]) -
             yield "choice", _with(node, body=orelse, orelse=body)
         case ast.Constant(value=bool(value)) if not (isinstance(parent, ast.keyword) and parent.arg == "strict"):
             yield "constant", ast.Constant(not value)
-        case ast.Constant(value=int(value)) if not isinstance(parent, ast.Slice):
+        case ast.Constant(value=int(value)) if type(value) is int and not isinstance(parent, ast.Slice):
             yield "constant", ast.Constant(value + 1)
         case ast.Constant(value=float(value)) if not 0 < value < 1e-5:  # which only guards a division
             yield "constant", ast.Constant(2 * value if value else 1.0)

@@ -15,6 +15,7 @@ import argparse
 import inspect
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_terms.py", "tests/test_losses.py")  # by hand, and no more than a minute for the slowest mutant
+
+LONGEST = 10  # CPU seconds that the tests may take on a mutant
 
 
 def mutated(module: ModuleType, old: str, new: str) -> Any:
@@ -109,6 +112,8 @@ class Mutation:
         pairs = [(i, p) for i, p in zip(self.items, self.passages, strict=True) if place in p.lines]
         chosen = [item for item, passage in sorted(pairs, key=lambda pair: pair[1].seconds)]
         mutant.apply()
+        signal.signal(signal.SIGVTALRM, _too_long)
+        signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST)
         noticed = None
         for item, following in pairwise([*chosen, None]):
             if not self.run(item, following):
@@ -119,6 +124,10 @@ class Mutation:
 
 
 PLUGIN: Mutation  # in forked processes, where nothing but a number can be handed over
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"a mutant that runs for {LONGEST} CPU seconds does not end")
 
 
 def _judge(number: int) -> Outcome:
@@ -206,7 +215,7 @@ def main() -> int:
     began, every = time.monotonic(), mutants()
     chosen = [m for m in every if given.only in m.name and (not given.third or third_of_commit(m.name))]
     plugin = Mutation(chosen, given.jobs)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys", "--timeout=60", "-W", "ignore"]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys", "-W", "ignore"]
     code = pytest.main([*options, *(str(ROOT / test) for test in TESTS)], plugins=[plugin])
     if code or len(plugin.outcomes) < len(chosen):
         return int(code) or 1
