@@ -30,6 +30,7 @@ from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.multi_student import MultiStudent
 from distillers.methods.pso import Pso, Sampler
 from distillers.methods.refine import Refine
+from distillers.methods.scm import ContinuousConsistency, TimeWeight
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import Trigonometric, VariancePreserving
@@ -38,6 +39,7 @@ from distillers.training.losses import (
     denoising,
     diffuse,
     discriminator_loss,
+    lognormal_times,
     neighbours,
     pseudo_huber,
     ratio_weight,
@@ -115,6 +117,8 @@ def play(method: Any, nets: Any, batch: dict[str, Tensor], progress: float = 0.9
     def watch(who: str) -> Any:
         def hook(_: nn.Module, given: Any, named: Any) -> None:
             x, time = given[:2]
+            if torch._C._functorch.maybe_get_level(x) > 0:
+                return  # inside a derivative
             gradient = torch.is_grad_enabled() and (x.requires_grad or nets[who].network.gain.requires_grad)
             calls.append(Call(who, x.detach().clone(), time.detach().double(), named.get("label"), gradient))
 
@@ -467,16 +471,26 @@ def test_tuning_by_hand(distance: Any, decay: float) -> None:
     same(turn, each.mean(), nets["student"])
 
 
-def test_tuning_times_are_lognormal_between_two_least_levels_and_the_greatest() -> None:
-    method = Consistency(source="data", log_mean=0.5, log_std=0.7, last_time_share=0.0, ratio_base=1.0001, stages=1)
+@pytest.mark.parametrize("last", [0.0, 0.3])
+@pytest.mark.parametrize("log_mean", [0.5, None])
+def test_lognormal_times_and_a_share_of_the_last_time(log_mean: float | None, last: float) -> None:
+    """ln(sigma/alpha) has the mean and the std that are asked for, or the middle of the range; a share is t_max."""
     torch.manual_seed(0)
-    t, s = method.tuning_times(VP, 20_000, 0.0, torch.device("cpu"))
-    ratio = VP.noise_ratio(t).log()
-    assert float(ratio.mean()) == pytest.approx(0.5, abs=0.03) and float(ratio.std()) == pytest.approx(0.7, abs=0.03)
-    low = replace(method, log_mean=-5.0, log_std=2.0)
-    t, s = low.tuning_times(VP, 2000, 0.0, torch.device("cpu"))
+    t = lognormal_times(VP, 20_000, log_mean, 0.7, last, torch.device("cpu"))
+    low, high = VP.noise_ratio(torch.tensor([0.0, 999.0]).double()).log().tolist()
+    assert float((t == 999).double().mean()) == pytest.approx(last, abs=0.015)
+    ratio = VP.noise_ratio(t[t < 999]).log()
+    assert float(ratio.mean()) == pytest.approx((low + high) / 2 if log_mean is None else 0.5, abs=0.03)
+    assert float(ratio.std()) == pytest.approx(0.7, abs=0.03)
+
+
+def test_tuning_begins_at_twice_the_least_level() -> None:
+    low = Consistency(source="data", log_mean=-5.0, log_std=2.0, ratio_base=1.0001, stages=1, last_time_share=0.25)
+    torch.manual_seed(0)
+    t, s = low.tuning_times(VP, 4000, 0.0, torch.device("cpu"))
     ends = VP.noise_ratio(torch.tensor([0.0, 999.0]))
     assert float(VP.noise_ratio(t).min()) == pytest.approx(2 * float(ends[0]), rel=1e-6) and bool((s < t).all())
+    assert float((t > 998.9).double().mean()) == pytest.approx(0.25, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +513,64 @@ def test_the_target_network_follows_by_its_decay() -> None:
             nets["target"].network.gain.fill_(0.5)
         play(method, nets, data(8), keep=True)
         assert float(nets["target"].network.gain) == pytest.approx(0.75 * 0.5 + 0.25 * 0.7)
+
+
+# --- continuous time -------------------------------------------------------------------------------------------------
+def exactly(net: Denoiser, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """The consistency function of an affine network in double precision."""
+    ratio, least = VP.noise_ratio(t), VP.noise_ratio(torch.tensor(0.0))
+    share = column(least**2 / ((ratio - least) ** 2 + least**2))
+    own = net.network.gain.item() * x + net.network.shift.item() + column(t / 2000 + label / 4)
+    return share * x + (1 - share) * own
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+@pytest.mark.parametrize("tangent", ["normalised", "clipped"])
+@pytest.mark.parametrize("tangent_step", [0.0, 2e-3])
+@pytest.mark.parametrize(("progress", "faded"), [(0.15, 0.3), (0.8, 1.0)])
+def test_continuous_consistency_by_hand(
+    source: Any, tangent: Any, tangent_step: float, progress: float, faded: float
+) -> None:
+    """phi = atan(sigma / (0.7 alpha)); f moves by sin(phi) times the tangent, in units of 0.7; w(t) is learnt."""
+    torch.manual_seed(5)
+    uncertainty, sigma_d, batch = TimeWeight(8), 0.7, data()
+    nn.init.normal_(uncertainty.linear.weight, std=0.3), nn.init.constant_(uncertainty.linear.bias, 0.2)
+    nets = consistency_nets(weight=uncertainty)
+    method = ContinuousConsistency(
+        source=source, tangent=tangent, tangent_step=tangent_step, tangent_warmup=0.5, tangent_constant=0.2,
+        sigma_data=sigma_d, log_mean=0.0, log_std=0.8, weight_cap=3.0, last_time_share=0.0,
+    )  # fmt: skip
+    turns = play(method, nets, batch, progress)
+    assert [turn.player for turn in turns] == ["weight", "student"]
+    at = turns[0].of("student")[-1]
+    assert at.gradient and shows(at, batch["x0"])
+    assert [torch.equal(call.x_t, at.x_t) for call in turns[0].of("teacher")] == [True] * (source == "teacher")
+    x0 = (drawn(nets["teacher"], at) if source == "teacher" else batch["x0"]).double()
+    ratio, x_t = VP.noise_ratio(at.t), at.x_t.double()
+    phi, eps = torch.atan(ratio / sigma_d), (x_t - column(VP.alpha(at.t)) * x0) / column(VP.sigma(at.t))
+
+    def f_at(angle: Tensor) -> Tensor:  # along the trajectory, whose clean end and noise stay
+        s = VP.time_at_ratio(sigma_d * angle.tan())
+        return exactly(nets["student"], column(VP.alpha(s)) * x0 + column(VP.sigma(s)) * eps, s, batch["label"])
+
+    h = tangent_step or 1e-6
+    df = (f_at(phi) - f_at(phi - h)) / h if tangent_step else (f_at(phi + h) - f_at(phi - h)) / (2 * h)
+    sin, cos = column(phi.sin()), column(phi.cos())
+    g = ((1 - faded) * cos**2 * (f_at(phi) - x0) / sin + faded * cos * df) / sigma_d
+    g = g / ((g**2).mean(1, keepdim=True).sqrt() + 0.2) if tangent == "normalised" else g.clamp(-1, 1)
+    f = f_of(nets["student"], at).double() / sigma_d
+    error = (1 / sin[:, 0] ** 2).clamp(max=3) * mse(f, (f - sin * g).detach())
+    w = uncertainty(ratio)
+    loose = 0.02 if tangent_step else 2e-3  # a short difference of float32 answers
+    for turn, expected, net in (
+        (turns[0], (w.exp() * error.detach() - w).mean(), uncertainty),
+        (turns[1], (w.detach().exp() * error).mean(), nets["student"]),
+    ):
+        learning = [p for p in net.parameters() if p.requires_grad]
+        torch.testing.assert_close(turn.loss.double(), expected, atol=1e-5, rtol=loose)
+        both = [torch.autograd.grad(loss, learning, retain_graph=True) for loss in (turn.loss, expected)]
+        for ours, by_hand in zip(*both, strict=True):
+            torch.testing.assert_close(ours.double(), by_hand.double(), atol=loose, rtol=loose)
 
 
 # --- adversarial consistency -----------------------------------------------------------------------------------------

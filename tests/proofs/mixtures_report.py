@@ -3,8 +3,8 @@
     python tests/proofs/mixtures_report.py --methods consistency boot dmd2
 
 trains each method once on each mixture and writes mixtures/METHOD.json after every training, and mixtures.md of all
-that stand there. A training that stands there with the same options is not repeated, so a stopped run goes on where it was,
-and several methods may run at a time.
+that stand there. A training that stands there with the same options is not repeated, so a stopped run goes on where it
+was, and several methods may run at a time.
 """
 
 import argparse
