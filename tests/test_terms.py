@@ -33,12 +33,13 @@ from distillers.methods.refine import Refine
 from distillers.methods.scm import ContinuousConsistency, TimeWeight
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
-from distillers.models.schedule import Trigonometric, VariancePreserving
+from distillers.models.schedule import EDM, Trigonometric, VariancePreserving
 from distillers.training.distiller import Networks
 from distillers.training.losses import (
     denoising,
     diffuse,
     discriminator_loss,
+    focal_frequency,
     lognormal_times,
     neighbours,
     pseudo_huber,
@@ -175,7 +176,7 @@ def shows_exactly(call: Call, x0: Tensor) -> bool:
     """Whether the call is at these very samples, diffused, and not at others of their distribution."""
     eps = noise_in(call, x0.double())
     late = call.t < 100  # where there is little noise, that of other samples is far from unit size
-    return float(eps[late].square().mean()) < 1.5
+    return abs(float(eps[late].square().mean()) - 1) < 0.3
 
 
 def again(eps: Tensor, x0: Tensor, t: Tensor, schedule: Any = VP) -> Tensor:
@@ -573,6 +574,42 @@ def test_continuous_consistency_by_hand(
             torch.testing.assert_close(ours.double(), by_hand.double(), atol=loose, rtol=loose)
 
 
+@pytest.mark.parametrize("tangent_step", [0.0, 0.05])
+def test_teacher_and_tangent_are_in_one_precision(tangent_step: float) -> None:
+    """Under autocast only the call that is trained is in half precision."""
+    nets = consistency_nets(weight=TimeWeight(8))
+    halves: list[tuple[str, bool]] = []
+    for who in ("student", "teacher"):
+        nets[who].network.register_forward_pre_hook(
+            lambda _, given, who=who: halves.append((who, torch.is_autocast_enabled("cpu")))
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(ContinuousConsistency(tangent_step=tangent_step).step(nets, data(20), 0.5))
+    assert halves[-1] == ("student", True) and {half for _, half in halves[:-1]} == {False}
+    assert [who for who, _ in halves[:-1]] == ["teacher"] + ["student"] * (2 if tangent_step else 1)
+
+
+def test_the_tangent_at_the_least_time_is_nothing() -> None:
+    """There is no way further down, and no division by its length."""
+    student, x, t = affine(0.7, 0.3), torch.randn(20, D), torch.zeros(20).double()
+    with torch.no_grad():
+        f, df = ContinuousConsistency(tangent_step=0.05).derivative(student, x, t, x, None)
+    assert not df.any() and torch.equal(f, x)
+
+
+def test_the_learnt_weight_by_hand() -> None:
+    """w = sum_i a_i sqrt(2) cos(2 pi f_i ln(r) / 4 + 2 pi p_i) + b, f normal and p uniform; it starts as 0."""
+    torch.manual_seed(0)
+    weight, ratio = TimeWeight(2000), torch.tensor([0.01, 1.0, 37.0]).double()
+    assert not weight(ratio).any()
+    assert float(weight.frequencies.std()) == pytest.approx(2 * math.pi, rel=0.06)
+    assert 0 <= float(weight.phases.min()) < 0.05 and 6.2 < float(weight.phases.max()) < 2 * math.pi
+    nn.init.normal_(weight.linear.weight), nn.init.constant_(weight.linear.bias, 0.4)
+    angle = ratio.log()[:, None] / 4 * weight.frequencies.double() + weight.phases.double()
+    expected = math.sqrt(2) * angle.cos() @ weight.linear.weight[0].double() + 0.4
+    torch.testing.assert_close(weight(ratio).double(), expected, atol=2e-3, rtol=1e-4)
+
+
 # --- adversarial consistency -----------------------------------------------------------------------------------------
 class Judge(nn.Module):
     """A discriminator of two views whose logit is known: 0.4 and 0.9 of their means, the class added to both."""
@@ -583,7 +620,7 @@ class Judge(nn.Module):
 
     def encode(self, x: Tensor, t: Tensor, cond: Any = None) -> list[Tensor]:
         self.shown.append((x, t.expand(len(x))))
-        return [x + cond["label"][:, None] if cond else x]
+        return [x + cond["label"].reshape(-1, *[1] * (x.ndim - 1)) if cond else x]
 
     def forward(self, *views: list[Tensor]) -> Tensor:
         return self.scale * sum(w * view[0].flatten(1).mean(1) for w, view in zip((0.4, 0.9), views, strict=False))
@@ -773,6 +810,22 @@ def test_pairs_follow_the_teacher_down_the_grid() -> None:
     assert is_noise(pairs.noise.double(), torch.randn(100, D).double()) and len(which.unique()) > 80
 
 
+def test_pairs_are_made_by_the_teacher_from_noise_at_its_own_scale() -> None:
+    nets = matching_nets(pairs=Pairs(20, 2, torch.zeros(1, D), 0))
+    method = Dmd2(critic_turns=1, pairs=20)
+    play(method, nets, data_for(method))
+    call = Call("", nets["pairs"].noise, torch.full((20,), 999.0).double())
+    for s in (499.5, 0.0):
+        s_t = torch.full((20,), s).double()
+        call = replace(call, x_t=heun(call, s_t, nets["teacher"]).detach(), t=s_t)
+    torch.testing.assert_close(nets["pairs"].x0, drawn(nets["teacher"], call).detach(), atol=1e-4, rtol=1e-4)
+    exploding, given = affine(0.4, 0.6, EDM()), list[Tensor]()
+    exploding.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    pairs = Pairs(20, 2, torch.zeros(1, D), 0)
+    pairs(exploding, 5)
+    torch.testing.assert_close(given[0], pairs.noise * math.sqrt(1 + 80**2))
+
+
 def test_several_steps_of_dmd2_judge_what_the_sampler_makes() -> None:
     """The student's sample is of its own sampler of two or three steps, and the critic's samples, too."""
     nets = matching_nets()
@@ -827,6 +880,7 @@ def test_the_first_stage_of_disback_by_hand(progress: float, before: int, after:
     assert shows(asked, x) and not given.gradient
     same(turn, (weight(asked.t) * mse(drawn(nets["critic"], asked), x).double()).mean(), nets["critic"], "critic")
     assert int(nets["path"].recorded) == after
+    assert not nets["path"].states.requires_grad
     for state in nets["path"].states[before + 1 : after + 1]:
         assert state.tolist() == pytest.approx([0.5, -0.2])  # the critic's
 
@@ -847,11 +901,11 @@ def test_the_way_back_of_disback_by_hand(progress: float, node: int) -> None:
         used.append(k)
         expected = (weight(asked.t) * mse(drawn(nets["critic"], asked), samples[k].detach()).double()).mean()
         same(turn, expected, nets["critic"], "critic")
-    assert sorted(used) == [0, 1]
+    assert sorted(used) == [0, 1] and int(nets["path"].loaded) == node
     (given,) = turns[-1].of("student")
     x = drawn(nets["student"], given)
     asked = turns[-1].of("critic")[0]
-    assert shows(asked, x.detach())
+    assert shows(asked, x.detach()) and not asked.gradient
     real = drawn(affine(0.4, 0.6) if node == 0 else affine(1 / (node + 2), -float(node)), asked)
     gap = (drawn(nets["critic"], asked) - real) / (x - real).abs().mean(1, keepdim=True)
     same(turns[-1], ((x - (x - gap).detach()) ** 2).mean() / 2, nets["student"])
@@ -883,10 +937,19 @@ def test_the_plateau_of_disback_by_hand() -> None:
 
 def test_the_plateau_sees_the_gap_between_critic_and_target() -> None:
     method, nets = way_back(4, critic_turns=1, advance="plateau", patience=9)
+    nets["path"].states[3] = torch.tensor([2.5, -0.2])  # on both sides of the critic
     turn = play(method, nets, data_for(method, 0.3), 0.3, keep=True)[-1]
     asked = turn.of("critic")[0]
-    gap = (drawn(nets["critic"], asked) - drawn(affine(1 / 5, -3.0), asked)).abs().mean().detach()
+    gap = (drawn(nets["critic"], asked) - drawn(affine(2.5, -0.2), asked)).abs().mean().detach()
     assert float(nets["path"].gap) == pytest.approx(float(gap), rel=1e-4)
+
+
+def test_a_plateau_ends_on_the_teacher_when_it_is_reached_or_due() -> None:
+    method, nets = way_back(4, critic_turns=1, advance="plateau")
+    assert method.target(nets, 0.3) is nets["target"] and int(nets["path"].loaded) == 3
+    assert method.target(nets, 0.7) is nets["teacher"], "whichever node it has come to"
+    nets["path"].node.zero_()
+    assert method.target(nets, 0.3) is nets["teacher"], "however early"
 
 
 # --- hyper-sd --------------------------------------------------------------------------------------------------------
@@ -925,6 +988,10 @@ def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, ratio: float, di
     u = views[0].t
     high = b + (999 if k == 1 else 251)
     assert bool((u >= b - 1e-3).all()) and bool((u <= high).all()) and all(torch.equal(v.t, u) for v in views)
+    grid = torch.tensor([0.0] + [float(round(i * 1000 / 16) - 1) for i in range(1, 17)]).double()
+    places = [torch.cdist(time[:, None], grid[:, None]).argmin(1) for time in (u, b)]
+    assert set((places[0] - places[1]).tolist()) == set(range(16 // k + 1)), "both ends and all between"
+    assert len(turns[0].of("student") + turns[1].of("student")) == 1, "no sample without a use for it"
     # x_u = (a_u / a_b) x_b + what is missing of the noise
     scale = column(VP.alpha(u) / VP.alpha(b))
     noise = (column(VP.sigma(u)) ** 2 - (scale * column(VP.sigma(b))) ** 2).clamp_min(0).sqrt()
@@ -946,11 +1013,34 @@ def test_the_terms_of_hyper_sd_by_hand(progress: float, k: int, ratio: float, di
     assert float(nets.pulls["adversary"] / nets.pulls["loss"]) == pytest.approx(ratio, rel=1e-3)
 
 
+def test_stages_of_hyper_sd_share_the_first_half() -> None:
+    method = HyperSD(segments=(8, 4, 2, 1), adversarial_weights=(0.0, 0.1, 0.2, 0.3))
+    assert method.stage_starts() == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
+    assert [method.stage(p) for p in (0.0, 0.16, 0.17, 0.34, 0.5, 1.0)] == [
+        (8, 0.0), (8, 0.0), (4, 0.1), (2, 0.2), (1, 0.3), (1, 0.3),
+    ]  # fmt: skip
+    assert HyperSD(segments=(1,), adversarial_weights=(0.3,)).stage_starts() == [0.0]
+
+
+def test_hyper_sd_may_be_its_own_target_and_its_heads_may_be_silent() -> None:
+    """Its answer below carries no gradient; heads that say nothing add nothing, and no division by nothing."""
+    head = Head(scale=0.0)
+    nets = consistency_nets(backbone=affine(0.9, 0.1).requires_grad_(False), discriminator=head)
+    method = HyperSD(segments=(1,), adversarial_weights=(0.5,), points=16, target_decay=0.0, layers=("hidden",))
+    turns = play(method, nets, data())
+    at, below = turns[0].of("student")
+    at, below = (at, below) if at.gradient else (below, at)
+    assert at.gradient and not below.gradient
+    b = torch.zeros(N).double()
+    loss = huber(ddim(at, b, nets["student"]), ddim(below, b, nets["student"]).detach()).mean()
+    same(turns[1], loss, nets["student"])
+
+
 class Liking(nn.Module):
-    """A reward of samples that is known: three times their mean, less one."""
+    """A reward of samples that is known: three times their mean, less one, and more for some classes."""
 
     def forward(self, x: Tensor, cond: Any) -> Tensor:
-        return 3 * x.mean(1) - 1
+        return 3 * x.mean(1) - 1 + 0.8 * cond["label"]
 
 
 @pytest.mark.parametrize("score", [0.0, 0.8])
@@ -964,8 +1054,11 @@ def test_the_one_step_terms_of_hyper_sd_by_hand(score: float, liked: float) -> N
         segments=(2, 1), adversarial_weights=(0.0, 0.0), points=16, critic_turns=2, score_weight=score,
         reward="some:reward" if liked else None, reward_weight=liked, reward_margin=0.5,
     )  # fmt: skip
-    assert [turn.player for turn in play(method, nets, data(), 0.2)] == ["student"], "in the last stage only"
-    turns = play(method, nets, data_for(method, 0.7), 0.7)
+    (early,) = play(method, nets, data(), 0.2)
+    at, below, b = segments_of(early, 2)
+    same(early, huber(ddim(at, b, nets["student"]), ddim(below, b, nets["target"]).detach()).mean(), nets["student"])
+    batch = data_for(method, 0.7)
+    turns = play(method, nets, batch, 0.7)
     assert [turn.player for turn in turns] == ["critic"] * (2 if score else 0) + ["student"]
     at, below, b = segments_of(Turn("", turns[0].loss, [c for t in turns for c in t.calls]), 1)
     loss = huber(ddim(at, b, nets["student"]), ddim(below, b, nets["target"]).detach()).mean()
@@ -981,12 +1074,12 @@ def test_the_one_step_terms_of_hyper_sd_by_hand(score: float, liked: float) -> N
     x = drawn(nets["student"], given)
     if score:
         asked = turns[-1].of("critic")[0]
-        assert shows(asked, x.detach())
+        assert shows(asked, x.detach()) and not asked.gradient
         real, fake = drawn(nets["teacher"], asked), drawn(nets["critic"], asked)
         gap = (fake - real) / (x - real).abs().mean(1, keepdim=True)
         loss = loss + 0.8 * ((x - (x - gap).detach()) ** 2).mean() / 2
     if liked:
-        loss = loss + 0.45 * (0.5 - (3 * x.mean(1) - 1)).relu().mean()
+        loss = loss + 0.45 * (0.5 - (3 * x.mean(1) - 1 + 0.8 * batch["label"][:N])).relu().mean()
     same(turns[-1], loss, nets["student"])
 
 
@@ -1041,6 +1134,17 @@ def test_score_matching_by_hand() -> None:
     expected = (weight(asked.t) * mse(drawn(nets["student"], asked), drawn(nets["teacher"], asked)).double()).mean()
     same(turn, expected, nets["student"])
     assert play(method, nets, batch, 0.41)[0].player == "critic", "then the base method"
+
+
+def test_the_base_of_multi_student_has_a_progress_and_stages_of_its_own() -> None:
+    method = MultiStudent(start="untrained", matching=0.4, options={"critic_turns": 3})
+    assert [method.draws(p) for p in (0.0, 0.39, 0.4, 1.0)] == [1, 1, 4, 4]
+    assert method.base_progress(0.4) == 0 and method.base_progress(0.7) == pytest.approx(0.5)
+    assert method.stage_starts() == [0.0, 0.4]
+    vars(method)["method"] = HyperSD(segments=(2, 1), adversarial_weights=(0.0, 0.0))
+    assert method.stage_starts() == pytest.approx([0.0, 0.4, 0.7])
+    whole = MultiStudent(base="consistency")
+    assert whole.stage_starts() == [0.0] and whole.base_progress(0.3) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("cap", [20.0, 4.0])
@@ -1107,18 +1211,43 @@ def test_the_adversary_of_refine_by_hand(progress: float, ramped: float) -> None
         pixel_weight=0.7, perceptual_weight=0.0, frequency_weight=0.0, adversarial_weight=1.6, adversarial_ramp=0.2,
         shift=0, steps=(1,),
     )  # fmt: skip
-    turns = play(method, nets, {"x0": x0}, progress)
+    label = torch.arange(30) % 4
+    turns = play(method, nets, {"x0": x0, "label": label}, progress)
     assert [turn.player for turn in turns] == ["discriminator", "student"]
     (given,) = (call for turn in turns for call in turn.of("student"))
     x = drawn(nets["student"], given)
     assert all(float(t.max()) == 0 for _, t in judge.shown)
 
     def logits(made: Tensor) -> Tensor:
-        return 0.4 * judge.scale * made.flatten(1).mean(1)
+        return 0.4 * judge.scale * (made.flatten(1).mean(1) + label)
 
     same(turns[0], (softplus(logits(x.detach())) + softplus(-logits(x0))).mean(), judge, "discriminator")
     expected = 0.7 * (x - x0).abs().mean() + 1.6 * ramped * softplus(-logits(x)).mean()
     same(turns[1], expected, nets["student"])
+
+
+@pytest.mark.parametrize("term", ["frequency", "perceptual"])
+def test_the_other_terms_of_refine_by_hand(term: str) -> None:
+    """1.3 times the focal frequency loss of the pictures, or 2.1 times the distance of the start's own features."""
+    x0 = torch.randn(30, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    nets = Networks({"student": affine(0.7, 0.3), "codec": PixelUnshuffle(1)})
+    nets["teacher"] = affine(-0.6, 0.2).requires_grad_(False)
+    weights = {
+        "frequency_weight": 0.0,
+        "perceptual_weight": 0.0,
+        f"{term}_weight": {"frequency": 1.3, "perceptual": 2.1}[term],
+    }
+    method = Refine(pixel_weight=0.0, adversarial_weight=0.0, shift=0, steps=(1,), layers=("hidden",), **weights)
+    (turn,) = play(method, nets, {"x0": x0, "label": torch.arange(30) % 4})
+    x = drawn(nets["student"], turn.of("student")[0])
+    if term == "frequency":
+        same(turn, 1.3 * focal_frequency(x, x0).mean(), nets["student"])
+        return
+    clean = turn.of("teacher")[0]
+    assert float(clean.t.max()) == 0
+    made, real = (drawn(nets["teacher"], replace(clean, x_t=y)) for y in (x, x0))
+    made, real = (y / y.square().sum(1, keepdim=True).sqrt() for y in (made, real))
+    same(turn, 2.1 * (made - real).square().sum(1).mean(), nets["student"])
 
 
 # --- pso -------------------------------------------------------------------------------------------------------------
@@ -1229,3 +1358,56 @@ def test_the_online_loss_of_pso_by_hand(tuned: Networks, clip: float, policy_std
         assert bool((every == math.log(1 - clip)).any()) and bool((every == every.max()).sum() > 1), "both cuts bite"
     margins = torch.stack([h * (one - other) for one, other in zip(*both, strict=True)])
     same(turn, -logsigmoid(3.0 * margins).mean(), tuned["student"])
+
+
+@pytest.mark.parametrize("mode", ["offline", "personalise", "finetune"])
+def test_losers_of_pso_are_drawn_by_the_reference(tuned: Networks, mode: Any) -> None:
+    """Where there are none in the batch: four steps of the base from fresh noise; plain fine-tuning needs none."""
+    batch = data()
+    batch["x0"] = batch["x0"] - 4.5
+    (turn,) = play(Pso(mode=mode, beta=0.7), tuned, batch)
+    if mode == "finetune":
+        assert len(turn.calls) == 1
+        return
+    path, first = turn.calls[:4], turn.calls[4]
+    assert is_noise(path[0].x_t.double(), torch.randn(N, D).double())
+    assert [float(call.t[0]) for call in path] == sampling_times(VP, 4) and not any(call.gradient for call in path)
+    for one, next_one in pairwise(path):
+        assert shows(next_one, policy(tuned, one, False).detach())
+    loser = policy(tuned, path[3], False).detach()
+    eps = noise_in(first, batch["x0"].double())
+
+    def error(x0: Tensor, on: bool = True) -> Tensor:
+        x_t = again(eps, x0, first.t)
+        return mse(policy(tuned, replace(first, x_t=x_t), on), x0).double() / VP.sigma(first.t) ** 2
+
+    won, lost = error(batch["x0"]), error(loser)
+    if mode == "personalise":
+        same(turn, ((1 - 0.7 * (lost - won)).relu() + lost / 2).mean(), tuned["student"])
+    else:
+        gap = (error(batch["x0"], False) - error(loser, False)).detach() - (won - lost)
+        same(turn, -logsigmoid(0.7 * gap).mean(), tuned["student"])
+
+
+def test_a_sampler_without_noise_has_a_likelihood_at_its_last_step_alone(tuned: Networks) -> None:
+    sampler = tuned["sampler"]
+    noisy = Pso(mode="online", reward="some:reward", policy_std=0.2)
+    plain = Pso(mode="online", reward="some:reward")
+    assert noisy.noisy_steps(sampler, VP) == [0, 1, 2, 3] and plain.noisy_steps(sampler, VP) == [0, 1, 2]
+    sampler.renoises = False
+    assert noisy.noisy_steps(sampler, VP) == [3] and plain.noisy_steps(sampler, VP) == []
+
+
+def test_a_rollout_of_pso_by_hand(tuned: Networks) -> None:
+    """Without noise between its steps, from noise at the schedule's own scale."""
+    sampler, net, noise = tuned["sampler"], affine(0.5, 0.1), torch.randn(20, D)
+    sampler.renoises = False
+    path = sampler.rollout(net, noise, {"label": torch.arange(20) % 4})
+    call = Call("", noise, torch.full((20,), float(sampler.times[0])).double(), torch.arange(20) % 4)
+    for reached, s in zip(path[1:], sampler.times[1:], strict=False):
+        later = torch.full((20,), float(s)).double()
+        call = replace(call, x_t=ddim(call, later, net).detach(), t=later)
+        torch.testing.assert_close(reached, call.x_t, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(path[-1], drawn(net, call).detach())
+    sampler.times = [80.0, 1.0]
+    assert torch.equal(sampler.rollout(affine(0.5, 0.1, EDM()), noise, None)[0], noise * math.sqrt(1 + 80**2))

@@ -31,7 +31,7 @@ from distillers.methods.consistency import Consistency
 PROOFS |= {
     "consistency": replace(
         PROOFS["consistency"],
-        distiller=Consistency(points=20, first_points=5),
+        distiller=Consistency(points=20, first_points=5, anchored=0.0),
         settings=replace(SETTINGS, iterations=8000),
     ),
     "dmd2": replace(PROOFS["dmd2"], settings=replace(MATCHING, iterations=3000)),

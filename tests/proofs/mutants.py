@@ -50,7 +50,14 @@ CONFUSED = {
     "lost": ("won",), "won_ref": ("won",), "lost_ref": ("lost",), "winner": ("loser",), "a": ("b",), "fake_x0": ("x0",),
     "fake_logits": ("real_logits",), "real_logits": ("fake_logits",), "y_s": ("y_top",), "y_top": ("y_s",),
 }  # fmt: skip
-SYMMETRIC = {"per_sample_mse", "pseudo_huber", "unit_length_distance", "d", "zip"}  # arguments may change places
+SYMMETRIC = {
+    "per_sample_mse",
+    "pseudo_huber",
+    "focal_frequency",
+    "unit_length_distance",
+    "d",
+    "zip",
+}  # arguments may change places
 TIMES = {"t", "s", "m", "b", "u", "t_min", "top"}
 TENSORS = {*CONFUSED, "x0", "noise", "goal", "targets", "features", "truth", "pixels", "x_b"} - TIMES
 

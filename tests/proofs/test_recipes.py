@@ -1,0 +1,14 @@
+"""Proofs over what recipes run: the schedule of stock teachers, forty points, heads of x0 and v, bf16, every term."""
+
+import pytest
+from exact_report import VPS, hold
+
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
+
+
+@pytest.mark.parametrize("mixture", VPS)
+@pytest.mark.parametrize(
+    "method", ["consistency_vp", "consistency_x0", "consistency_bf16", "tuning", "boot_vp", "dmd2_vp"]
+)
+def test_the_student_is_proved_under_the_schedule_of_stock_teachers(method: str, mixture: str) -> None:
+    hold(method, mixture)
