@@ -47,6 +47,7 @@ from distillers.training.losses import (
     sample_student,
     sampling_times,
     score_identity,
+    teacher_end,
 )
 
 VP = VariancePreserving.from_betas()
@@ -427,6 +428,21 @@ def test_a_guidance_scale_for_each_sample_reaches_teacher_student_and_target() -
     w = seen["student"]
     assert torch.equal(w, seen["teacher"]) and torch.equal(w, seen["target"])
     assert 2 <= float(w.min()) < 2.02 and 4.98 < float(w.max()) <= 5 and float(w.mean()) == pytest.approx(3.5, abs=0.08)
+
+
+def test_the_teachers_end_is_at_the_scale_of_the_least_time() -> None:
+    """One midpoint step in u = x/alpha, r = sigma/alpha, from 1.2 down to t_min = 0.4, where alpha is 0.92."""
+    schedule = Trigonometric(t_min=0.4)
+    teacher, x_t, t = affine(0.4, 0.6, schedule), torch.randn(20, D), torch.full((20,), 1.2).double()
+    r, r_end = math.tan(1.2), math.tan(0.4)
+    middle = math.atan((r + r_end) / 2)
+    with torch.no_grad():
+        ends = teacher_end(teacher, x_t, t, None)
+        x0 = teacher(x_t, t)
+        x_middle = math.cos(middle) * x0 + math.sin(middle) * (x_t - math.cos(1.2) * x0) / math.sin(1.2)
+        slope = (x_middle / math.cos(middle) - teacher(x_middle, torch.full((20,), middle).double())) / math.tan(middle)
+    expected = math.cos(0.4) * (x_t / math.cos(1.2) - (r - r_end) * slope)
+    torch.testing.assert_close(ends, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_has_little_noise_is_anchored_by_hand() -> None:

@@ -145,6 +145,8 @@ LIMITS: dict[str, dict[str, float]] = {
     "hyper_sd": {"rmse": 0.15, "mode_agreement": 0.03} | {f"rmse_{k}_steps": 0.12 for k in (8, 4, 2)},
     "boot": {"rmse": 0.15, "mode_agreement": 0.03} | {k: 0.05 for k in IDEAL if k.startswith("std")},
     **{method: {"energy": 0.01, "share_error": 0.03} for method in SAMPLES},
+    **{f"consistency_{what}": {"rmse": 0.15, "mode_agreement": 0.04} for what in ("vp", "x0")},
+    "boot_vp": {"rmse": 0.17, "mode_agreement": 0.03},
 }
 BROKEN_BY = 1.5  # times the limit: what a broken copy of the method must exceed
 

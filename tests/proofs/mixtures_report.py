@@ -40,11 +40,15 @@ METHODS = ("consistency", "boot", "dmd2", "tuning", "hyper_sd", "scm", "sid", "d
 FIGURES = ("rmse", "median_error", "mode_agreement", "off_manifold", "energy", "share_error")
 
 
+TUNING = {"ratio_base", "stages", "log_mean", "log_std", "last_time_share"}  # consistency's, for source = "data" alone
+
+
 def described(method: str) -> dict[str, Any]:
     """What a training of this method depends on beside the mixture and the seed."""
-    proof = PROOFS[method]
-    options = asdict(replace(proof, mixtures=()))
-    return json.loads(json.dumps(options))
+    options: dict[str, Any] = json.loads(json.dumps(asdict(replace(PROOFS[method], mixtures=()))))
+    if options["distiller"].get("source") == "teacher" and method == "consistency":
+        options["distiller"] = {key: value for key, value in options["distiller"].items() if key not in TUNING}
+    return options
 
 
 def page(out: Path, runs: Sequence[dict[str, Any]]) -> str:
