@@ -445,6 +445,15 @@ def test_the_teachers_end_is_at_the_scale_of_the_least_time() -> None:
     torch.testing.assert_close(ends, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_anchored_times_begin_at_the_least_time() -> None:
+    schedule = Trigonometric(t_min=0.2)
+    nets = Networks({who: affine(0.5, 0.1, schedule) for who in ("student", "target", "teacher")})
+    nets["target"].requires_grad_(False), nets["teacher"].requires_grad_(False)
+    (turn,) = play(Consistency(points=9, anchored=0.5), nets, data(1000))
+    low, highest = turn.of("student")[0].t[:500], math.atan(0.44)
+    assert 0.2 <= float(low.min()) < 0.21 and highest - 0.01 < float(low.max()) <= highest + 1e-6
+
+
 def test_what_has_little_noise_is_anchored_by_hand() -> None:
     """The first third, at sigma/alpha up to 0.44: the target is the teacher's end, by one midpoint step."""
     nets, batch, k = consistency_nets(), data(), N // 3
