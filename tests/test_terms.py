@@ -40,6 +40,7 @@ from distillers.training.losses import (
     diffuse,
     discriminator_loss,
     focal_frequency,
+    log_ratio_at,
     lognormal_times,
     neighbours,
     pseudo_huber,
@@ -498,16 +499,32 @@ def test_tuning_by_hand(distance: Any, decay: float) -> None:
 
 
 @pytest.mark.parametrize("last", [0.0, 0.3])
-@pytest.mark.parametrize("log_mean", [0.5, None])
-def test_lognormal_times_and_a_share_of_the_last_time(log_mean: float | None, last: float) -> None:
-    """ln(sigma/alpha) has the mean and the std that are asked for, or the middle of the range; a share is t_max."""
+def test_lognormal_times_and_a_share_of_the_last_time(last: float) -> None:
+    """ln(sigma/alpha) has the mean and the std that are asked for; a share is t_max."""
     torch.manual_seed(0)
-    t = lognormal_times(VP, 20_000, log_mean, 0.7, last, torch.device("cpu"))
-    low, high = VP.noise_ratio(torch.tensor([0.0, 999.0]).double()).log().tolist()
+    t = lognormal_times(VP, 20_000, 0.5, 0.7, last, torch.device("cpu"))
     assert float((t == 999).double().mean()) == pytest.approx(last, abs=0.015)
     ratio = VP.noise_ratio(t[t < 999]).log()
-    assert float(ratio.mean()) == pytest.approx((low + high) / 2 if log_mean is None else 0.5, abs=0.03)
+    assert float(ratio.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(ratio.std()) == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 2 / 3, 1.0])
+def test_a_share_of_the_range_of_noise_levels(share: float) -> None:
+    low, high = VP.noise_ratio(torch.tensor([0.0, 999.0]).double()).log().tolist()
+    assert log_ratio_at(VP, share) == pytest.approx(low + share * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [(Consistency(source="data", last_time_share=0.0), 2 / 3), (ContinuousConsistency(last_time_share=0.0), 1 / 2)],
+)
+def test_times_without_a_mean_are_about_a_share_of_the_range(method: Any, share: float) -> None:
+    """Two thirds of it for tuning, its middle for continuous time; std 2."""
+    nets = consistency_nets(weight=TimeWeight(8))
+    turn = play(method, nets, data())[0]
+    ratio = VP.noise_ratio(turn.of("student")[-1].t).log()
+    assert float(ratio.median()) == pytest.approx(log_ratio_at(VP, share), abs=0.25)
 
 
 def test_tuning_begins_at_twice_the_least_level() -> None:

@@ -15,8 +15,8 @@ EQUIVALENT: dict[str, str] = {
     "losses.best_shift: `a` -> `b`": "both pictures have one size",
     "losses.best_shift: `(grey[:, i:i + height, j:j + width] - target).square().mean((1, 2))` -> "
     "`(grey[:, i:i + height, j:j + width] - target).square().sum((1, 2))`": "the least mean is the least sum",
-    "losses.lognormal_times: `mean + log_std * torch.randn(count, device=device, dtype=torch.float64)` -> "
-    "`mean - log_std * torch.randn(count, device=device, dtype=torch.float64)`": SYMMETRIC,
+    "losses.lognormal_times: `log_mean + log_std * torch.randn(count, device=device, dtype=torch.float64)` -> "
+    "`log_mean - log_std * torch.randn(count, device=device, dtype=torch.float64)`": SYMMETRIC,
     "losses.ratio_weight: `1` -> `2` (2)": "2 / (1 + r) is as 1 / (1 + r) where weights have mean one",
     "losses.feature_distance: `a` -> `b`": SHAPE,
     "adversarial_consistency.AdversarialConsistency.step: `eps` -> `torch.randn_like(eps)`": ONCE,
