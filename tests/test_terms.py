@@ -30,7 +30,7 @@ from distillers.methods.hyper_sd import HyperSD
 from distillers.methods.multi_student import MultiStudent
 from distillers.methods.pso import Pso, Sampler
 from distillers.methods.refine import Refine
-from distillers.methods.scm import ContinuousConsistency, TimeWeight
+from distillers.methods.scm import ContinuousConsistency, TimeWeight, derivative_along
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM, Trigonometric, VariancePreserving
@@ -1453,3 +1453,34 @@ def test_a_rollout_of_pso_by_hand(tuned: Networks) -> None:
     torch.testing.assert_close(path[-1], drawn(net, call).detach())
     sampler.times = [80.0, 1.0]
     assert torch.equal(sampler.rollout(affine(0.5, 0.1, EDM()), noise, None)[0], noise * math.sqrt(1 + 80**2))
+
+
+class ChannelsLast(nn.Module):
+    """A group norm over a map whose channels lie innermost, as attention leaves them, and the time in its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 2)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        seen = x + time[:, None, None, None] * x.square()
+        normed: Tensor = self.norm(seen.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        return normed
+
+
+def test_the_derivative_along_a_trajectory_passes_group_norms_and_leaves_nothing_behind() -> None:
+    """x = cos(t) x0 + sin(t) eps on the trigonometric schedule, where phi is t; the slope by central difference."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(ChannelsLast(), Trigonometric(), "x0")
+    x0, eps, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.4, 0.8, 1.2], dtype=torch.float64)
+
+    def at(time: Tensor) -> tuple[Tensor, Tensor]:
+        return denoiser.schedule.add_noise(x0, eps, time), time
+
+    value, slope = derivative_along(denoiser, *at(t), x0, None)
+    assert not value.requires_grad and not slope.requires_grad
+    assert not denoiser.network.norm._forward_pre_hooks  # type: ignore[union-attr]
+    with torch.no_grad():
+        ahead, behind = (denoiser(*at(t + h)) for h in (1e-3, -1e-3))
+        torch.testing.assert_close(value, denoiser(*at(t)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-3, atol=2e-3, rtol=1e-2)

@@ -47,6 +47,9 @@ EQUIVALENT: dict[str, str] = {
     "`with without_lora(student.network): reference = squared()`": ADAPTER,
     "pso.Pso.judged_rollouts: `1` -> `2` (5)": "the first of two rows drawn alike",
     "scm.ContinuousConsistency.step: `x_t` -> `x0` (3)": SHAPE,
+    "scm.derivative_along: `x_t` -> `x0` (2)": SHAPE,
+    "scm.derivative_along: `x_t` -> `x0` (3)": SHAPE,
+    "scm.derivative_along: `x_t` -> `x0` (5)": SHAPE,
     "scm.ContinuousConsistency.derivative: `x_t` -> `x0` (4)": SHAPE,
     "scm.ContinuousConsistency.derivative: `x_t` -> `x0` (5)": SHAPE,
     "scm.ContinuousConsistency.derivative: `(phi - self.tangent_step).clamp_min(0)` -> "
