@@ -87,8 +87,8 @@ def test_a_picture_is_translated_by_the_polarisation_its_name_has(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (["none.tif", "o.tif"], "scene"),
-        (["none.png", "o.tif"], "out"),
+        (["none.tif", "o.tif"], "sar"),
+        (["none.png", "o.tif"], "sar"),
         (["s.tif", "o.png"], "out"),
         (["s.tif", "s.tif"], "out"),
         (["s.tif", "o.tif", "--units", "decibel"], "units"),
