@@ -39,7 +39,7 @@ class Teacher:
 
     @property
     def initial(self) -> Denoiser:
-        """The denoiser that students and critics start as."""
+        """Return the denoiser that students and critics start as."""
         return self.learner or self.denoiser
 
     @classmethod

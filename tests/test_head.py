@@ -1,4 +1,4 @@
-"""What students of a teacher of noise predict, and where their sampling starts: distillers/training/head.py."""
+"""Students of a teacher that predicts noise get another head and start: tests of distillers/training/head.py."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_network_of_noise_is_trained_with_the_loss_of_its_output() -> None:
 
 # --- the fit ---------------------------------------------------------------------------------------------------------
 class Clocked(nn.Module):
-    """The toy's network on DDPM's clock: 1000 timesteps are a quarter of its slowest wave."""
+    """The toy's network reads DDPM's clock: 1000 timesteps are a quarter of its slowest wave."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +207,19 @@ def test_every_method_starts_its_student_with_the_fitted_head(method: str, pipel
     batch = {"x0": torch.rand(2 * plan.distiller().draws(0.99), 3, 8, 8) * 2 - 1}
     for player, loss in plan.distiller().step(nets, batch, 0.99):
         assert torch.isfinite(loss), player
+
+
+def test_a_training_that_began_with_the_teachers_own_head_is_not_read_as_another(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint holds weights that predict noise: read as v they would be noise, without a word."""
+    plan = recipe(pipeline, student={"head": "teacher"})
+    with pytest.warns(UserWarning, match="predicts noise"):
+        distill(plan, tmp_path / "mine", "cpu")
+    (tmp_path / "mine/fewstep.json").unlink()
+    teacher, data = Teacher.from_pretrained(pipeline), load_data(plan)
+    with pytest.raises(BadInput, match=r"student\.head.*teacher, for the training in"):
+        with_head(teacher, recipe(pipeline), data, tmp_path / "mine/training", "cpu")
 
 
 def test_a_finished_head_is_not_trained_again(pipeline: Path, tmp_path: Path) -> None:

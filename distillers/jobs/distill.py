@@ -96,6 +96,9 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
         if (schedule := usable(own)) is own.schedule:
             return teacher
         return replace(teacher, learner=Denoiser(own.network, schedule, own.prediction))
+    if newest_checkpoint(place) and not newest_checkpoint(place / "head"):  # its weights predict what the teacher does
+        allowed = f"teacher, for the training in {place} began so; or a new folder"
+        raise BadInput("student.head", f"{student.head}, which is {head}", allowed)
     fit = fit_settings(settings, student)
     about = {**recipe.table(), "stage": "head"}
     latents = encoded_once(data, teacher.codec)

@@ -27,7 +27,7 @@ from distillers.errors import BadInput, checked
 from distillers.generator import Generator
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, split_batch
-from distillers.training.losses import denoising, diffuse
+from distillers.training.losses import diffuse, score_matching
 
 NAME = "multi_student"
 
@@ -137,13 +137,10 @@ class MultiStudent(Distiller):
             yield from self.method.step(nets, batch, self.base_progress(progress))
 
     def match(self, nets: Networks, batch: Batch) -> Iterator[Turn]:
-        """Stage 0, teacher score matching: the target is the teacher's x0 at diffused data, not the data."""
-        student, teacher = nets["student"], nets["teacher"]
+        """Play the turn of stage 0, teacher score matching at diffused data."""
         x0, cond = split_batch(batch)
-        t, x_t = diffuse(student.schedule, x0)
-        with torch.no_grad():
-            x0_teacher = teacher(x_t, t, cond)
-        yield "student", denoising(student, x_t, t, x0_teacher, cond)
+        t, x_t = diffuse(nets["student"].schedule, x0)
+        yield "student", score_matching(nets["student"], nets["teacher"], x_t, t, cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         generator = self.method.generator(nets, teacher)

@@ -25,7 +25,7 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
-from distillers.training.losses import denoising
+from distillers.training.losses import score_matching
 from distillers.training.settings import TrainSettings
 from distillers.weights.write import LCM_POINTS
 
@@ -115,14 +115,12 @@ class HeadFit(Distiller):
         return Networks({"student": trainable_copy(learner), "teacher": frozen(own)})
 
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
-        student, schedule = nets["student"], nets["student"].schedule
+        schedule = nets["student"].schedule
         x0, cond = split_batch(batch)
         t = schedule.spaced(torch.rand(len(x0), device=x0.device, dtype=torch.float64))
         t = t.masked_fill(torch.rand(len(x0), device=x0.device) < LAST_SHARE, schedule.t_max)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-        with torch.no_grad():
-            target = nets["teacher"](x_t, t, cond)
-        yield "student", denoising(student, x_t, t, target, cond)
+        yield "student", score_matching(nets["student"], nets["teacher"], x_t, t, cond)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=20)

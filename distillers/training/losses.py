@@ -234,6 +234,13 @@ def denoising(
     return (weight * per_sample_mse(denoiser(x_t, t, cond), x0)).mean()
 
 
+def score_matching(student: nn.Module, teacher: nn.Module, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """Compute teacher score matching: the denoising loss whose target is the teacher's x0, not the data (scalar)."""
+    with torch.no_grad():
+        x0_teacher = teacher(x_t, t, cond)
+    return denoising(student, x_t, t, x0_teacher, cond)
+
+
 def diffuse(schedule: NoiseSchedule, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Diffuse x0 to random times: t ~ U on the middle 96 % of the range (Yin et al. 2024), and x_t."""
     t = schedule.spaced(0.02 + 0.96 * torch.rand(len(x0), device=x0.device, dtype=torch.float64))

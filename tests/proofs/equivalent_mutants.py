@@ -39,7 +39,7 @@ EQUIVALENT: dict[str, str] = {
     "hyper_sd.HyperSD.step: `with torch.no_grad(): fake, real = (features(x_b.detach()), features(y))` -> "
     "`if 1: fake, real = (features(x_b.detach()), features(y))`": NO_GRAPH,
     "hyper_sd.HyperSD.step: `x_b.detach()` -> `x_b`": "it stands in a block without gradients",
-    "multi_student.MultiStudent.match: `with torch.no_grad(): x0_teacher = teacher(x_t, t, cond)` -> "
+    "losses.score_matching: `with torch.no_grad(): x0_teacher = teacher(x_t, t, cond)` -> "
     "`if 1: x0_teacher = teacher(x_t, t, cond)`": NO_GRAPH,
     "pso.Pso.offline: `with torch.no_grad(), without_lora(student.network): won_ref ... or(winner), error(loser))` -> "
     "`with without_lora(student.network): won_ref, lost_ref = (error(winner), error(loser))`": ADAPTER,
