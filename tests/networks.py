@@ -95,6 +95,11 @@ def draw_with_diffusers(out: Path, *folders: Path) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
 
 
+def warnings_of(stderr: str) -> str:
+    """What stock diffusers says of a folder, but for its complaint that JSON's keys are strings, as in its own DiT."""
+    return "".join(line for line in stderr.splitlines(True) if not line.startswith("Expected types for id2label"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

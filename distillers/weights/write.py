@@ -191,6 +191,7 @@ def _model_index(
             more["requires_safety_checker"] = False
     elif isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
         kind, parts["transformer"], parts["vae"] = "DiTPipeline", network, codec.vae
+        more["id2label"] = {str(i): name for i, name in enumerate(info.labels)}
     elif (
         isinstance(codec, PixelUnshuffle)
         and codec.factor == 1

@@ -5,7 +5,7 @@ from broken_methods import broken_copies, refute
 from exact_report import PROOFS, hold
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
-CASES = [(method, mixture) for method in ("scm", "scm_fast_clock") for mixture in PROOFS[method].mixtures]
+CASES = [(method, mixture) for method in ("scm", "scm_fast_clock") for mixture in PROOFS[method].mixtures[:1]]
 
 
 @pytest.mark.parametrize(("method", "mixture"), CASES)
