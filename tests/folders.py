@@ -1,5 +1,6 @@
 """Folders of pictures and pairs, written for one test."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,22 @@ def save_pair(sar: Path, optical: Path, seed: int, side: int = 48) -> None:
     grey = noise(seed, side, side, 1)
     save(sar, grey)
     save(optical, np.stack([grey, 255 - grey, grey // 2], axis=2))
+
+
+CAPTION = "picture {}, of noise, with colours"
+
+
+def write_captioned(root: Path, count: int = 5, side: int = 16, jsonl: bool = True) -> Path:
+    """Pictures of noise, seed i of them with the caption of number i, in metadata.jsonl or in a .txt beside each."""
+    texts = {f"{i}.png": CAPTION.format(i) for i in range(count)}
+    for i, name in enumerate(texts):
+        save(root / name, noise(i, side, side))
+        if not jsonl:
+            (root / name).with_suffix(".txt").write_text(texts[name] + "\n")
+    if jsonl:
+        lines = [json.dumps({"file_name": name, "text": text, "seed": 1}) for name, text in texts.items()]
+        (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return root
 
 
 def write_pairs(root: Path, labels: tuple[str, ...] = LABELS, count: int = 5, side: int = 16) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from draw_with_diffusers import COUNT
+from folders import write_captioned
 from networks import draw_with_diffusers
 from PIL import Image
 from service import LABELS, publish
@@ -25,6 +26,7 @@ from distillers import cli
 from distillers.autoencoder import Autoencoder
 from distillers.benchmarks.training import measure
 from distillers.data import ImageData, open_data
+from distillers.data.captioned import CaptionedFolder
 from distillers.data.image_folder import ImageFolder
 from distillers.errors import BadInput
 from distillers.evaluation.evaluate import evaluate
@@ -40,6 +42,7 @@ from distillers.jobs.recipe import Recipe
 from distillers.methods import multi_student
 from distillers.methods.autoencoder import Autoencoder as Method
 from distillers.methods.autoencoder import adaptive_weight, divergence, spread
+from distillers.models.captions import unpack
 from distillers.models.codec import Vae
 from distillers.teacher import Teacher
 from distillers.training.discriminator import PatchDiscriminator
@@ -511,6 +514,18 @@ def test_labels_stay_beside_their_latents(folder: Path, shapes: ImageData, tmp_p
     means = codec.encode(torch.stack([torch.full((3, SIDE, SIDE), v / 127.5 - 1) for v in (41, 201)]))
     nearest = (drawn["latent"].float()[:, None] - means[None]).flatten(2).norm(dim=2).argmin(1)
     assert set(drawn["label"].tolist()) == {0, 1} and torch.equal(nearest, drawn["label"])
+
+
+def test_captions_beside_latents_lose_the_same_clauses(folder: Path, tmp_path: Path) -> None:
+    data = CaptionedFolder(write_captioned(tmp_path, side=SIDE), size=SIDE, clause_dropout=0.5)
+    codec = Autoencoder.from_pretrained(folder).codec
+    kept = encoded_once(data, codec)
+    assert (
+        isinstance(kept, Latents) and kept.captioned and not Latents(ImageFolder(tmp_path, size=SIDE), codec).captioned
+    )
+    drawn, encoded = (one.draw(16, np.random.default_rng(1)) for one in (data, kept))
+    assert unpack(drawn["caption"]) == unpack(encoded["caption"]) and len(set(unpack(drawn["caption"]))) > 8
+    torch.testing.assert_close(encoded["latent"].float(), codec.encode(drawn["image"]), atol=5e-3, rtol=5e-3)
 
 
 @pytest.fixture(scope="module")

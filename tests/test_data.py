@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import noise, real, rng, save, save_pair, write_pairs
+from folders import CAPTION, noise, real, rng, save, save_pair, write_captioned, write_pairs
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import label
@@ -21,6 +21,7 @@ from distillers.data.preferences import PreferencePairs, Preferred, write_prefer
 from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, simulated, varied
 from distillers.data.shapes import ALONE, COLOURS, LABELS, RELATIONS, SHADES, SHAPES, SIZES, CaptionedShapes
 from distillers.errors import BadInput, Notice
+from distillers.models.captions import unpack
 
 
 def aligned(batch: dict[str, torch.Tensor]) -> bool:
@@ -74,6 +75,7 @@ def classes(tmp_path: Path) -> Path:
 def data(request: pytest.FixtureRequest, tmp_path: Path, classes: Path):  # type: ignore[no-untyped-def]
     options = {
         "images": {"path": classes, "split": "train", "size": 16},
+        "captions": {"path": write_captioned(tmp_path / "captions"), "size": 16, "clause_dropout": 0.5},
         "pairs": {"path": split_layout(tmp_path / "pairs"), "size": 16},
         "shapes": {"size": 16},
         "preferences": {"path": write_pairs(tmp_path / "preferences"), "size": 16},
@@ -89,8 +91,12 @@ def test_a_batch_has_the_promised_shapes_types_and_range(data) -> None:  # type:
         expected = {"image": (5, 3, 16, 16)} | ({"label": (5,)} if data.labels else {})
         expected |= {"sar": (5, 1, 16, 16)} if isinstance(data, SarOpticalPairs | MixedPairs) else {}
         expected |= {"loser": (5, 3, 16, 16)} if isinstance(data, PreferencePairs) else {}
+        expected |= {"caption": (5, len(CAPTION.format("5")))} if data.captioned else {}
         assert {key: tuple(value.shape) for key, value in batch.items()} == expected
         for key, value in batch.items():
+            if key == "caption":
+                assert value.dtype == torch.uint8 and all(unpack(value))
+                continue
             assert value.dtype == (torch.int64 if key == "label" else torch.float32)
             if key == "label":
                 assert value.min() >= 0 and value.max() < len(data.labels)
@@ -123,12 +129,15 @@ def test_an_index_outside_is_refused(data) -> None:  # type: ignore[no-untyped-d
 @pytest.mark.parametrize(
     ("kind", "options", "field", "allowed"),
     [
-        ("movies", {}, "data.kind", "images | pairs | mixed-pairs | shapes"),
-        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit, objects"),
+        ("movies", {}, "data.kind", "images | captions | pairs | mixed-pairs | shapes"),
+        ("shapes", {"colour": "red"}, "data.colour", "size, seed, split, shade, limit, objects, captions"),
         ("shapes", {"shade": "black"}, "shade", "dark | mid | light"),
         ("shapes", {"limit": 0}, "limit", "1 or more"),
         ("shapes", {"objects": 3}, "objects", "1 or 2"),
         ("shapes", {"objects": 0}, "objects", "1 or 2"),
+        ("captions", {"path": "no/such/folder"}, "path", "existing folder"),
+        ("captions", {"path": ".", "clause_dropout": 1}, "clause_dropout", "up to, not including, 1"),
+        ("captions", {"path": ".", "clause_dropout": "half"}, "data.clause_dropout", "number"),
         ("preferences", {"path": "no/such/folder"}, "path", "existing folder"),
         ("preferences", {"path": ".", "split": "all"}, "split", "train | test"),
         ("images", {}, "data.path", "needs it"),

@@ -1,4 +1,4 @@
-"""Data sets for training and evaluation: image folders, SAR and optical pairs, procedural shapes, preferences.
+"""Data sets for training and evaluation: folders of pictures, with or without captions, SAR pairs, shapes, preferences.
 
 All kinds implement `ImageData`, so training and evaluation know none of them by name.
 """
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from distillers.data.captioned import CaptionedFolder
 from distillers.data.image_folder import ImageFolder, PicturesInMemory
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
@@ -25,13 +26,14 @@ class ImageData(Protocol):
     """The interface of a data set.
 
     `labels` is () when unlabelled; `size` is the height and width of an image in pixels, `channels` the number of its
-    bands.
+    bands; `captioned` says whether batches hold "caption".
     """
 
     name: str
     size: tuple[int, int]
     labels: tuple[str, ...]
     channels: int
+    captioned: bool
 
     def __len__(self) -> int:
         """Count the items."""
@@ -57,6 +59,7 @@ class Part:
         if wrong or not classes:
             raise BadInput("data.classes", wrong or list(classes), f"classes of {data.name}: " + ", ".join(data.labels))
         self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
+        self.captioned = data.captioned
         self.data, self.classes = data, torch.tensor([data.labels.index(name) for name in classes])
 
     @cached_property
@@ -91,6 +94,7 @@ class Part:
 
 KINDS: dict[str, Callable[..., ImageData]] = {
     "images": ImageFolder,
+    "captions": CaptionedFolder,
     "pairs": SarOpticalPairs,
     "mixed-pairs": MixedPairs,
     "shapes": CaptionedShapes,

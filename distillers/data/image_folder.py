@@ -61,6 +61,7 @@ class PicturesInMemory(ABC):
     """
 
     labels: tuple[str, ...] = ()
+    captioned = False
     _classes: np.ndarray  # (N,) positions in labels
 
     def __init__(
@@ -107,19 +108,23 @@ class PicturesInMemory(ABC):
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         """Draw `n` items at random with replacement, augmented; a pure function of `rng`."""
-        return self.turned(*self.choose(n, rng))
+        index, operation = self.choose(n, rng)
+        return {**self.turned(index, operation), **self.conditions(index, rng)}
 
     def turned(self, index: np.ndarray, operation: np.ndarray) -> Batch:
-        """Take the items at these positions, each turned by its operation."""
-        return {**self.batch(dihedral(self.pixels[index], operation)), **self.conditions(index)}
+        """Take the pictures at these positions, each turned by its operation."""
+        return self.batch(dihedral(self.pixels[index], operation))
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Take the items at these positions as they are."""
         index = check_indices(indices, len(self))
         return {**self.batch(self.pixels[index]), **self.conditions(index)}
 
-    def conditions(self, index: np.ndarray) -> Batch:
-        """Take the conditions of the items at these positions: "label", where there are classes."""
+    def conditions(self, index: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
+        """Take the conditions of the items at these positions: "label", where there are classes.
+
+        rng: what conditions are augmented by, where they are; None takes them as they are.
+        """
         return {"label": torch.from_numpy(self._classes[index])} if self.labels else {}
 
 
@@ -159,7 +164,7 @@ class ImageFolder(PicturesInMemory):
         self.labels = tuple(in_order({c.name for s in siblings for c in subfolders(s) if image_files(c)}))
         found = self._find(self.root)
         if divided:
-            test = _chosen_for_test(self.root, found)
+            test = chosen_for_test(self.root, found)
             found = [one for one in found if (one in test) == (split == "test")]
         found = [found[i] for i in spread(len(found), limit)]
         self.files, self._classes = [file for file, _ in found], np.array([k for _, k in found], dtype=np.int64)
@@ -195,7 +200,7 @@ class ImageFolder(PicturesInMemory):
         return {"image": to_tensor(pixels)}
 
 
-def _chosen_for_test(root: Path, found: Sequence[tuple[Path, int]]) -> set[tuple[Path, int]]:
+def chosen_for_test(root: Path, found: Sequence[tuple[Path, int]]) -> set[tuple[Path, int]]:
     """Choose those of every class whose names have the least SHA-256; a class keeps one at least to learn from."""
     if len(found) < 2 * ENOUGH:
         allowed = f"folders train and test in it, or {2 * ENOUGH} pictures or more, to hold some of them out"

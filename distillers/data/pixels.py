@@ -19,7 +19,8 @@ from distillers.sar.raster import import_rasterio
 
 Batch = dict[str, Tensor]
 """`image` float32 (B,C,H,W) in [-1,1]; `label` int64 (B,) when labelled; `sar` float32 (B,C,H,W) in [-1,1];
-`loser` like `image`, in preference pairs, whose `image` is the winner."""
+`loser` like `image`, in preference pairs, whose `image` is the winner; `caption` uint8 (B,L) as
+`models.captions.pack` writes texts."""
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]  # height and width in pixels

@@ -88,6 +88,7 @@ class SarOpticalPairs:
 
     labels: tuple[str, ...] = ()
     channels = 3
+    captioned = False
 
     def __init__(
         self,
@@ -391,6 +392,7 @@ class MixedPairs:
 
     labels: tuple[str, ...] = ()
     channels = 3
+    captioned = False
 
     def __init__(
         self,

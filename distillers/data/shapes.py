@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from distillers.data.pixels import SPLITS, Batch, check_indices, check_side, check_split, check_whole
 from distillers.errors import BadInput
+from distillers.models.captions import pack
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -29,6 +30,9 @@ SHADES = {"dark": 0.10, "mid": 0.45, "light": 0.88}
 RELATIONS = ("left of", "right of", "above", "below")
 LABELS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 NOMINAL = 10_000
+
+_LONGEST_THING = " ".join(("a", *(max(words, key=len) for words in (SIZES, COLOURS, SHAPES))))
+LONGEST = len(f"{_LONGEST_THING} {max(RELATIONS, key=len)} {_LONGEST_THING} on a {max(SHADES, key=len)} background")
 
 _MARGIN, _GAP = 0.03, 0.05  # to the border; between the two objects
 _UNIFORMS = 14  # numbers that decide one picture
@@ -77,8 +81,10 @@ class CaptionedShapes:
     Endless: item i is a pure function of (seed, split, i) for every i >= 0; `len` is a nominal 10,000. `draw` takes its
     pictures from the same distribution, by `rng` alone. `shade` puts every picture on a "dark", "mid" or "light"
     background and leaves it as it is otherwise: another style. `limit` keeps the first so many items, all that `draw`
-    then shows: a handful of examples. BadInput: size below 8, unknown split or shade, objects other than 1 and 2,
-    negative seed or index, limit below 1.
+    then shows: a handful of examples. `captions` puts "caption" into the batches.
+
+    Raises:
+        BadInput: size below 8, limit below 1, unknown split or shade, objects but 1 and 2, negative seed or index.
     """
 
     name = "shapes"
@@ -93,6 +99,7 @@ class CaptionedShapes:
         shade: str | None = None,
         limit: int | None = None,
         objects: int = 2,
+        captions: bool = False,
     ) -> None:
         check_split(split)
         if objects not in (1, 2):
@@ -100,7 +107,7 @@ class CaptionedShapes:
         if shade is not None and shade not in SHADES:
             raise BadInput("shade", shade, " | ".join(SHADES))
         self.side, self.seed, self.split = check_side(size), check_whole("seed", seed, 0), split
-        self.size = (size, size)
+        self.size, self.captioned = (size, size), captions
         self.objects, self.shade, self.limit = objects, shade, None if limit is None else check_whole("limit", limit, 1)
 
     def __len__(self) -> int:
@@ -138,7 +145,10 @@ class CaptionedShapes:
 
     def _batch(self, what: Scenes) -> Batch:
         image = torch.from_numpy(paint(what, self.side).transpose(0, 3, 1, 2) * 2 - 1).contiguous()
-        return {"image": image, "label": torch.from_numpy(what.colour[:, 0] * len(SHAPES) + what.shape[:, 0])}
+        batch = {"image": image, "label": torch.from_numpy(what.colour[:, 0] * len(SHAPES) + what.shape[:, 0])}
+        if self.captioned:
+            batch["caption"] = pack([what.caption(i) for i in range(len(image))], LONGEST)
+        return batch
 
 
 def scenes(u: NDArray[np.float64], objects: int = 2) -> Scenes:

@@ -55,7 +55,7 @@ def load_data(
     return open_data(kind, labels=drawn.labels if drawn is not None else (), **options)
 
 
-SIZED = ("images", "preferences")  # kinds whose files have any size, so that none can be guessed
+SIZED = ("images", "captions", "preferences")  # kinds whose files have any size, so that none can be guessed
 
 
 def _as_drawn(info: Info) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def hold_out(recipe: Recipe) -> Recipe:
 
 
 def _whole_folder(recipe: Recipe) -> bool:
-    """Say whether the recipe learns from a folder of images without a split."""
-    return recipe.data.get("kind", "images") == "images" and recipe.data.get("split") is None
+    """Say whether the recipe learns from a folder of pictures without a split."""
+    return recipe.data.get("kind", "images") in ("images", "captions") and recipe.data.get("split") is None
 
 
 def held_out_data(recipe: Recipe) -> ImageData:

@@ -3,7 +3,7 @@
 name = "eurosat-consistency"        # the folder it makes
 method = "consistency"              # a file in distillers/methods
 teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that learn from data alone
-[data]                              # kind = "images" | "pairs" | "shapes" | "preferences", and that kind's options
+[data]                              # kind = "images" | "captions" | "pairs" | "shapes" ..., and that kind's options
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
 [student]                           # StudentSettings: what the student predicts, where its sampling starts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distillers.data import Batch, ImageData
+from distillers.data.captioned import CaptionedFolder
 from distillers.data.image_folder import ImageFolder
 from distillers.models.codec import ImageCodec, Vae
 
@@ -17,15 +18,16 @@ BATCH = 64  # pictures encoded at a time
 
 
 class Latents:
-    """A folder of images whose batches hold "latent" (n, C, h, w), float16, in place of "image".
+    """A folder of pictures whose batches hold "latent" (n, C, h, w), float16, in place of "image".
 
     A picture is encoded in each of the ways it may be turned when it is drawn, for an encoder does not commute with
     flips: twice as many latents for `flip`, eight times for `dihedral`. All are made at the first draw and stay in
     memory; a folder of 14,000 pictures at 8 x 16 x 16 and their flips take 114 MB. `items` gives pictures as before.
     """
 
-    def __init__(self, data: ImageFolder, codec: Vae) -> None:
+    def __init__(self, data: ImageFolder | CaptionedFolder, codec: Vae) -> None:
         self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
+        self.captioned = data.captioned
         self.data, self.codec = data, codec
 
     def __len__(self) -> int:
@@ -47,7 +49,7 @@ class Latents:
         """Draw the same items, turned in the same ways, as the folder itself for this `rng`."""
         index, operation = self.data.choose(n, rng)
         pairs = zip(index.tolist(), operation.tolist(), strict=True)
-        return {"latent": torch.stack([self.latents[way][i] for i, way in pairs]), **self.data.conditions(index)}
+        return {"latent": torch.stack([self.latents[way][i] for i, way in pairs]), **self.data.conditions(index, rng)}
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Return the pictures of these positions as they are."""
@@ -59,4 +61,4 @@ def encoded_once(data: ImageData, codec: ImageCodec) -> ImageData:
 
     Other data come back as they are, and are encoded whenever they are drawn.
     """
-    return Latents(data, codec) if isinstance(codec, Vae) and isinstance(data, ImageFolder) else data
+    return Latents(data, codec) if isinstance(codec, Vae) and isinstance(data, ImageFolder | CaptionedFolder) else data

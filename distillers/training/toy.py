@@ -221,6 +221,7 @@ class Points:
     name: str = "points"
     size: int = 1
     labels: tuple[str, ...] = ()
+    captioned: bool = False
 
     def __len__(self) -> int:
         return 10_000
