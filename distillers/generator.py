@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec
 from distillers.models.conditions import Cond, Condition, Given
 from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
+from distillers.models.families import UNET, family_of
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
@@ -202,11 +203,10 @@ class Generator(nn.Module):
         return self.info.condition(self.codec, self.prompts)
 
     def _check_size(self, field: str, height: int, width: int) -> None:
-        config: Any = self.denoiser.network.config
-        multiple, transformer = self.size_multiple, "patch_size" in config
-        if height % multiple or width % multiple or min(height, width) < 8 or (transformer and height != width):
-            square = ", square" if transformer else ""  # diffusers' DiT knows no other shape
-            raise BadInput(field, (height, width), f"multiples of {multiple}, 8 or more{square}")
+        multiple, square = self.size_multiple, (family_of(self.denoiser.network) or UNET).square
+        if height % multiple or width % multiple or min(height, width) < 8 or (square and height != width):
+            allowed = f"multiples of {multiple}, 8 or more" + ", square" * square
+            raise BadInput(field, (height, width), allowed)
 
     @property
     def size_multiple(self) -> int:

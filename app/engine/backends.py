@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillers.models.families import TOLD, family_of
 from distillers.runtime import usable_cores
 
-# x (B, C, H, W), time (B,), label (B,), and of text: hidden states (B, L, D), pooled (B, P), ids (B, 6); None for those
-# that a network does not take. A decoder takes its latents alone, a text encoder its tokens.
+# x (B, C, H, W), time (B,) and what else a network may be told, in the order of `TOLD`; None for what it does not take.
+# A decoder takes its latents alone, a text encoder its tokens and, some of them, a mask.
 Inputs = tuple[Tensor | None, ...]
 Forward = Callable[..., Tensor]
 Prepare = Callable[[Inputs], Forward]
@@ -74,23 +75,16 @@ class Dispatch(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network, self.config, family = network, network.config, family_of(network)
+        if family is not None:
+            self.family = replace(family, call=lambda _, x, time, cond: self(x, time, *map(cond.get, TOLD)).sample)
         self.prepared: dict[Any, Forward] = {}
         self.strict = False
         self.unprepared: dict[Any, tuple[int, Inputs]] = {}  # by shapes: number of calls, and an example
         self._recorded: list[Inputs] | None = None
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-    ) -> Any:
-        added = added_cond_kwargs or {}
-        pooled, ids = added.get("text_embeds"), added.get("time_ids")
-        inputs = (sample, timestep, class_labels, encoder_hidden_states, pooled, ids)
+    def forward(self, *inputs: Tensor | None) -> Any:
+        """Run the network on its inputs: x, time and `TOLD`, or all that an encoder or decoder takes."""
         if self._recorded is not None:
             self._recorded.append(inputs)
         forward = None if self.strict else self.prepared.get(shapes := shapes_of(inputs))
@@ -115,24 +109,17 @@ def shapes_of(inputs: Inputs) -> Any:
 
 def plain(network: nn.Module) -> Forward:
     """Return the function that calls the network itself, in its own precision and with the inputs that it takes."""
-    dtype = next(network.parameters()).dtype
+    dtype, family = next(network.parameters()).dtype, family_of(network)
 
-    def run(
-        x: Tensor,
-        time: Tensor | None = None,
-        label: Tensor | None = None,
-        text: Tensor | None = None,
-        pooled: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor:
-        named: dict[str, Any] = {} if label is None else {"class_labels": label}
-        if text is not None:
-            named["encoder_hidden_states"] = text.to(dtype)
-        if pooled is not None:
-            named["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": ids}
-        given = (x.to(dtype) if x.is_floating_point() else x, *(() if time is None else (time,)))
-        output: Tensor = network(*given, **named).sample
-        return output
+    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+        x = x.to(dtype) if x.is_floating_point() else x
+        if family is None:  # an encoder or a decoder
+            alone: Tensor = network(x, *(other for other in others if other is not None)).sample
+            return alone
+        time, *told = others
+        assert time is not None
+        cond = {name: value for name, value in zip(TOLD, told, strict=True) if value is not None}
+        return family.call(network, x, time, cond)
 
     return run
 
@@ -347,6 +334,8 @@ class _Positional(nn.Module):
         d: Tensor | None = None,
         e: Tensor | None = None,
         f: Tensor | None = None,
+        g: Tensor | None = None,
+        h: Tensor | None = None,
     ) -> Tensor:
-        given = iter((a, b, c, d, e, f))
+        given: Any = iter((a, b, c, d, e, f, g, h))
         return plain(self.network)(*(next(given) if taken else None for taken in self.taken))

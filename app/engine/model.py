@@ -79,8 +79,9 @@ class Model:
         self.students = len(self.dispatches)
         codec: Any = generator.codec
         if generator.prompts is not None:
-            self.dispatches.append(Dispatch(generator.prompts.towers))
-            generator.prompts.towers = self.dispatches[-1]  # type: ignore[assignment]
+            for tower in generator.prompts.towers.values():
+                tower.rows = Dispatch(tower.rows)  # type: ignore[arg-type]
+                self.dispatches.append(tower.rows)
         if hasattr(codec, "decoder"):
             codec.decoder = Dispatch(codec.decoder)
             self.dispatches.append(codec.decoder)

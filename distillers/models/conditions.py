@@ -348,13 +348,7 @@ class Prompt(Condition):
     def encode(self, given: Given, device: torch.device) -> Cond | None:
         assert self.encoder is not None
         prompts = given["prompts"] or ()
-        if not self.guided:
-            return self.encoder(prompts, self.published)
-        if self.encoder.zeros_for_empty:
-            cond = self.encoder(prompts, self.published)
-            return cond | {f"null_{k}": v if k == "ids" else torch.zeros_like(v) for k, v in cond.items()}
-        both = self.encoder([*prompts, ""], self.published)
-        return {k: v[:-1] for k, v in both.items()} | {f"null_{k}": v[-1:].expand_as(v[:-1]) for k, v in both.items()}
+        return self.encoder(prompts, self.published, guided=self.guided)
 
     def probe(self, count: int, classes: Sequence[int] | None = None) -> Given:
         return {"prompts": [PROMPTS[i % len(PROMPTS)] for i in range(count)]}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
+from distillers.models.families import UNET, family_of
 from distillers.models.guidance import GuidedTime
 from distillers.models.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
 
@@ -146,7 +147,7 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
 
 def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Call a diffusers or a plain network, with each condition as the argument that it takes.
+    """Call a diffusers or a plain network, with each condition as the argument that its family takes.
 
     SAR is concatenated, noise-free, to the noisy image (Bai and Xu 2024); labels are `class_labels`.
     """
@@ -155,19 +156,11 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
     if not hasattr(network, "config"):
         return network(x, time, **({"label": cond["label"]} if "label" in cond else {}))
     x = x.to(next(network.parameters()).dtype)  # a network opened in half precision
-    labels: dict[str, Any] = {"class_labels": cond["label"]} if "label" in cond else {}
-    if "text" in cond:
-        labels["encoder_hidden_states"] = cond["text"].to(x)
-    if "pooled" in cond:
-        labels["added_cond_kwargs"] = {"text_embeds": cond["pooled"].to(x), "time_ids": cond["ids"]}
     embeddings = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
     for module in embeddings:
         module.scale = cond["guidance"]
     try:
-        if type(network).__name__ == "DiTTransformer2DModel":
-            sample: Tensor = network(x, timestep=time, **labels).sample
-        else:
-            sample = network(x, time, **labels).sample
+        sample = (family_of(network) or UNET).call(network, x, time, cond)
     finally:
         for module in embeddings:
             module.scale = None

@@ -9,6 +9,7 @@ from torch import nn
 from distillers.errors import BadInput
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
+from distillers.models.families import UNET, family_of
 from distillers.models.guidance import Guided
 from distillers.weights.manifest import Info
 
@@ -67,5 +68,4 @@ def guided(denoiser: Denoiser | Routed, info: Info, guidance_scale: float) -> nn
 
 def size_multiple(network: nn.Module, codec: ImageCodec) -> int:
     """Return what H and W in pixels must be multiples of: the codec's factor times the network's patch or stride."""
-    config: Any = network.config
-    return codec.factor * (config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))
+    return codec.factor * (family_of(network) or UNET).stride(network.config)

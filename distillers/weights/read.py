@@ -15,6 +15,7 @@ from distillers.errors import BadInput
 from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
+from distillers.models.families import FAMILIES, NETWORKS, PIPELINES, Family, family_of
 from distillers.models.schedule import NoiseSchedule, Prediction, from_diffusers
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
@@ -35,23 +36,6 @@ WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's file
 STEMS = ("text_encoder*/model", f"*{WEIGHTS}")
 FILES = ["*.json", "tokenizer*/*.txt", ADAPTER, *(f"{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*"))]
 FP16_FILES = [f"{stem}.fp16*.safetensors" for stem in STEMS]
-SDXL = "StableDiffusionXLPipeline"
-PIPELINES = (
-    "DDPMPipeline",
-    "DDIMPipeline",
-    "PNDMPipeline",
-    "LDMPipeline",
-    "ConsistencyModelPipeline",
-    "DiTPipeline",
-    "StableDiffusionPipeline",
-    SDXL,
-)
-NETWORKS = (
-    "UNet2DModel",
-    "UNet2DConditionModel",
-    "DiTTransformer2DModel",
-    "Transformer2DModel",  # DiT, as older diffusers saved it
-)
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 OTHERS_OF_DDPM = ("LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler")
@@ -65,7 +49,6 @@ OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or no
     "sigma_schedule": "karras",
 }
 HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
-GUIDANCE = {"StableDiffusionPipeline": 7.5, SDXL: 5.0}  # diffusers' defaults
 
 
 @dataclass(frozen=True)
@@ -125,9 +108,10 @@ def read_pipeline(
             "Schedules with rescale_betas_zero_snr are for networks that predict v.",
             stacklevel=2,
         )
-    codec, prompts = _codec(folder, info, index.get("_class_name"), dtype), None
-    if type(networks[0]).__name__ == "UNet2DConditionModel":
-        prompts = _prompts(folder, index, dtype).to(device)
+    family = _family(folder, networks[0])
+    codec, prompts = _codec(folder, info, family if index.get("_class_name") else None, dtype), None
+    if family.words:
+        prompts = _prompts(folder, index, family, networks[0], dtype).to(device)
     _check_autoencoder(folder, index)
     info = info or _describe(folder, networks[0], codec, index)
     for network in networks:
@@ -246,18 +230,23 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _prompts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> PromptEncoder:
-    """Open the encoders and tokenizers of a pipeline. Raises BadInput where they are damaged or not CLIP's."""
+def _prompts(
+    folder: Path, index: dict[str, Any], family: Family, network: nn.Module, dtype: torch.dtype
+) -> PromptEncoder:
+    """Open the encoders and tokenizers of a pipeline. Raises BadInput where they are damaged or not its family's."""
     import transformers
 
-    tokenizers, encoders = [], []
-    for suffix in ("", "_2"):
-        place = folder / f"text_encoder{suffix}"
+    assert family.words is not None
+    parts: dict[str, Any] = {}
+    for name, wanted in family.words.encoders.items():
+        place, words = folder / name, folder / name.replace("text_encoder", "tokenizer")
         if not place.is_dir():
-            continue
+            if name in family.words.optional:
+                continue
+            raise BadInput(str(folder), f"no {name}", "a pipeline with the encoders of its prompts")
         try:
             kind = transformers.AutoConfig.from_pretrained(place).architectures[0]
-            if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            if kind != wanted:
                 raise ValueError(f"an encoder of class {kind}")
             encoder, report = getattr(transformers, kind).from_pretrained(
                 place,
@@ -268,16 +257,25 @@ def _prompts(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> PromptE
             )
             if report["missing_keys"]:
                 raise ValueError(f"without {sorted(report['missing_keys'])[:3]}")
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
+            parts |= {name: encoder, words.name: _tokenizer(words, index)}
         except Exception as error:  # as with networks, damage surfaces as several kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(str(place), reason, "CLIP's text encoder as safetensors, and its tokenizer") from None
+            raise BadInput(str(place), reason, f"{wanted} as safetensors, and its tokenizer") from None
         check_finite(encoder, str(place))
-        encoders.append(encoder)
-    if not encoders:
-        raise BadInput(str(folder), "no text_encoder", "a pipeline with the encoder of its prompts")
-    zeros = index.get("force_zeros_for_empty_prompt", index.get("_class_name") == SDXL)  # diffusers' default
-    return PromptEncoder(tokenizers, encoders, bool(zeros))
+    kind = index.get("_class_name")
+    return PromptEncoder(
+        family, kind if kind in family.pipelines else family.pipelines[0], parts, index, network.config
+    )
+
+
+def _tokenizer(folder: Path, index: dict[str, Any]) -> Any:
+    """Open a tokenizer by the class that the pipeline names, one of transformers'; CLIP's where it names none."""
+    import transformers
+
+    library, kind = index.get(folder.name) or ("transformers", "CLIPTokenizer")
+    if library != "transformers" or not str(kind).replace("Fast", "").endswith("Tokenizer"):
+        raise ValueError(f"a tokenizer of class {kind}")
+    return getattr(transformers, kind).from_pretrained(folder)
 
 
 def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -321,11 +319,11 @@ def _prediction(folder: Path, options: dict[str, Any]) -> Prediction:
 
 
 def _codec(
-    folder: Path, info: Info | None, pipeline: str | None = None, dtype: torch.dtype = torch.float32
+    folder: Path, info: Info | None, family: Family | None = None, dtype: torch.dtype = torch.float32
 ) -> ImageCodec:
     for part in VAES:
         if (folder / part / "config.json").is_file():
-            _check_statistics(folder / part, pipeline)
+            _check_statistics(folder / part, family)
             if dtype == torch.float16 and read_json(folder / part / "config.json").get("force_upcast", True):
                 dtype = torch.float32  # as SDXL's pipeline does: its activations leave float16's range
             return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
@@ -345,7 +343,8 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
     labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
     channels, extra = _channels(config, codec)
     task = "class-to-image" if labels else "image"
-    if type(network).__name__ == "UNet2DConditionModel":
+    family = _family(folder, network)
+    if family.words:
         task = "text-to-image"
     elif isinstance(codec, PixelUnshuffle) and extra > 0:
         task = "sar-to-optical"
@@ -362,7 +361,7 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
         codec=codec.kind,
         patch=codec.factor,
         channels=channels,
-        guidance_scale=GUIDANCE.get(index.get("_class_name", ""), 1.0),
+        guidance_scale=family.guidance,
         sar={"channels": extra, "range": [-1, 1]} if task == "sar-to-optical" else None,
     )
 
@@ -374,13 +373,27 @@ def _check_autoencoder(folder: Path, index: dict[str, Any]) -> None:
             raise BadInput(f"{folder}: {part}", "missing", "the autoencoder that model_index.json names")
 
 
-def _check_statistics(folder: Path, pipeline: str | None) -> None:
-    """Refuse with BadInput statistics of latents that the pipeline's own code leaves aside: which picture is right?"""
-    read = {SDXL: ("latents_mean", "latents_std"), None: ("shift_factor",)}.get(pipeline, ())
+def _check_statistics(folder: Path, family: Family | None) -> None:
+    """Refuse with BadInput statistics of latents that the pipeline's own code leaves aside: which picture is right?
+
+    family: of the pipeline; None for an autoencoder by itself.
+    """
+    read = family.statistics if family else ("shift_factor",)
     config = read_json(folder / "config.json")
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(name) and name not in read:
-            raise BadInput(f"{folder}: {name}", config[name], f"null: {pipeline or 'no pipeline'} reads it")
+            reader = family.pipelines[0] if family else "no pipeline"
+            raise BadInput(f"{folder}: {name}", config[name], f"null: {reader} reads it")
+
+
+def _family(folder: Path, network: nn.Module) -> Family:
+    family = family_of(network)
+    if family is None:
+        config: Any = network.config
+        told = {k: config.get(k) for k in ("addition_embed_type", "time_cond_proj_dim") if config.get(k)}
+        allowed = "one that is told what " + ", ".join(f.pipelines[0] for f in FAMILIES if f.words) + " tell theirs"
+        raise BadInput(f"{folder}: {type(network).__name__}", told, allowed)
+    return family
 
 
 def _channels(config: Any, codec: ImageCodec) -> tuple[int, int]:
@@ -418,12 +431,10 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, 
 def _check_prompt_encoder(folder: Path, network: nn.Module, info: Info, prompts: PromptEncoder | None) -> None:
     config: Any = network.config
     if (info.task == "text-to-image") != (prompts is not None):
-        raise BadInput(f"{folder}: task", info.task, "text-to-image for a UNet2DConditionModel, and for no other")
+        raise BadInput(f"{folder}: task", info.task, "text-to-image for a network that is told words, and for no other")
     if prompts is None:
         return
-    if config.get("time_cond_proj_dim"):
-        raise BadInput(f"{folder}: time_cond_proj_dim", config.time_cond_proj_dim, "null: no embedded guidance scale")
-    kind = config.get("addition_embed_type")
-    if config.cross_attention_dim != prompts.width or kind != ("text_time" if prompts.xl else None):
-        given = f"{config.cross_attention_dim} wide, {kind} besides"
-        raise BadInput(f"{folder}: unet", given, f"a network that is told what its encoders say, {prompts.width} wide")
+    words = prompts.words
+    if config[words.width] != prompts.width:
+        allowed = f"a network that is told what its encoders say, {prompts.width} wide"
+        raise BadInput(f"{folder}: {words.width}", config[words.width], allowed)

@@ -18,6 +18,7 @@ from torch import nn
 from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
+from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving
@@ -69,16 +70,16 @@ def write_pipeline(
                 lora = Lora(rank=lora_rank(network), base=info.teacher)
                 _save_adapter(network, new / ADAPTER)
                 network = fused(network)
-            part = "unet" if type(network).__name__.startswith("UNet2D") else "transformer"
-            _save_half(network, new / part)
+            _save_half(network, new / (family_of(network) or UNET).part)
             index = _model_index(network, scheduler, codec, info, prompts)
         scheduler.save_pretrained(new / "scheduler")
         if isinstance(codec, Vae):
             _save_half(codec.vae, new / "vae")
         if prompts:
-            for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
-                _save_half(encoder, new / f"text_encoder{suffix}")
-                tokenizer.save_pretrained(new / f"tokenizer{suffix}")
+            for name, encoder in prompts.encoders.items():
+                _save_half(encoder, new / name)
+            for name, tokenizer in prompts.tokenizers.items():
+                tokenizer.save_pretrained(new / name)
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         replace(info, sha256=digests(new), lora=lora).write(new)
@@ -180,15 +181,8 @@ def _model_index(
     parts, more = {"scheduler": scheduler}, dict[str, Any]()
     square, exploding = isinstance(config.sample_size, int), type(scheduler).__name__.startswith("EDM")
     if prompts is not None and isinstance(codec, Vae):
-        kind, parts["unet"], parts["vae"] = "StableDiffusionPipeline", network, codec.vae
-        for suffix, encoder, tokenizer in zip(("", "_2"), prompts.encoders, prompts.tokenizers, strict=False):
-            more[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
-            more[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
-        if prompts.xl:
-            kind, more["force_zeros_for_empty_prompt"] = "StableDiffusionXLPipeline", prompts.zeros_for_empty
-        else:
-            more |= {part: [None, None] for part in ("safety_checker", "feature_extractor")}
-            more["requires_safety_checker"] = False
+        kind, parts[prompts.family.part], parts["vae"] = type(prompts.pipeline).__name__, network, codec.vae
+        more |= prompts.index
     elif isinstance(codec, Vae) and type(network).__name__ == "DiTTransformer2DModel":
         kind, parts["transformer"], parts["vae"] = "DiTPipeline", network, codec.vae
         more["id2label"] = {str(i): name for i, name in enumerate(info.labels)}
