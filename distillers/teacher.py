@@ -100,12 +100,15 @@ class Teacher:
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """Encode a batch of pictures (see `data.pixels.Batch`): "x0", "loser", and the condition's tensors.
 
-        "latent" takes the place of "image" where `Latents` has encoded it before.
+        "latent" takes the place of "image" where `Latents` has encoded it before. Of data without pictures "x0" is
+        zeros, which tell a method that learns without them how many it draws and of what shape.
         """
         if "latent" in batch:
             encoded: Cond = {"x0": batch["latent"].to(device, torch.float32)}
-        else:
+        elif "image" in batch:
             encoded = {"x0": self.codec.encode(batch["image"].to(device))}
+        else:
+            encoded = {"x0": self.example()[0].to(device).repeat(len(next(iter(batch.values()))), 1, 1, 1)}
         if "loser" in batch:
             encoded["loser"] = self.codec.encode(batch["loser"].to(device))
         return encoded | self.condition.encode_items(batch, device)

@@ -6,12 +6,12 @@ All kinds implement `ImageData`, so training and evaluation know none of them by
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from distillers.data.captioned import CaptionedFolder
+from distillers.data.captioned import CaptionedFolder, Prompts
 from distillers.data.image_folder import ImageFolder, PicturesInMemory
 from distillers.data.pixels import Batch, check_indices
 from distillers.data.preferences import PreferencePairs
@@ -19,14 +19,14 @@ from distillers.data.sar_optical import MixedPairs, SarOpticalPairs, read_sar
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput, checked
 
-__all__ = ["KINDS", "Batch", "ImageData", "Part", "open_data", "options_of", "read_sar"]
+__all__ = ["KINDS", "Batch", "ImageData", "Part", "draw_alike", "open_data", "options_of", "read_sar"]
 
 
 class ImageData(Protocol):
     """The interface of a data set.
 
     `labels` is () when unlabelled; `size` is the height and width of an image in pixels, `channels` the number of its
-    bands; `captioned` says whether batches hold "caption".
+    bands; `captioned` says whether batches hold "caption", `pictured` whether they hold "image".
     """
 
     name: str
@@ -34,6 +34,7 @@ class ImageData(Protocol):
     labels: tuple[str, ...]
     channels: int
     captioned: bool
+    pictured: bool
 
     def __len__(self) -> int:
         """Count the items."""
@@ -43,6 +44,22 @@ class ImageData(Protocol):
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Take the items at these positions, not augmented, for evaluation."""
+
+
+@runtime_checkable
+class OfShapes(Protocol):
+    """Data whose batches may differ in the shape of their pictures: one shape a batch."""
+
+    def choose_shape(self, rng: np.random.Generator) -> int:
+        """Choose the shape of a batch."""
+
+    def draw(self, n: int, rng: np.random.Generator, shape: int | None = None) -> Batch:
+        """Draw `n` items of a shape; without one it is chosen by `rng`."""
+
+
+def draw_alike(data: ImageData, n: int, rng: np.random.Generator, common: np.random.Generator) -> Batch:
+    """Draw `n` items by `rng`, with pictures of the shape that `common` chooses: processes that share it draw alike."""
+    return data.draw(n, rng, data.choose_shape(common)) if isinstance(data, OfShapes) else data.draw(n, rng)
 
 
 class Part:
@@ -59,7 +76,7 @@ class Part:
         if wrong or not classes:
             raise BadInput("data.classes", wrong or list(classes), f"classes of {data.name}: " + ", ".join(data.labels))
         self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
-        self.captioned = data.captioned
+        self.captioned, self.pictured = data.captioned, data.pictured
         self.data, self.classes = data, torch.tensor([data.labels.index(name) for name in classes])
 
     @cached_property
@@ -99,6 +116,7 @@ KINDS: dict[str, Callable[..., ImageData]] = {
     "mixed-pairs": MixedPairs,
     "shapes": CaptionedShapes,
     "preferences": PreferencePairs,
+    "prompts": Prompts,
 }
 
 

@@ -58,17 +58,18 @@ class PicturesInMemory(ABC):
         labels: the names of the classes; () where there are none.
         root: the folder of the split.
         size: height and width in pixels.
+        sizes: the shapes that batches have, one each: `size`, unless a kind sorts its pictures by their shapes.
     """
 
     labels: tuple[str, ...] = ()
-    captioned = False
+    captioned, pictured = False, True
     _classes: np.ndarray  # (N,) positions in labels
 
     def __init__(
         self, path: str | Path, split: str | None, size: int | Sequence[int], flip: bool, dihedral: bool, channels: int
     ) -> None:
         self.path, self.size, self.flip, self.dihedral = existing_folder(path), check_size(size), flip, dihedral
-        self.channels = check_whole("channels", channels, 1)
+        self.channels, self.sizes = check_whole("channels", channels, 1), [self.size]
         if split is not None:
             check_split(split)
         self.root = self.path if split is None else existing_folder(self.path / split)
@@ -100,20 +101,40 @@ class PicturesInMemory(ABC):
             return tuple(range(8)) if self.size[0] == self.size[1] else (0, 2, 4, 6)
         return (0, 4) if self.flip else (0,)
 
-    def choose(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the positions and the operations, (n,) each, of the `n` items that `draw` gives for this `rng`."""
-        index, ways = rng.integers(len(self), size=n), self.operations
+    def choose_shape(self, rng: np.random.Generator) -> int:
+        """Choose the shape of a batch, a position in `sizes`: that of a random item."""
+        return 0
+
+    def places(self, shape: int) -> np.ndarray:
+        """Return the positions of the items of a shape, ascending."""
+        return np.arange(len(self))
+
+    def rows(self, index: np.ndarray) -> tuple[int, np.ndarray]:
+        """Return the shape of items that have one in common, and where each stands in `places` of it."""
+        return 0, index
+
+    def choose(self, n: int, rng: np.random.Generator, shape: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Choose positions and operations, (n,) each, of the `n` items that `draw` gives for these arguments."""
+        places = self.places(self.choose_shape(rng) if shape is None else shape)
+        index, ways = places[rng.integers(len(places), size=n)], self.operations
         way = rng.integers(len(ways), size=n) if len(ways) > 1 else np.zeros(n, dtype=np.int64)
         return index, np.array(ways)[way]
 
-    def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """Draw `n` items at random with replacement, augmented; a pure function of `rng`."""
-        index, operation = self.choose(n, rng)
+    def draw(self, n: int, rng: np.random.Generator, shape: int | None = None) -> Batch:
+        """Draw `n` items at random with replacement, augmented; a pure function of its arguments.
+
+        shape: that of the pictures, a position in `sizes`; None lets `rng` choose.
+        """
+        index, operation = self.choose(n, rng, shape)
         return {**self.turned(index, operation), **self.conditions(index, rng)}
 
     def turned(self, index: np.ndarray, operation: np.ndarray) -> Batch:
-        """Take the pictures at these positions, each turned by its operation."""
-        return self.batch(dihedral(self.pixels[index], operation))
+        """Take the pictures at these positions, all of one shape, each turned by its operation."""
+        return self.batch(dihedral(self.decoded(index), operation))
+
+    def decoded(self, index: np.ndarray) -> Pixels:
+        """Take the pictures at these positions, all of one shape, as they are."""
+        return self.pixels[index]
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Take the items at these positions as they are."""

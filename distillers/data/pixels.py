@@ -1,6 +1,7 @@
 """Image files as uint8 arrays and float tensors: reading, cropping, turning, and checks of options and positions."""
 
 import functools
+import io
 import os
 import struct
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 from torch import Tensor
 
 from distillers.errors import BadInput, Notice
@@ -106,10 +107,13 @@ def existing_folder(path: str | Path) -> Path:
     return folder.resolve()
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an 8-bit image, upright by its EXIF tag. Raises BadInput for one that is unreadable or too small."""
+def read_image(path: Path, content: bytes | None = None) -> Image.Image:
+    """Decode an 8-bit image, upright by its EXIF tag. Raises BadInput for one that is unreadable or too small.
+
+    content: what the file holds, where it is not on the disk by itself; `path` names it then.
+    """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path if content is None else io.BytesIO(content)) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -122,29 +126,41 @@ def read_image(path: Path) -> Image.Image:
     return upright
 
 
-def read_bands(path: Path, channels: int = 3) -> list[Image.Image]:
+def upright_size(path: Path, content: bytes | None = None) -> Size:
+    """Read an image's height and width, upright by its EXIF tag, from its head alone. Raises as `read_image`."""
+    try:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if lying else (image.height, image.width)
+    except _UNREADABLE as error:
+        raise BadInput(str(path), str(error), "a complete, readable image") from error
+
+
+def read_bands(path: Path, channels: int = 3, content: bytes | None = None) -> list[Image.Image]:
     """Decode the bands of an 8-bit picture.
 
     channels: 1 makes any picture grey, 3 makes any picture RGB; other numbers take pictures of as many bands, TIFF by
         rasterio, for Pillow knows few of them.
+    content: as in `read_image`.
 
     Raises:
         BadInput: what `read_image` refuses; another number of bands; a TIFF where rasterio is not installed.
     """
     if channels in COLOURS:
-        return list(read_image(path).convert(COLOURS[channels]).split())
+        return list(read_image(path, content).convert(COLOURS[channels]).split())
     if path.suffix.lower() in (".tif", ".tiff"):
-        return _raster_bands(path, channels)
-    bands = list(read_image(path).split())
+        return _raster_bands(path, channels, content)
+    bands = list(read_image(path, content).split())
     if len(bands) != channels:
         raise BadInput(str(path), f"{len(bands)} bands", f"{channels} bands")
     return bands
 
 
-def _raster_bands(path: Path, channels: int) -> list[Image.Image]:
+def _raster_bands(path: Path, channels: int, content: bytes | None) -> list[Image.Image]:
     rasterio = import_rasterio(str(path))
     try:
-        with warnings.catch_warnings(), rasterio.open(path, driver="GTiff") as raster:
+        opened = path if content is None else io.BytesIO(content)
+        with warnings.catch_warnings(), rasterio.open(opened, driver="GTiff") as raster:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             kinds = set(raster.dtypes)
             if raster.count != channels or kinds != {"uint8"} or min(raster.shape) < SMALLEST:

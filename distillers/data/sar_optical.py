@@ -88,7 +88,7 @@ class SarOpticalPairs:
 
     labels: tuple[str, ...] = ()
     channels = 3
-    captioned = False
+    captioned, pictured = False, True
 
     def __init__(
         self,
@@ -392,7 +392,7 @@ class MixedPairs:
 
     labels: tuple[str, ...] = ()
     channels = 3
-    captioned = False
+    captioned, pictured = False, True
 
     def __init__(
         self,

@@ -90,6 +90,7 @@ class CaptionedShapes:
     name = "shapes"
     labels = LABELS
     channels = 3
+    pictured = True
 
     def __init__(
         self,

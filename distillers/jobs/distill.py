@@ -102,7 +102,8 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
     fit = fit_settings(settings, student)
     about = {**recipe.table(), "stage": "head"}
     latents = encoded_once(data, teacher.codec)
-    made = train(HeadFit(prediction=head), teacher, latents, fit, place / "head", description=about, device=device)
+    method = HeadFit(prediction=head, pictures=data.pictured)
+    made = train(method, teacher, latents, fit, place / "head", description=about, device=device)
     learner = made.denoiser
     assert isinstance(learner, Denoiser)
     errors = head_errors(learner, teacher, data)

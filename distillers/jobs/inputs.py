@@ -55,7 +55,7 @@ def load_data(
     return open_data(kind, labels=drawn.labels if drawn is not None else (), **options)
 
 
-SIZED = ("images", "captions", "preferences")  # kinds whose files have any size, so that none can be guessed
+SIZED = ("images", "captions", "preferences", "prompts")  # kinds whose files have any size, so that none can be guessed
 
 
 def _as_drawn(info: Info) -> dict[str, Any]:
@@ -140,6 +140,8 @@ def load_teacher(recipe: Recipe, data: ImageData, device: str = "cpu") -> Teache
     Raises:
         BadInput: a teacher that cannot be opened, is not for the method's tasks, or does not fit the data.
     """
+    if not data.pictured and recipe.distiller().needs_pictures:
+        raise BadInput("data.kind", recipe.data.get("kind"), f"data with pictures: {recipe.method} learns from them")
     starts_from = methods.find(recipe.method).starts_from
     if starts_from == "data":
         return Teacher.absent(_untrained_info(recipe, data))
@@ -219,6 +221,8 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
     if data.channels != teacher.info.channels:
         raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)
-    if any(side % multiple for side in data.size):
-        raise BadInput("data.size", data.size, f"a multiple of {multiple}: the patch times the network's downsampling")
+    wrong = [size for size in getattr(data, "sizes", [data.size]) if any(side % multiple for side in size)]
+    if wrong:
+        field = "data.size" if wrong == [data.size] else "data.bucket_step"
+        raise BadInput(field, wrong[0], f"a multiple of {multiple}: the patch times the network's downsampling")
     return teacher

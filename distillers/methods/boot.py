@@ -53,6 +53,10 @@ class Boot(Distiller):
     def fits_head(self) -> bool:
         return False
 
+    @property
+    def needs_pictures(self) -> bool:
+        return False
+
     def networks(self, teacher: Teacher) -> Networks:
         if teacher.denoiser.prediction == "flow":  # stock flow schedulers sample flow only, and the signal is none
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")

@@ -60,6 +60,10 @@ class DisBack(Distiller):
         if not 0 < self.record < self.back < 1:
             raise BadInput("disback.record, back", (self.record, self.back), "0 < record < back < 1")
 
+    @property
+    def needs_pictures(self) -> bool:
+        return False
+
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": new_student(teacher, self.start, self.network, "disback")})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -53,7 +52,7 @@ from distillers.training.losses import (
     ratio_weight,
     sample_student,
     score_identity,
-    teacher_step,
+    teacher_samples,
 )
 
 
@@ -88,6 +87,10 @@ class Dmd2(Distiller):
             allowed = 'reverse-kl, or a gan_weight above 0 and loss = "dmd": a discriminator tells the density ratio'
             raise BadInput("dmd2.divergence", self.divergence, allowed)
 
+    @property
+    def needs_pictures(self) -> bool:
+        return self.gan_weight > 0  # of its adversarial term, to tell real from fake
+
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": new_student(teacher, self.start, self.network, "dmd2")})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
@@ -102,8 +105,8 @@ class Dmd2(Distiller):
             else:
                 nets["backbone"], nets["discriminator"] = frozen(teacher.initial), heads
         if self.pairs:
-            if cond and "sar" in cond:
-                raise BadInput("dmd2.pairs", self.pairs, "0 for translators: their conditions cannot be drawn")
+            if cond and "label" not in cond:
+                raise BadInput("dmd2.pairs", self.pairs, "0 where no classes are drawn: SAR and texts come from data")
             nets["pairs"] = frozen(Pairs(self.pairs, self.pair_steps, x0, len(teacher.info.labels) if cond else 0))
             if self.distance == "lpips":
                 nets["lpips"] = frozen(Lpips(teacher.codec))
@@ -196,18 +199,10 @@ class Pairs(nn.Module):
         if not self.ready:
             self.noise.normal_()
             for part in torch.arange(len(self.noise), device=self.noise.device).split(64):
-                self.x0[part] = self._follow(teacher, self.noise[part], self._cond(part))
+                self.x0[part] = teacher_samples(teacher, self.noise[part], self._cond(part), self.steps, "heun")
             self.ready.fill_(True)
         chosen = torch.randint(len(self.noise), (n,), device=self.noise.device)
         return self.noise[chosen], self.x0[chosen], self._cond(chosen)
 
     def _cond(self, chosen: Tensor) -> Cond | None:
         return {"label": self.label[chosen]} if self.classes else None
-
-    def _follow(self, teacher: nn.Module, noise: Tensor, cond: Cond | None) -> Tensor:
-        schedule: Any = teacher.schedule
-        grid = schedule.grid(self.steps + 1).flip(0).to(noise.device)
-        x_t = schedule.start(noise, grid[0])
-        for t, s in pairwise(grid):
-            x_t = teacher_step(teacher, x_t, t, s, cond, "heun")
-        return teacher(x_t, grid[-1], cond)

@@ -112,6 +112,10 @@ class MultiStudent(Distiller):
     def fits_head(self) -> bool:
         return self.method.fits_head
 
+    @property
+    def needs_pictures(self) -> bool:
+        return self.matched > 0 or self.method.needs_pictures
+
     def networks(self, teacher: Teacher) -> Networks:
         self.share(teacher)
         nets = self.method.networks(teacher)

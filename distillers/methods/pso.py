@@ -78,6 +78,10 @@ class Pso(Distiller):
     def fits_head(self) -> bool:
         return False
 
+    @property
+    def needs_pictures(self) -> bool:
+        return self.mode != "online"
+
     def networks(self, teacher: Teacher) -> Networks:
         sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info), self.steps)
         nets = Networks({"student": trainable_copy(teacher.denoiser), "sampler": frozen(sampler)})

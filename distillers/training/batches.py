@@ -18,8 +18,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distillers.data import ImageData
+from distillers.data import ImageData, draw_alike
 from distillers.training.settings import TrainSettings
+
+SHARED = (0, 1)  # behind (seed, iteration): what all processes draw alike; one process's generator has its number there
 
 
 class Batches:
@@ -93,7 +95,8 @@ class _Indexed(Dataset[dict[str, Tensor]]):
         self.draws = draws
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.data.draw(self.batch * self.draws[i], np.random.default_rng((self.seed, i, self.process)))
+        own, common = (np.random.default_rng((self.seed, i, *others)) for others in ((self.process,), SHARED))
+        return draw_alike(self.data, self.batch * self.draws[i], own, common)
 
     def __getstate__(self) -> dict[str, Any]:
         """Put the arrays of the data into one unnamed file, which all processes map instead of holding copies."""

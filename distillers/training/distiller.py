@@ -75,6 +75,11 @@ class Distiller(ABC):
         """Say whether its student may predict something else than its teacher does: see `training.head`."""
         return True
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Say whether it learns from the pictures of its data, or only from the conditions beside them."""
+        return True
+
     def parts(self) -> list[dict[str, Any]]:
         """Return the options that tell the trainings of one job apart: one training, unless a method has several."""
         return [{}]

@@ -25,12 +25,13 @@ from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, VariancePreserving
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
-from distillers.training.losses import score_matching
+from distillers.training.losses import score_matching, teacher_samples
 from distillers.training.settings import TrainSettings
 from distillers.weights.write import LCM_POINTS
 
 NOISE_LIMIT = 20.0  # sigma / alpha, above which the x0 of a network of noise is mostly its error
 WARN_ABOVE = 10.0  # of the same, where a student that predicts noise starts
+SAMPLE_STEPS = 8  # of the teacher, where there are no pictures to learn a head on
 LAST_SHARE = 0.1  # of the samples, at the last time: the only one that a one-step student is called at
 
 
@@ -108,6 +109,11 @@ class HeadFit(Distiller):
     """E (min(SNR, 20) + 1) || x0_learner(x_t, t) - x0_teacher(x_t, t) ||^2, with the learner's own prediction type."""
 
     prediction: Prediction
+    pictures: bool = True  # False: in place of the data's, samples of the teacher in SAMPLE_STEPS steps
+
+    @property
+    def needs_pictures(self) -> bool:
+        return self.pictures
 
     def networks(self, teacher: Teacher) -> Networks:
         own = teacher.denoiser
@@ -117,6 +123,8 @@ class HeadFit(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         schedule = nets["student"].schedule
         x0, cond = split_batch(batch)
+        if not self.pictures:
+            x0 = teacher_samples(nets["teacher"], torch.randn_like(x0), cond, SAMPLE_STEPS, schedule=schedule)
         t = schedule.spaced(torch.rand(len(x0), device=x0.device, dtype=torch.float64))
         t = t.masked_fill(torch.rand(len(x0), device=x0.device) < LAST_SHARE, schedule.t_max)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
@@ -152,6 +160,8 @@ def head_errors(learner: Denoiser, teacher: Teacher, data: ImageData, count: int
     x0, cond = split_batch(batch)
     schedule, errors = learner.schedule, {}
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    if not data.pictured:
+        x0 = teacher_samples(teacher.denoiser, noise, cond, SAMPLE_STEPS, schedule=schedule)
     for share in (0.25, 0.5, 0.75, 1.0):
         t = schedule.spaced(torch.tensor(share, dtype=torch.float64))
         x_t = schedule.add_noise(x0, noise, t)

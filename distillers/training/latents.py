@@ -27,29 +27,39 @@ class Latents:
 
     def __init__(self, data: ImageFolder | CaptionedFolder, codec: Vae) -> None:
         self.name, self.size, self.labels, self.channels = data.name, data.size, data.labels, data.channels
-        self.captioned = data.captioned
+        self.sizes, self.captioned, self.pictured = data.sizes, data.captioned, data.pictured
         self.data, self.codec = data, codec
 
     def __len__(self) -> int:
         return len(self.data)
 
     @cached_property
-    def latents(self) -> dict[int, Tensor]:
-        """Encode all pictures: operation -> latents (N, C, h, w) of the pictures turned by it."""
-        device, every = next(self.codec.parameters()).device, np.arange(len(self))
+    def latents(self) -> dict[int, list[Tensor]]:
+        """Encode all pictures: operation -> latents (N, C, h, w) of the pictures of each shape, turned by it."""
+        device = next(self.codec.parameters()).device
 
         def encoded(index: np.ndarray, operation: int) -> Tensor:
             pictures = self.data.turned(index, np.full(len(index), operation))["image"]
             return self.codec.encode(pictures.to(device)).half().cpu()
 
-        parts = [every[first : first + BATCH] for first in range(0, len(every), BATCH)]
-        return {way: torch.cat([encoded(part, way) for part in parts]) for way in self.data.operations}
+        def of_shape(shape: int, operation: int) -> Tensor:
+            places = self.data.places(shape)
+            parts = [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
+            return torch.cat([encoded(part, operation) for part in parts])
 
-    def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """Draw the same items, turned in the same ways, as the folder itself for this `rng`."""
-        index, operation = self.data.choose(n, rng)
-        pairs = zip(index.tolist(), operation.tolist(), strict=True)
-        return {"latent": torch.stack([self.latents[way][i] for i, way in pairs]), **self.data.conditions(index, rng)}
+        return {way: [of_shape(k, way) for k in range(len(self.sizes))] for way in self.data.operations}
+
+    def choose_shape(self, rng: np.random.Generator) -> int:
+        """Choose the shape of a batch, as the folder does."""
+        return self.data.choose_shape(rng)
+
+    def draw(self, n: int, rng: np.random.Generator, shape: int | None = None) -> Batch:
+        """Draw the same items, turned in the same ways, as the folder itself for these arguments."""
+        index, operation = self.data.choose(n, rng, shape)
+        of_shape, rows = self.data.rows(index)
+        pairs = zip(rows.tolist(), operation.tolist(), strict=True)
+        latents = torch.stack([self.latents[way][of_shape][i] for i, way in pairs])
+        return {"latent": latents, **self.data.conditions(index, rng)}
 
     def items(self, indices: Sequence[int]) -> Batch:
         """Return the pictures of these positions as they are."""

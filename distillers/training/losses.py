@@ -92,6 +92,28 @@ def teacher_step(
 
 
 @torch.no_grad()
+def teacher_samples(
+    teacher: nn.Module,
+    noise: Tensor,
+    cond: Cond | None,
+    steps: int,
+    solver: Solver = "ddim",
+    schedule: NoiseSchedule | None = None,
+) -> Tensor:
+    """Sample the teacher from noise (B, ...) in so many solver steps and a last look, over all of its schedule.
+
+    schedule: the part of it to sample over, where that is not all.
+    """
+    schedule = schedule or teacher.schedule  # type: ignore[assignment]
+    assert schedule is not None
+    grid = schedule.grid(steps + 1).flip(0).to(noise.device)
+    x_t = schedule.start(noise, grid[0])
+    for t, s in pairwise(grid):
+        x_t = teacher_step(teacher, x_t, t, s, cond, solver)
+    return teacher(x_t, grid[-1], cond)
+
+
+@torch.no_grad()
 def teacher_end(teacher: nn.Module, x_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
     """Follow the teacher's probability-flow ODE from x_t (B, ...) at t (B,) to t_min, in one midpoint step.
 

@@ -222,6 +222,7 @@ class Points:
     size: int = 1
     labels: tuple[str, ...] = ()
     captioned: bool = False
+    pictured: bool = True
 
     def __len__(self) -> int:
         return 10_000

@@ -35,6 +35,10 @@ class Watch:
     """
 
     def __init__(self, data: ImageData, n: int, steps: int, out: Path) -> None:
+        if not data.pictured:
+            raise BadInput(
+                "train.watch_every", f"above 0, with {data.name}", "0: there are no pictures to compare with"
+            )
         self.data, self.n, self.steps, self.out = data, n, steps, out
         self.features = load_features(feature_space(data.name))
         if min(self.n, len(data)) <= self.features.num_features:
