@@ -5,6 +5,7 @@ A teacher samples by deterministic DDIM steps, a consistency student by adding f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -74,8 +75,11 @@ class Generator(nn.Module):
         write_pipeline(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
-    def times(self, steps: int | None = None) -> list[float]:
+    def times(self, steps: int | None = None, size: tuple[int, int] | None = None) -> list[float]:
         """Return the times at which the network is called, descending.
+
+        Args:
+            size: pixels (H, W), on which those of some teachers depend; None for the published size.
 
         Raises:
             BadInput: a student asked for a number of steps it was not published with; a teacher for none, over 1000,
@@ -86,7 +90,9 @@ class Generator(nn.Module):
             if steps not in self.info.step_times:
                 raise BadInput("steps", steps, ", ".join(map(str, sorted(self.info.step_times))))
             return self.info.step_times[steps]
-        return self.schedule.sampling_times(steps)
+        family, (height, width) = family_of(self.denoiser.network) or UNET, size or self.info.size
+        tokens = (height // self.size_multiple) * (width // self.size_multiple)
+        return family.times(self.schedule, steps, tokens)
 
     def forward(
         self,
@@ -111,7 +117,10 @@ class Generator(nn.Module):
             first: steps left out at the beginning, below `steps`.
             watch: called with the index of every step but the last and its estimate of x0.
         """
-        times = torch.tensor(self.times(steps), dtype=torch.float64)  # on the CPU: see `NoiseSchedule._coefficients`
+        size = noise.shape[-2] * self.codec.factor, noise.shape[-1] * self.codec.factor
+        times = torch.tensor(
+            self.times(steps, size), dtype=torch.float64
+        )  # on the CPU: see `NoiseSchedule._coefficients`
         if not 0 <= first < len(times):
             raise BadInput("first", first, f"0 to {len(times) - 1}")
         network = guided(unclipped(self.denoiser), self.info, self.info.guidance_scale)
@@ -156,7 +165,7 @@ class Generator(nn.Module):
             condition: one of these, as the model's task asks. `labels`: class index per image. `sar`: (B, C, H, W) in
                 [-1, 1]; the result has its H and W. `prompts`: a text per image.
         """
-        cond = self.encode_condition(len(seeds), **condition)
+        cond = self.encode_condition(len(seeds), size=size, **condition)
         height, width = self.condition.size(condition) or size or self.info.size
         self._check_size("size", height, width)
         shape = (self.codec.channels(self.info.channels), height // self.codec.factor, width // self.codec.factor)
@@ -185,17 +194,21 @@ class Generator(nn.Module):
         padded = F.pad(sar, (0, right, 0, below), mode="reflect")
         return self.sample([seed], sar=padded, steps=steps)[..., :height, :width]
 
-    def encode_condition(self, count: int | None = None, **condition: Unpack[Given]) -> Cond | None:
-        """Check the conditions of `count` pictures and bring them into the network's form.
+    def encode_condition(
+        self, count: int | None = None, *, size: tuple[int, int] | None = None, **condition: Unpack[Given]
+    ) -> Cond | None:
+        """Check the conditions of `count` pictures of (H, W) pixels and bring them into the network's form.
+
+        size: of which some networks are told; None for the published size.
 
         Raises:
             BadInput: a condition that the model does not take, lacks, or that has the wrong number, shape or values.
         """
         own = self.condition
         own.check(condition, count)
-        if size := own.size(condition):
-            self._check_size(own.argument, *size)
-        return own.encode(condition, next(self.denoiser.parameters()).device)
+        if own_size := own.size(condition):
+            self._check_size(own.argument, *own_size)
+        return own.encode(condition, next(self.denoiser.parameters()).device, size)
 
     @property
     def condition(self) -> Condition:
@@ -203,10 +216,18 @@ class Generator(nn.Module):
         return self.info.condition(self.codec, self.prompts)
 
     def _check_size(self, field: str, height: int, width: int) -> None:
-        multiple, square = self.size_multiple, (family_of(self.denoiser.network) or UNET).square
-        if height % multiple or width % multiple or min(height, width) < 8 or (square and height != width):
-            allowed = f"multiples of {multiple}, 8 or more" + ", square" * square
-            raise BadInput(field, (height, width), allowed)
+        multiple, family = self.size_multiple, family_of(self.denoiser.network) or UNET
+        positions = family.largest(self.denoiser.network.config)
+        most = math.inf if positions is None else positions * self.codec.factor
+        if (
+            height % multiple
+            or width % multiple
+            or min(height, width) < 8
+            or max(height, width) > most
+            or (family.square and height != width)
+        ):
+            allowed = f"multiples of {multiple}, 8 " + ("or more" if most == math.inf else f"to {most}")
+            raise BadInput(field, (height, width), allowed + ", square" * family.square)
 
     @property
     def size_multiple(self) -> int:

@@ -289,7 +289,9 @@ class Model:
 
     def nfe(self, steps: int) -> int:
         """Return the network evaluations of one picture; guidance takes two in every step."""
-        return steps * (1 if self.info.guidance_scale == 1 else 2)
+        from distillers.weights.network import calls_per_step
+
+        return steps * calls_per_step(self.generator.denoiser, self.info)
 
     @property
     def revision(self) -> str:

@@ -72,26 +72,28 @@ class Decoder(nn.Module):
 class Vae(ImageCodec):
     """A diffusers autoencoder, frozen; its scaling and shift make latents zero mean and unit variance.
 
-    An SDXL autoencoder may have statistics of its own for each channel, `latents_mean` and `latents_std`.
+    An SDXL autoencoder may have statistics of its own for each channel, `latents_mean` and `latents_std`. A deep
+    compression autoencoder (Chen et al. 2024) is no variational one: its latents are what its encoder says.
 
     Raises:
         BadInput: other statistics than one of each for every channel.
     """
 
     kind = "vae"
-    vae: Any  # a diffusers AutoencoderKL
+    vae: Any  # a diffusers AutoencoderKL or AutoencoderDC
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         self.decoder: nn.Module = Decoder(self.vae)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        blocks = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
+        self.factor = 2 ** (len(blocks) - 1)
         scaling, mean, std = (self.vae.config.get(k) for k in ("scaling_factor", "latents_mean", "latents_std"))
         wanted = [self.vae.config.latent_channels] * 2
         if (mean or std) and ([len(mean or ()), len(std or ())] != wanted or not min(std) > 0):
             raise BadInput("vae: latents_mean, latents_std", (mean, std), f"{wanted[0]} of each, the second above 0")
         self.scaling: float | Tensor = float(scaling)
-        self.shift: float | Tensor = float(self.vae.config.shift_factor or 0)
+        self.shift: float | Tensor = float(self.vae.config.get("shift_factor") or 0)
         if mean:
             of_channels = torch.tensor([mean, std])[..., None, None]
             del self.scaling, self.shift
@@ -100,7 +102,8 @@ class Vae(ImageCodec):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean
+        encoded: Any = self.vae.encode(pixels.to(self.vae.dtype))
+        latents: Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         return (latents.float() - self.shift) * self.scaling
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class Condition:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else list(value)
                 raise BadInput(kind.argument, shown, f"nothing: {self.name} {kind.refusal}")
 
-    def encode(self, given: Given, device: torch.device) -> Cond | None:
-        """Bring a checked condition into the network's form."""
+    def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
+        """Bring a checked condition into the network's form, for pictures of (H, W) pixels; None: the published."""
         return None
 
     def encode_items(self, items: Mapping[str, Tensor], device: str | torch.device) -> Cond:
@@ -204,7 +204,7 @@ class ClassLabel(Condition):
         if wrong or (count is not None and len(labels) != count):
             raise BadInput("labels", wrong or list(labels), allowed)
 
-    def encode(self, given: Given, device: torch.device) -> Cond | None:
+    def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         return {"label": torch.tensor(list(given["labels"] or ()), device=device)}
 
     def encode_items(self, items: Mapping[str, Tensor], device: str | torch.device) -> Cond:
@@ -270,7 +270,7 @@ class SarPicture(Condition):
         if not bool((sar.abs() <= 1 + 1e-3).all()):  # also refuses NaN
             raise BadInput("sar", f"{sar.min()} to {sar.max()}", "values in [-1, 1]")
 
-    def encode(self, given: Given, device: torch.device) -> Cond | None:
+    def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         return self.encode_items({"sar": _sar_of(given)}, device)
 
     def encode_items(self, items: Mapping[str, Tensor], device: str | torch.device) -> Cond:
@@ -345,10 +345,10 @@ class Prompt(Condition):
                 shown = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
                 raise BadInput("prompt", shown, f"a text of at most {LONGEST_PROMPT} characters")
 
-    def encode(self, given: Given, device: torch.device) -> Cond | None:
+    def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         assert self.encoder is not None
         prompts = given["prompts"] or ()
-        return self.encoder(prompts, self.published, guided=self.guided)
+        return self.encoder(prompts, size or self.published, guided=self.guided)
 
     def probe(self, count: int, classes: Sequence[int] | None = None) -> Given:
         return {"prompts": [PROMPTS[i % len(PROMPTS)] for i in range(count)]}

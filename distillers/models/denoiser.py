@@ -73,12 +73,15 @@ class Denoiser(nn.Module):
     ) -> list[Tensor]:
         """Return the activations of the named submodules, for discriminators: each module's (first) output tensor.
 
-        The forward pass ends with the last of them, so that an encoder costs an encoder.
+        The forward pass ends with the last of them, so that an encoder costs an encoder. "mid_block" stands for the
+        layer in the middle of a network, whatever its family calls it.
 
         Raises:
             BadInput: a layer that the network does not have, or does not call (a list of blocks is never called).
         """
-        modules = dict(self.network.named_modules())
+        modules, family = dict(self.network.named_modules()), family_of(self.network) or UNET
+        if "mid_block" not in modules:
+            layers = [family.middle(self.network.config) if name == "mid_block" else name for name in layers]
         missing = [name for name in layers if not name or name not in modules]
         if missing or not layers:
             raise BadInput("layers", missing or list(layers), self._layers())
@@ -86,7 +89,7 @@ class Denoiser(nn.Module):
 
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                kept[name] = output[0] if isinstance(output, tuple) else output
+                kept[name] = output[family.picture] if isinstance(output, tuple) else output
                 if len(kept) == len(set(layers)):
                     raise _AllKept
 
@@ -159,8 +162,11 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
     embeddings = [m for m in network.modules() if isinstance(m, GuidedTime)] if "guidance" in cond else []
     for module in embeddings:
         module.scale = cond["guidance"]
+    family = family_of(network) or UNET
+    if family.guided_by == "input" and "guidance" not in cond:
+        cond = {**cond, "guidance": time.new_full(time.shape, family.guidance)}
     try:
-        sample = (family_of(network) or UNET).call(network, x, time, cond)
+        sample = family.call(network, x, time, cond)
     finally:
         for module in embeddings:
             module.scale = None

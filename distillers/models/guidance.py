@@ -48,6 +48,23 @@ class Guided(nn.Module):
         return guided if self.clipping is None else self.clipping(guided)
 
 
+class GuidanceInput(nn.Module):
+    """A denoiser whose network is told the guidance scale and was distilled to answer as if guided by it.
+
+    A condition "guidance", float (B,), takes the place of the one scale.
+    """
+
+    def __init__(self, denoiser: nn.Module, guidance_scale: float) -> None:
+        super().__init__()
+        self.denoiser, self.guidance_scale = denoiser, guidance_scale
+        self.schedule: NoiseSchedule = denoiser.schedule  # type: ignore[assignment]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        scale = torch.full((len(x_t),), float(self.guidance_scale), device=x_t.device)
+        x0: Tensor = self.denoiser(x_t, t, {"guidance": scale, **(cond or {})})
+        return x0
+
+
 # --- the guidance scale as a network's input -------------------------------------------------------------------------
 class GuidedTime(nn.Module):
     """diffusers' `TimestepEmbedding` of the time and a guidance scale (Luo et al. 2023, sec. 4.2).

@@ -11,6 +11,7 @@ and rounded once, on multiplication with the data. `t` is a float tensor of shap
 from __future__ import annotations
 
 import copy
+import json
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
@@ -239,6 +240,10 @@ class NoiseSchedule(ABC):
         check_count("steps", steps, 1000)
         return self.grid(steps + 1)[1:].flip(0).tolist()
 
+    def student_times(self, steps: int) -> list[float]:
+        """List the times of a few-step student, descending: the upper ends of as many parts of the range."""
+        return self.grid(steps + 1)[1:].flip(0).tolist()
+
     def until(self, t_max: float) -> NoiseSchedule:
         """Return this schedule with an earlier end: the process is the same, and its noisiest time is t_max.
 
@@ -303,15 +308,23 @@ class RectifiedFlow(NoiseSchedule):
         clock: diffusers' `num_train_timesteps`.
         shift: moves the grid towards noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23), for large
             pictures; the process itself and what the network is told stay as they are.
+        stock: the configuration of the diffusers scheduler that samples the network's teacher: see `stock_times`.
     """
 
     name = "flow"
     velocity = "flow"
 
-    def __init__(self, t_min: float = 1e-3, t_max: float = 1 - 1e-3, clock: int = 1000, shift: float = 1.0) -> None:
+    def __init__(
+        self,
+        t_min: float = 1e-3,
+        t_max: float = 1 - 1e-3,
+        clock: int = 1000,
+        shift: float = 1.0,
+        stock: dict[str, Any] | None = None,
+    ) -> None:
         if not (clock >= 1 and shift > 0):
             raise BadInput("schedule.clock, shift", (clock, shift), "1 or more, and above 0")
-        self.t_min, self.t_max, self.clock, self.shift = t_min, t_max, clock, shift
+        self.t_min, self.t_max, self.clock, self.shift, self.stock = t_min, t_max, clock, shift, stock
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -327,8 +340,59 @@ class RectifiedFlow(NoiseSchedule):
         t = low + u * (high - low)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
+    def segment_grid(self, n: int) -> Tensor:
+        """Cut the range into n segments; those of a stock pipeline's network end where its few-step students are."""
+        if self.stock is None:
+            return super().segment_grid(n)
+        return torch.tensor([self.t_min, *self.student_times(n)[::-1]], dtype=torch.float64)
+
+    def student_times(self, steps: int) -> list[float]:
+        """List the times of a few-step student, descending: 1, 1 - 1/n, ... 1/n of a stock pipeline's network.
+
+        diffusers visits them by FlowMatchEulerDiscreteScheduler(shift=1, shift_terminal=1/n), and no shifted ones.
+        """
+        if self.stock is None:
+            return super().student_times(steps)
+        check_count("steps", steps, self.clock)
+        return [1 - i / steps for i in range(steps)]
+
+    def stock_times(self, steps: int, tokens: int, evenly: bool) -> list[float]:
+        """List the times that the stock scheduler visits in so many steps, descending.
+
+        Args:
+            tokens: of the picture, on which a dynamic shift depends (Esser et al. 2024, sec. 5.3.2).
+            evenly: whether the pipeline hands it the sigmas 1, 1 - 1/n, ... 1/n rather than leave them to it.
+
+        Raises:
+            BadInput: no step, or over 1000.
+        """
+        check_count("steps", steps, 1000)
+        return list(_stock_times(json.dumps(self.stock, sort_keys=True), steps, tokens, evenly))
+
     def to_config(self) -> dict[str, Any]:
-        return {**super().to_config(), "clock": self.clock, "shift": self.shift}
+        stock = {} if self.stock is None else {"stock": self.stock}
+        return {**super().to_config(), "clock": self.clock, "shift": self.shift, **stock}
+
+
+@lru_cache(256)
+def _stock_times(stock: str, steps: int, tokens: int, evenly: bool) -> tuple[float, ...]:
+    scheduler, options = stock_scheduler(json.loads(stock)), dict[str, Any]()
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):  # mu is linear in the number of tokens
+        share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+        options["mu"] = config.base_shift + share * (config.max_shift - config.base_shift)
+    if evenly:
+        options["sigmas"] = [1 - i / steps for i in range(steps)]
+    scheduler.set_timesteps(steps, **options)
+    return tuple(scheduler.sigmas[:-1].tolist())
+
+
+def stock_scheduler(config: dict[str, Any]) -> Any:
+    """Build the first-order diffusers scheduler of a flow's times, from a `scheduler_config.json`."""
+    import diffusers
+
+    kind = config["_class_name"] if config.get("use_flow_sigmas") else "FlowMatchEulerDiscreteScheduler"
+    return getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
 class Trigonometric(NoiseSchedule):
@@ -455,10 +519,10 @@ def from_diffusers(scheduler_config: dict[str, Any]) -> NoiseSchedule:
     """
     import diffusers
 
-    if scheduler_config.get("_class_name", "").startswith("FlowMatch"):
-        return RectifiedFlow(
-            clock=scheduler_config.get("num_train_timesteps", 1000), shift=scheduler_config.get("shift", 1.0)
-        )
+    if scheduler_config.get("_class_name", "").startswith("FlowMatch") or scheduler_config.get("use_flow_sigmas"):
+        shift = scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0))
+        clock = scheduler_config.get("num_train_timesteps", 1000)
+        return RectifiedFlow(clock=clock, shift=1.0 if scheduler_config.get("use_dynamic_shifting") else shift)
     if scheduler_config.get("_class_name", "").startswith("EDM"):
         named = {"t_min": "sigma_min", "t_max": "sigma_max", "sigma_data": "sigma_data", "rho": "rho"}
         return EDM(**{own: scheduler_config[theirs] for own, theirs in named.items() if theirs in scheduler_config})

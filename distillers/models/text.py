@@ -143,10 +143,10 @@ class PromptEncoder(nn.Module):
         return {name: getattr(self.pipeline, name) for name in names}
 
     @property
-    def width(self) -> int:
-        """How wide "text" is."""
+    def width(self) -> int | None:
+        """How wide "text" is; None where the encoders do not say, for the one that does is left out."""
         towers: Any = self.towers
-        return sum(int(towers[name].config.hidden_size) for name in self.words.states if name in towers)
+        return sum(int(towers[name].config.hidden_size) for name in self.words.states if name in towers) or None
 
     @torch.no_grad()
     def forward(

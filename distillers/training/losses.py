@@ -171,10 +171,10 @@ def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond 
 
 
 def sampling_times(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """List the times of multi-step sampling, descending: LCMScheduler's for diffusers' schedules, or the grid's."""
+    """List the times of multi-step sampling, descending: LCMScheduler's for DDPM's schedules, or the schedule's own."""
     if isinstance(schedule, VariancePreserving):
         return lcm_times(schedule, steps)
-    return schedule.grid(steps + 1)[1:].flip(0).tolist()
+    return schedule.student_times(steps)
 
 
 def check_steps(field: str, steps: Sequence[int]) -> None:

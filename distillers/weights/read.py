@@ -15,8 +15,8 @@ from distillers.errors import BadInput
 from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
-from distillers.models.families import FAMILIES, NETWORKS, PIPELINES, Family, family_of
-from distillers.models.schedule import NoiseSchedule, Prediction, from_diffusers
+from distillers.models.families import FAMILIES, NETWORKS, OLD_NAMES, PIPELINES, Family, family_of
+from distillers.models.schedule import NoiseSchedule, Prediction, RectifiedFlow, from_diffusers
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
@@ -34,9 +34,16 @@ from distillers.weights.network import check_finite, class_rows
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's file
 STEMS = ("text_encoder*/model", f"*{WEIGHTS}")
-FILES = ["*.json", "tokenizer*/*.txt", ADAPTER, *(f"{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*"))]
+FILES = [
+    "*.json",
+    "tokenizer*/*.txt",
+    "tokenizer*/*.model",
+    ADAPTER,
+    *(f"{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*")),
+]
 FP16_FILES = [f"{stem}.fp16*.safetensors" for stem in STEMS]
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 OTHERS_OF_DDPM = ("LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler")
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -48,6 +55,7 @@ OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or no
     "shift_terminal": None,
     "sigma_schedule": "karras",
 }
+STOCK_CLOCKS = ("use_flow_sigmas", "use_dynamic_shifting", "shift_terminal")  # of them, what text to image is read with
 HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
 
 
@@ -98,9 +106,12 @@ def read_pipeline(
     places = _networks(folder, index, info)
     place = _part(folder, index, "scheduler")
     scheduler = read_json(place / "scheduler_config.json")
-    options = _options(place, scheduler)
-    (schedule, clipping), prediction = _schedule(place, options), _prediction(place, options)
     networks = [_load(place, NETWORKS, dtype) for place in places]
+    family = _family(folder, networks[0])
+    options = _options(place, scheduler, family)
+    (schedule, clipping), prediction = _schedule(place, options), _prediction(place, options)
+    if isinstance(schedule, RectifiedFlow) and family.words:
+        schedule.stock = options
     if prediction == "eps" and (ratio := float(schedule.noise_ratio(torch.tensor(schedule.t_max)))) > HOPELESS:
         warnings.warn(
             f"{folder.name} predicts noise (prediction_type epsilon) at a signal-to-noise ratio (SNR) of almost 0: at "
@@ -108,7 +119,6 @@ def read_pipeline(
             "Schedules with rescale_betas_zero_snr are for networks that predict v.",
             stacklevel=2,
         )
-    family = _family(folder, networks[0])
     codec, prompts = _codec(folder, info, family if index.get("_class_name") else None, dtype), None
     if family.words:
         prompts = _prompts(folder, index, family, networks[0], dtype).to(device)
@@ -133,7 +143,7 @@ def read_info(path_or_hub_id: str | Path) -> Info:
     index = read_json(folder / "model_index.json")
     network = _skeleton(_networks(folder, index, None)[0], NETWORKS)
     vaes = [folder / part for part in VAES if (folder / part / "config.json").is_file()]
-    codec = Vae(_skeleton(vaes[0], ("AutoencoderKL",))) if vaes else PixelUnshuffle(1)
+    codec = Vae(_skeleton(vaes[0], AUTOENCODERS)) if vaes else PixelUnshuffle(1)
     _check_autoencoder(folder, index)
     return _describe(folder, network, codec, index)
 
@@ -146,8 +156,8 @@ def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     kind = config.get("_class_name")
     if kind not in classes:
         raise BadInput(str(folder / "config.json"), kind, "a network of class " + ", ".join(classes))
-    if kind == "Transformer2DModel":  # DiT, as older diffusers saved it
-        kind = "DiTTransformer2DModel"
+    if kind == "Transformer2DModel":
+        kind = OLD_NAMES.get(str(config.get("norm_type")), kind)
     try:
         with torch.device("meta"):
             network: nn.Module = getattr(diffusers, kind).from_config(config)
@@ -246,9 +256,9 @@ def _prompts(
             raise BadInput(str(folder), f"no {name}", "a pipeline with the encoders of its prompts")
         try:
             kind = transformers.AutoConfig.from_pretrained(place).architectures[0]
-            if kind != wanted:
+            if wanted not in (kind, (index.get(name) or [None])[-1]):
                 raise ValueError(f"an encoder of class {kind}")
-            encoder, report = getattr(transformers, kind).from_pretrained(
+            encoder, report = getattr(transformers, wanted).from_pretrained(
                 place,
                 use_safetensors=True,
                 dtype=dtype,
@@ -278,7 +288,7 @@ def _tokenizer(folder: Path, index: dict[str, Any]) -> Any:
     return getattr(transformers, kind).from_pretrained(folder)
 
 
-def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
+def _options(folder: Path, scheduler: dict[str, Any], family: Family) -> dict[str, Any]:
     """Complete a scheduler's configuration by its class's own defaults, without what the class would ignore."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
@@ -292,6 +302,8 @@ def _options(folder: Path, scheduler: dict[str, Any]) -> dict[str, Any]:
         return {**scheduler}
     options = {key: scheduler.get(key, one.default) for key, one in defaults.items() if key != "self"}
     for key, usual in OTHER_CLOCKS.items():
+        if key in STOCK_CLOCKS and family.words:  # the stock scheduler itself is asked for the times
+            continue
         if options.get(key, usual) != usual:
             raise BadInput(f"{folder}: {key}", options[key], f"{usual}: no other is read")
     return {"_class_name": kind, **options}
@@ -310,7 +322,7 @@ def _schedule(folder: Path, options: dict[str, Any]) -> tuple[NoiseSchedule, Cli
 
 def _prediction(folder: Path, options: dict[str, Any]) -> Prediction:
     kind = options["_class_name"]
-    if kind in FLOWS:
+    if kind in FLOWS or options.get("use_flow_sigmas"):
         return "flow"
     given, known = options.get("prediction_type", "epsilon"), EDM_PREDICTIONS if kind in EDMS else DIFFUSERS_PREDICTIONS
     if given not in known:
@@ -326,24 +338,24 @@ def _codec(
             _check_statistics(folder / part, family)
             if dtype == torch.float16 and read_json(folder / part / "config.json").get("force_upcast", True):
                 dtype = torch.float32  # as SDXL's pipeline does: its activations leave float16's range
-            return Vae(_load(folder / part, ("AutoencoderKL",), dtype))
+            return Vae(_load(folder / part, AUTOENCODERS, dtype))
     return PixelUnshuffle(info.patch if info else 1)
 
 
 def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
     """Make a manifest for a pipeline that has none, from its networks' configuration."""
     config: Any = network.config
-    side = config.sample_size
+    family = _family(folder, network)
+    side = config.get("sample_size") or family.sample_size
     if not side:
         raise BadInput(f"{folder}: sample_size", side, "the size the network was trained at")
     height, width = (side, side) if isinstance(side, int) else side
-    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    classes = family.classes(config)
     names = index.get("id2label")
     names = names if isinstance(names, dict) else {}
-    labels = [str(names.get(str(i), i)) for i in range(classes)] if classes else []
+    labels = [str(names.get(str(i), i)) for i in range(classes)]
     channels, extra = _channels(config, codec)
     task = "class-to-image" if labels else "image"
-    family = _family(folder, network)
     if family.words:
         task = "text-to-image"
     elif isinstance(codec, PixelUnshuffle) and extra > 0:
@@ -402,7 +414,7 @@ def _channels(config: Any, codec: ImageCodec) -> tuple[int, int]:
     As many come out as go in, or twice as many with a learned variance; if less come out, the others are a condition.
     """
     if isinstance(codec, Vae):
-        return int(codec.vae.config.out_channels), 0
+        return int(codec.vae.config.get("out_channels") or codec.vae.config.in_channels), 0
     taken, made = int(config.in_channels), int(config.out_channels or config.in_channels)
     if made in (taken, 2 * taken):
         return taken, 0
@@ -417,7 +429,8 @@ def _check_fit(folder: Path, network: nn.Module, codec: ImageCodec, info: Info, 
     channels, sar, rows = codec.channels(info.channels), info.sar_channels, class_rows(network)
     if (info.codec == Vae.kind) != isinstance(codec, Vae) or (sar and isinstance(codec, Vae)):
         raise BadInput(f"{folder}: codec", codec.kind, f"{info.codec} as in fewstep.json; no VAE for SAR")
-    expected = channels + info.condition(codec).channels
+    packed = _family(folder, network).packing ** 2
+    channels, expected = packed * channels, packed * (channels + info.condition(codec).channels)
     if config.in_channels != expected or (config.out_channels or expected) not in (channels, 2 * channels):
         given = f"{config.in_channels} in, {config.out_channels} out"
         raise BadInput(f"{folder}: channels", given, f"{expected} in, {channels} out (or twice that: learned variance)")
@@ -434,7 +447,7 @@ def _check_prompt_encoder(folder: Path, network: nn.Module, info: Info, prompts:
         raise BadInput(f"{folder}: task", info.task, "text-to-image for a network that is told words, and for no other")
     if prompts is None:
         return
-    words = prompts.words
-    if config[words.width] != prompts.width:
+    wide = config[prompts.words.width]
+    if prompts.width not in (None, wide):
         allowed = f"a network that is told what its encoders say, {prompts.width} wide"
-        raise BadInput(f"{folder}: {words.width}", config[words.width], allowed)
+        raise BadInput(f"{folder}: {prompts.words.width}", wide, allowed)

@@ -21,7 +21,7 @@ from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
-from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving
+from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
@@ -179,7 +179,7 @@ def _model_index(
 
     config: Any = network.config
     parts, more = {"scheduler": scheduler}, dict[str, Any]()
-    square, exploding = isinstance(config.sample_size, int), type(scheduler).__name__.startswith("EDM")
+    square, exploding = isinstance(config.get("sample_size"), int), type(scheduler).__name__.startswith("EDM")
     if prompts is not None and isinstance(codec, Vae):
         kind, parts[prompts.family.part], parts["vae"] = type(prompts.pipeline).__name__, network, codec.vae
         more |= prompts.index
@@ -207,6 +207,13 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     import diffusers
 
     schedule, prediction = denoiser.schedule, denoiser.prediction
+    if isinstance(schedule, RectifiedFlow) and prediction == "flow" and schedule.stock is not None:
+        if not info.step_times:
+            return stock_scheduler(schedule.stock)
+        last = {"shift_terminal": 1 / info.default_steps} if info.default_steps > 1 else {}  # of one step it makes NaN
+        fresh = info.sampler == "consistency"
+        clock = schedule.clock
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=clock, stochastic_sampling=fresh, **last)
     if isinstance(schedule, RectifiedFlow) and prediction == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.clock, shift=schedule.shift)
     preconditioned = {v: k for k, v in EDM_PREDICTIONS.items()}

@@ -1,0 +1,109 @@
+"""Families of text to image: what is opened, drawn and written equals stock diffusers, on small random pipelines."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from stock_pipelines import PIPELINES, build
+
+from distillers.generator import Generator, seeded_noise
+from distillers.teacher import Teacher
+from distillers.training.losses import consistency_generator
+
+WORDS = ["a red barn", "two small cats at sea"]
+SIZE = (32, 64)  # no square, and not the published one; Sana's pipeline takes multiples of 32 alone
+CLOSE = 2e-3  # of the largest pixel
+
+TOLD_THE_SCALE = ("flux", "lcm", "lcm sdxl")
+
+Stock = dict[str, tuple[Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    root = tmp_path_factory.mktemp("families")
+    return {name: (build(name, root / name.replace(" ", "-")), root / name.replace(" ", "-")) for name in PIPELINES}
+
+
+def theirs(pipe: Any, steps: int, **more: Any) -> np.ndarray[Any, Any]:
+    """Stock diffusers, (B, H, W, C) in [0, 1], of seeds 3 and 4."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    fixed = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
+    torch.manual_seed(7)
+    found = pipe(
+        WORDS, num_inference_steps=steps, height=SIZE[0], width=SIZE[1], output_type="np",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], **{**fixed, **more},
+    )  # fmt: skip
+    return np.asarray(found.images)
+
+
+def ours(generator: Generator, steps: int, **more: Any) -> np.ndarray[Any, Any]:
+    """Our generator on the same noises."""
+    made = generator.sample([3, 4], **{"prompts": WORDS, "steps": steps, "size": SIZE, **more})
+    return made.permute(0, 2, 3, 1).numpy() / 2 + 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "lcm"])
+def test_a_teacher_draws_what_its_stock_pipeline_draws(name: str, stock: Stock) -> None:
+    pipe, folder = stock[name]
+    generator = Generator.from_pretrained(folder)
+    assert (generator.info.task, generator.info.labels) == ("text-to-image", [])
+    usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    assert generator.info.guidance_scale == (1 if name == "flux schnell" else usual)
+    for guidance in (generator.info.guidance_scale, 2.0 if name in TOLD_THE_SCALE else 1.0):
+        generator.info = replace(generator.info, guidance_scale=guidance)
+        expected = theirs(pipe, 3, guidance_scale=guidance)
+        made = ours(generator, 3)
+        assert expected.std() > 0.02 and np.abs(made - expected).max() < CLOSE
+    assert np.abs(made - ours(generator, 3, prompts=WORDS[::-1])).max() > 4 * CLOSE  # words are heard
+
+
+STUDENTS = [name for name in PIPELINES if name not in ("sd of noise", "sd3 without t5")]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_of_one_two_or_four_steps_leaves_as_a_pipeline_that_draws_the_same(
+    name: str, stock: Stock, tmp_path: Path
+) -> None:
+    """Its stock scheduler visits our times without being told them, and its fresh noise is torch's own next."""
+    generator = Generator.from_pretrained(stock[name][1])
+    teacher = Teacher(generator.denoiser, generator.codec, generator.info)  # type: ignore[arg-type]
+    guidance = generator.info.guidance_scale if name in TOLD_THE_SCALE else 1.0
+    for steps in (1, 2, 4):
+        made = consistency_generator(teacher.denoiser, teacher, [steps])
+        made.prompts = generator.prompts
+        made.save_pretrained(tmp_path / str(steps))
+        again = Generator.from_pretrained(tmp_path / str(steps))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / str(steps))
+        pipe.set_progress_bar_config(disable=True)
+        assert type(pipe) is type(stock[name][0])
+        expected = theirs(pipe, steps, guidance_scale=guidance)
+        drawn = consistency_pictures(again, steps, pipe)
+        assert expected.std() > 0.02 and np.abs(drawn - expected).max() < CLOSE, steps
+
+
+def consistency_pictures(generator: Generator, steps: int, pipe: Any) -> np.ndarray[Any, Any]:
+    """Our generator's pictures on the noise that the pipeline's scheduler draws: of the seeds, or torch's global."""
+    cond = generator.encode_condition(2, size=SIZE, prompts=WORDS)
+    factor, channels = generator.codec.factor, generator.codec.channels(3)
+    stream = seeded_noise([3, 4], (channels, SIZE[0] // factor, SIZE[1] // factor))
+    first = next(stream)
+    torch.manual_seed(7)
+    packed = type(pipe).__name__ == "FluxPipeline"
+    handed = "generator" in inspect.getsource(type(pipe).__call__).split("scheduler.step(")[1].split(")")[0]
+    handed = handed or "extra_step_kwargs" in inspect.getsource(type(pipe).__call__)
+
+    def fresh() -> Iterator[torch.Tensor]:
+        while True:
+            noise = torch.randn(first.shape if not packed else pipe._pack_latents(first, *first.shape).shape)
+            yield noise if not packed else pipe._unpack_latents(noise, *SIZE, factor)
+
+    with torch.inference_mode():
+        x0 = generator(first, cond, steps, stream if handed else fresh())
+        return (generator.codec.decode(x0).clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
