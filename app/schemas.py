@@ -99,6 +99,9 @@ class ContentFields(Body):
         description="What a text-to-image model is to draw. For a model with classes a class label in any case, for "
         "example Forest; empty or left out: each picture's class is drawn from its seed. Must be empty for others.",
     )
+    negative_prompt: str | None = Field(
+        None, description="What guidance leads away from; refused by models that draw without guidance, as students do."
+    )
     label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from stock_pipelines import PIPELINES, build
 
+from distillers.errors import BadInput
 from distillers.generator import Generator, seeded_noise
 from distillers.teacher import Teacher
 from distillers.training.losses import consistency_generator
@@ -62,6 +63,46 @@ def test_a_teacher_draws_what_its_stock_pipeline_draws(name: str, stock: Stock) 
         made = ours(generator, 3)
         assert expected.std() > 0.02 and np.abs(made - expected).max() < CLOSE
     assert np.abs(made - ours(generator, 3, prompts=WORDS[::-1])).max() > 4 * CLOSE  # words are heard
+
+
+GUIDED_BY_TWO = ("sd", "sdxl", "sd3", "pixart", "sana")
+
+
+@pytest.mark.parametrize("name", GUIDED_BY_TWO)
+def test_a_negative_prompt_leads_away_as_in_the_stock_pipeline(name: str, stock: Stock) -> None:
+    pipe, folder = stock[name]
+    generator = Generator.from_pretrained(folder)
+    plain, negatives = ours(generator, 2), ["grey fog", "rain"]
+    scale = generator.info.guidance_scale
+    both = ours(generator, 2, negative_prompts=negatives)
+    assert np.abs(both - theirs(pipe, 2, guidance_scale=scale, negative_prompt=negatives)).max() < CLOSE
+    one = ours(generator, 2, negative_prompts=[None, "rain"])
+    assert np.abs(one[0] - plain[0]).max() < 1e-4 and np.abs(one[1] - both[1]).max() < 1e-4
+    assert np.abs(both - plain).max() > CLOSE
+    with pytest.raises(BadInput, match="one text or none per image, 1"):
+        generator.sample([0], prompts=["a barn"], negative_prompts=["fog", "rain"])
+    generator.info = replace(generator.info, guidance_scale=1.0)
+    with pytest.raises(BadInput, match=r"negative_prompt: got 'fog'.*without guidance"):
+        generator.sample([0], prompts=["a barn"], negative_prompts=["fog"])
+
+
+@pytest.mark.parametrize("name", ["flux", "flux schnell", "lcm", "lcm sdxl"])
+def test_guidance_that_is_baked_in_leaves_no_place_for_a_negative_prompt(name: str, stock: Stock) -> None:
+    generator = Generator.from_pretrained(stock[name][1])
+    with pytest.raises(BadInput, match=r"negative_prompt: got 'fog'.*no pass without the prompt"):
+        generator.sample([0], prompts=["a barn"], negative_prompts=["fog"])
+    if name == "flux schnell":
+        generator.info = replace(generator.info, guidance_scale=2.0)
+        with pytest.raises(BadInput, match=r"guidance_scale: got 2.0; allowed: 1"):
+            ours(generator, 1)
+
+
+def test_sizes_are_those_that_a_network_knows(stock: Stock) -> None:
+    for name, wrong, message in (
+        ("sd3", (32, 160), "multiples of 4, 8 to 144"), ("flux", (32, 34), "multiples of 4, 8 or more"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            ours(Generator.from_pretrained(stock[name][1]), 1, size=wrong)
 
 
 STUDENTS = [name for name in PIPELINES if name not in ("sd of noise", "sd3 without t5")]

@@ -37,6 +37,7 @@ class Order:
     Args:
         label: the class, for models with classes.
         prompt: for text-to-image models.
+        negative_prompt: what guidance leads away from, for those that are guided; None for what is usual.
         sar: (channels, H, W) in [-1, 1], for translators.
         start: (C, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
         on_partial: called on the engine's thread with a step's index and its estimate, (H, W, C) uint8.
@@ -46,6 +47,7 @@ class Order:
     seed: int
     label: int | None = None
     prompt: str | None = None
+    negative_prompt: str | None = None
     sar: NDArray[np.float32] | None = None
     start: NDArray[np.float32] | None = None
     on_partial: Callable[[int, Pixels], None] | None = None

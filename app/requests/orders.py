@@ -146,11 +146,13 @@ def from_noise(plan: Plan, body: ContentFields, size: str | None = None) -> Work
 def orders_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[Order]:
     """Return an order for every seed, with the content that the body describes."""
     if model.generator.prompts is None:
+        model.generator.condition.check_negative([body.negative_prompt])
         return [Order(seed, label) for seed, label in zip(seeds, labels_of(model, body, seeds), strict=True)]
     if body.label is not None:
         raise BadInput("label", body.label, f"nothing: {model.name} draws what the prompt says")
-    model.generator.condition.check({"prompts": [body.prompt or ""]})
-    return [Order(seed, prompt=body.prompt or "") for seed in seeds]
+    prompt, negative = body.prompt or "", body.negative_prompt
+    model.generator.condition.check({"prompts": [prompt], "negative_prompts": [negative]})
+    return [Order(seed, prompt=prompt, negative_prompt=negative) for seed in seeds]
 
 
 def label_names(model: Model, orders: Sequence[Order]) -> list[str | None]:

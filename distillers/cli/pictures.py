@@ -22,6 +22,9 @@ def generate(
     n: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     label: Annotated[str | None, typer.Option(help="Class by name or number; classes in turn if left out.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What a text-to-image model is to draw.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; refused by models that draw without guidance.")
+    ] = None,
     steps: Steps = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -47,7 +50,10 @@ def generate(
     elif classes:
         chosen = [classes[i % len(classes)] for i in range(n)]
     prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
-    pictures = generator.sample(range(seed, seed + n), labels=chosen, prompts=prompts, steps=steps)
+    negatives = None if negative_prompt is None else [negative_prompt] * n
+    pictures = generator.sample(
+        range(seed, seed + n), labels=chosen, prompts=prompts, negative_prompts=negatives, steps=steps
+    )
     if out.suffix.lower() == ".npy":
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, pictures.numpy())

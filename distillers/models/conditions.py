@@ -40,16 +40,20 @@ class Given(TypedDict, total=False):
     labels: Sequence[int] | None  # class numbers
     sar: Tensor | None  # (B, C, H, W) in [-1, 1]
     prompts: Sequence[str] | None
+    negative_prompts: Sequence[str | None] | None  # beside prompts: what guidance leads away from; None: the usual
 
 
 def gather(orders: Iterable[Any]) -> Given:
-    """Make the condition of a batch from orders of one picture each, with fields `label`, `prompt` and `sar`."""
-    labels, prompts, sar = zip(*((one.label, one.prompt, one.sar) for one in orders), strict=True)
+    """Make the condition of a batch from orders of one picture each: `label`, `prompt`, `negative_prompt`, `sar`."""
+    columns = ((one.label, one.prompt, one.negative_prompt, one.sar) for one in orders)
+    labels, prompts, negatives, sar = zip(*columns, strict=True)
     given: Given = {}
     if labels[0] is not None:
         given["labels"] = labels
     if prompts[0] is not None:
         given["prompts"] = prompts
+    if any(negative is not None for negative in negatives):
+        given["negative_prompts"] = negatives
     if sar[0] is not None:
         given["sar"] = torch.from_numpy(np.stack(sar))
     return given
@@ -61,6 +65,7 @@ def scatter(given: Given, count: int) -> list[dict[str, Any]]:
     columns = {
         "label": given.get("labels"),
         "prompt": given.get("prompts"),
+        "negative_prompt": given.get("negative_prompts"),
         "sar": None if sar is None else sar.numpy(),
     }
     return [{name: column[i] for name, column in columns.items() if column is not None} for i in range(count)]
@@ -107,6 +112,23 @@ class Condition:
             if value is not None and kind.argument != self.argument:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else list(value)
                 raise BadInput(kind.argument, shown, f"nothing: {self.name} {kind.refusal}")
+        self.check_negative(given.get("negative_prompts") or ())
+
+    def check_negative(self, negatives: Sequence[str | None]) -> None:
+        """Refuse a negative prompt with BadInput where no guidance leads away from it."""
+        for negative in negatives:
+            if negative is not None and not self.leads_away:
+                raise BadInput("negative_prompt", negative, f"nothing: {self.name} {self.no_negative}")
+
+    @property
+    def leads_away(self) -> bool:
+        """Whether guidance takes a pass without the condition, where a negative prompt can stand."""
+        return False
+
+    @property
+    def no_negative(self) -> str:
+        """Why there is no place for a negative prompt."""
+        return Prompt.refusal
 
     def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         """Bring a checked condition into the network's form, for pictures of (H, W) pixels; None: the published."""
@@ -340,15 +362,32 @@ class Prompt(Condition):
             raise BadInput("prompts", None, "one text per image")
         if count is not None and len(prompts) != count:
             raise BadInput("prompts", f"{len(prompts)} of them", f"one text per image, {count}")
-        for prompt in prompts:
-            if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
-                shown = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
-                raise BadInput("prompt", shown, f"a text of at most {LONGEST_PROMPT} characters")
+        negatives = given.get("negative_prompts") or [None] * len(prompts)
+        if len(negatives) != len(prompts):
+            raise BadInput(
+                "negative_prompts", f"{len(negatives)} of them", f"one text or none per image, {len(prompts)}"
+            )
+        texts = [("prompt", prompt) for prompt in prompts]
+        texts += [("negative_prompt", negative) for negative in negatives if negative is not None]
+        for field, text in texts:
+            if not isinstance(text, str) or len(text) > LONGEST_PROMPT:
+                shown = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
+                raise BadInput(field, shown, f"a text of at most {LONGEST_PROMPT} characters")
+
+    @property
+    def leads_away(self) -> bool:
+        return self.guided and self.encoder is not None and self.encoder.guides
+
+    @property
+    def no_negative(self) -> str:
+        if self.encoder is not None and not self.encoder.guides:
+            return "is told the scale of guidance, or distilled for one, and takes no pass without the prompt"
+        return "draws without guidance (it is in a student's weights), so there is nothing to lead away from"
 
     def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         assert self.encoder is not None
         prompts = given["prompts"] or ()
-        return self.encoder(prompts, size or self.published, guided=self.guided)
+        return self.encoder(prompts, size or self.published, given.get("negative_prompts"), guided=self.guided)
 
     def probe(self, count: int, classes: Sequence[int] | None = None) -> Given:
         return {"prompts": [PROMPTS[i % len(PROMPTS)] for i in range(count)]}

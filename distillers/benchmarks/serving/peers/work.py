@@ -32,6 +32,7 @@ class Order:
     seed: int
     label: int | None = None
     prompt: str | None = None
+    negative_prompt: str | None = None
     sar: NDArray[np.float32] | None = None  # (channels, H, W) in [-1, 1]
 
 
@@ -66,7 +67,8 @@ class Work:
         """Read a request: {"seed", "label"?, "prompt"?, "bands"?, "image"?}, or a picture's bytes beside it."""
         if picture is None and "image" in body:
             picture = base64.b64decode(body["image"])
-        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), self._sar(picture, body.get("bands")))
+        sar = self._sar(picture, body.get("bands"))
+        return Order(int(body["seed"]), body.get("label"), body.get("prompt"), sar=sar)
 
     def draw(self, orders: Sequence[Order]) -> Pixels:
         """Draw pictures (B, H, W, 3) of B orders of one shape."""
