@@ -19,6 +19,7 @@ from distillers.models.codec import ImageCodec
 from distillers.models.conditions import Cond, Condition, Given
 from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
 from distillers.models.families import UNET, family_of
+from distillers.models.lora import plain
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
@@ -170,14 +171,11 @@ class Generator(nn.Module):
         self._check_size("size", height, width)
         shape = (self.codec.channels(self.info.channels), height // self.codec.factor, width // self.codec.factor)
         stream = seeded_noise(seeds, shape)
-        device = next(self.denoiser.parameters()).device
-        x0 = self.forward(next(stream).to(device), cond, steps, stream)
+        x0 = self.forward(next(stream).to(self._weight.device), cond, steps, stream)
         pixels = self.codec.decode(x0).float().cpu()
         if not bool(pixels.isfinite().all()):
-            dtype = next(self.denoiser.parameters()).dtype
-            raise BadInput(
-                "weights", f"{self.info.name} draws what is no number", f"weights that draw pictures at {dtype}"
-            )
+            allowed = f"weights that draw pictures at {self._weight.dtype}"
+            raise BadInput("weights", f"{self.info.name} draws what is no number", allowed)
         return pixels.clamp(-1, 1)
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:
@@ -208,7 +206,12 @@ class Generator(nn.Module):
         own.check(condition, count)
         if own_size := own.size(condition):
             self._check_size(own.argument, *own_size)
-        return own.encode(condition, next(self.denoiser.parameters()).device, size)
+        return own.encode(condition, self._weight.device, size)
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any weight of the network, for its device and precision."""
+        return next(plain(self.denoiser.network).parameters())
 
     @property
     def condition(self) -> Condition:

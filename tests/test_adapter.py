@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
-from distillers.models.lora import add_lora, fused, has_lora, lora_rank, lora_state, set_lora_scale, without_lora
+from distillers.models.lora import (
+    Adapted,
+    AdapterBase,
+    LoraSettings,
+    acting,
+    add_lora,
+    fused,
+    has_lora,
+    lora_rank,
+    lora_state,
+    plain,
+    set_lora_scale,
+)
 from distillers.training.distiller import follow, slow_copy
 from distillers.training.toy import StudentNetwork
 from distillers.weights.manifest import ADAPTER, Info, Lora
@@ -44,7 +56,7 @@ def network(kind: str) -> nn.Module:
 def answer(net: nn.Module) -> Tensor:
     rng = torch.Generator().manual_seed(3)
     time, label = torch.tensor([3.0, 700.0]), torch.tensor([0, 2])
-    if isinstance(net, StudentNetwork):
+    if isinstance(plain(net), StudentNetwork):
         out: Tensor = net(torch.randn(2, 2, generator=rng), time / 1000)
         return out
     config: Any = net.config
@@ -56,7 +68,7 @@ def answer(net: nn.Module) -> Tensor:
 def learned(net: nn.Module, rank: int = 4, alpha: float | None = 6) -> nn.Module:
     """The network with an adapter as after a training."""
     torch.manual_seed(1)
-    add_lora(net, rank, alpha)
+    add_lora(net, LoraSettings(rank=rank, alpha=alpha))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
@@ -91,7 +103,7 @@ def test_a_fresh_adapter_changes_nothing_and_scale_zero_gives_the_teacher_back(k
     net = network(kind)
     teacher, training = answer(net), net.training
     assert not has_lora(net) and teacher.std() > 0.01
-    assert add_lora(net, 4) is net
+    assert add_lora(net, LoraSettings(rank=4)) is net
     assert (has_lora(net), lora_rank(net), net.training) == (True, 4, training)
     assert torch.equal(answer(net), teacher)
     net = learned(network(kind))
@@ -104,16 +116,18 @@ def test_a_fresh_adapter_changes_nothing_and_scale_zero_gives_the_teacher_back(k
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_without_its_adapter_the_network_is_the_teacher_and_afterwards_itself(kind: str) -> None:
-    teacher, net = answer(network(kind)), learned(network(kind))
-    set_lora_scale(net, 0.5)
-    student = answer(net)
-    with without_lora(net):
-        assert torch.equal(answer(net), teacher)
-    assert torch.equal(answer(net), student) and not torch.equal(student, teacher)
-    with pytest.raises(RuntimeError), without_lora(net):
+def test_the_base_without_an_adapter_is_the_teacher_whatever_its_roles_have_learnt(kind: str) -> None:
+    teacher, base = answer(network(kind)), AdapterBase(network(kind), LoraSettings(rank=4))
+    student, critic, bare = Adapted(base, base.add()), Adapted(base, base.add()), Adapted(base)
+    assert torch.equal(answer(student), teacher)  # a fresh adapter changes nothing
+    for parameter in student.parameters():
+        parameter.normal_(std=0.1)
+    changed = answer(student)
+    assert torch.equal(answer(bare), teacher) and torch.equal(answer(critic), teacher)
+    assert torch.equal(answer(student), changed) and not torch.equal(changed, teacher)
+    with pytest.raises(RuntimeError), acting(student):
         raise RuntimeError
-    assert torch.equal(answer(net), student)
+    assert torch.equal(answer(bare), teacher)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,21 +162,23 @@ def test_the_start_is_a_function_of_the_global_seed() -> None:
     for seed in (0, 0, 1):
         net = network("unet")
         torch.manual_seed(seed)
-        states.append(lora_state(add_lora(net, 2)))
+        states.append(lora_state(add_lora(net, LoraSettings(rank=2))))
     first, same, other = states
     assert first.keys() == same.keys() and all(torch.equal(first[key], same[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
-@pytest.mark.parametrize(("options", "named"), [((0,), "lora_rank"), ((-1,), "lora_rank"), ((4, 0.0), "lora_alpha")])
+@pytest.mark.parametrize(
+    ("options", "named"), [({"rank": 0}, "rank"), ({"rank": -1}, "rank"), ({"alpha": 0.0}, "alpha")]
+)
 def test_what_is_no_adapter_is_refused(options: Any, named: str) -> None:
     net = network("toy")
-    with pytest.raises(BadInput, match=named):
-        add_lora(net, *options)
+    with pytest.raises(BadInput, match=rf"lora\.{named}"):
+        add_lora(net, LoraSettings(**options))
     assert not has_lora(net)
-    add_lora(net, 1)
+    add_lora(net, LoraSettings(rank=1))
     with pytest.raises(ValueError, match="already"):
-        add_lora(net, 1)
+        add_lora(net, LoraSettings(rank=1))
 
 
 def test_an_average_follows_an_adapter() -> None:

@@ -70,7 +70,7 @@ def test_a_teacher_is_described_by_its_own_recipe(teacher: Path) -> None:
         ("boot", {}, {"sampler": "ddim", "step_times": {"1": [0.0]}, "default_steps": 1}),
         (
             "hyper_sd",
-            {"segments": [2], "points": 4, "adversarial_weights": [0.0], "lora_rank": 2},
+            {"segments": [2], "points": 4, "adversarial_weights": [0.0]},
             {
                 "sampler": "ddim",
                 "step_times": {"2": [999.0, 499.0]},
@@ -80,7 +80,7 @@ def test_a_teacher_is_described_by_its_own_recipe(teacher: Path) -> None:
         ),
         (
             "pso",
-            {"mode": "finetune", "steps": 2, "lora_rank": 2},
+            {"mode": "finetune", "steps": 2},
             {"sampler": "ddim", "step_times": {}, "default_steps": 2, "lora": {"rank": 2, "base": "tiny"}},
         ),
     ],
@@ -89,6 +89,8 @@ def test_a_student_is_described_by_its_recipe_and_names_its_teacher(
     method: str, options: dict[str, Any], said: dict[str, Any], teacher: Path, tmp_path: Path
 ) -> None:
     table = {"name": "mine", "method": method, "teacher": str(teacher), "data": DATA, "train": TRAIN, method: options}
+    if "lora" in said:
+        table["lora"] = {"rank": 2}
     distill(Recipe.from_table(table), tmp_path / "other-name", "cpu")
     assert manifest(tmp_path / "other-name") == STUDENT | {"name": "mine", "method": method} | said
 

@@ -80,8 +80,9 @@ def test_the_students_of_a_network_of_noise_predict_v_where_the_schedule_ends_in
     assert teacher.denoiser.prediction == "eps"
     for method in (Consistency(), Dmd2(), HyperSD(), MultiStudent()):
         assert head_of(auto, method, teacher) == "v", method
-    for method in (Boot(), HyperSD(lora_rank=4), MultiStudent(base="boot")):  # a free head; an adapter; as its base
+    for method in (Boot(), MultiStudent(base="boot")):  # a free head; as its base
         assert head_of(auto, method, teacher) == "eps", method
+    assert head_of(auto, Consistency(), teacher, adapters=True) == "eps"
     assert head_of(StudentSettings(head="teacher"), Consistency(), teacher) == "eps"
     assert head_of(StudentSettings(head="x0"), Consistency(), teacher) == "x0"
     with pytest.raises(BadInput, match=r"student\.head"):

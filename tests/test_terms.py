@@ -1294,38 +1294,31 @@ def test_the_other_terms_of_refine_by_hand(term: str) -> None:
 
 # --- pso -------------------------------------------------------------------------------------------------------------
 class Tuned(Affine):
-    """An affine network and a change of it, which can be switched off like an adapter."""
+    """An affine network and a change of it, which alone learns."""
 
     def __init__(self, gain: float, shift: float, change: float) -> None:
         super().__init__(gain, shift)
         self.gain.requires_grad_(False), self.shift.requires_grad_(False)
-        self.change, self.on = nn.Parameter(torch.tensor(change)), True
+        self.change = nn.Parameter(torch.tensor(change))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        return answer(self, x, time, label) + self.change * self.on
+        return answer(self, x, time, label) + self.change
 
 
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A four-step base that answers x/2 + 0.1, its tuned copy 0.07 more; `without_lora` takes that off."""
-    from contextlib import contextmanager
-
+    """A four-step base that answers x/2 + 0.1, the reference, and its tuned copy, which answers 0.07 more."""
     from distillers.methods import pso
 
-    @contextmanager
-    def off(network: Any) -> Iterator[None]:
-        network.on = False
-        yield
-        network.on = True
-
-    monkeypatch.setattr(pso, "without_lora", off)
     monkeypatch.setattr(pso, "guided", lambda denoiser, info, scale: denoiser)
     sampler = Sampler.__new__(Sampler)
     nn.Module.__init__(sampler)
     sampler.info = type("Info", (), {"guidance_scale": 1.0})()
     sampler.times, sampler.renoises = sampling_times(VP, 4), True
-    rewards = nn.ModuleList([Liking()])
-    yield Networks({"student": Denoiser(Tuned(0.5, 0.1, 0.07), VP, "x0"), "sampler": sampler, "rewards": rewards})
+    student, reference = (Denoiser(Tuned(0.5, 0.1, change), VP, "x0") for change in (0.07, 0.0))
+    nets = Networks({"student": student, "reference": reference.requires_grad_(False), "sampler": sampler})
+    nets["rewards"] = nn.ModuleList([Liking()])
+    yield nets
 
 
 def policy(nets: Networks, call: Call, on: bool = True) -> Tensor:

@@ -367,7 +367,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(
     "method",
     [
         AdversarialConsistency(),
-        HyperSD(segments=(2, 1), adversarial_weights=(0.1, 0.1), lora_rank=2, score_weight=0.5, critic_turns=1),
+        HyperSD(segments=(2, 1), adversarial_weights=(0.1, 0.1), score_weight=0.5, critic_turns=1),
         Boot(),
         ContinuousConsistency(),
     ],

@@ -39,10 +39,10 @@ from distillers.methods.scm import ContinuousConsistency, TimeWeight, derivative
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.guidance import Guided, GuidedTime
-from distillers.models.lora import lora_rank, set_lora_scale
+from distillers.models.lora import LoraSettings, lora_rank, set_lora_scale
 from distillers.models.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving, from_config, like
 from distillers.teacher import Teacher
-from distillers.training.distiller import Distiller
+from distillers.training.distiller import Distiller, on_one_base
 from distillers.training.losses import (
     consistency_function,
     gan_loss,
@@ -727,8 +727,8 @@ def test_the_one_step_sample_is_the_generators(shapes: ImageData) -> None:
 
 
 def test_a_lora_is_all_that_moves_and_all_that_its_folder_adds(shapes: ImageData, tmp_path: Path) -> None:
-    teacher = teacher_for("class-to-image", shapes)
-    method, batch = HyperSD(lora_rank=4), batch_for(teacher, shapes)
+    teacher = on_one_base(teacher_for("class-to-image", shapes), LoraSettings(rank=4))
+    method, batch = HyperSD(), batch_for(teacher, shapes)
     nets = method.networks(teacher)
     start = {name: p.clone() for name, p in nets["student"].named_parameters()}
     assert lora_rank(nets["student"].network) == 4
@@ -736,7 +736,7 @@ def test_a_lora_is_all_that_moves_and_all_that_its_folder_adds(shapes: ImageData
     with torch.no_grad():
         assert torch.equal(nets["student"](x_t, t, cond), teacher.denoiser(x_t, t, cond))
     learning = {name for name, p in nets["student"].named_parameters() if p.requires_grad}
-    assert learning and all("lora_" in name for name in learning)
+    assert learning and all(".adapter." in name for name in learning)
     optimizer = torch.optim.SGD(nets["student"].parameters(), lr=0.1)
     for _ in range(2):  # B is zero at first, and A has no gradient then
         for player, loss in method.step(nets, batch, 0.1):
@@ -1094,7 +1094,6 @@ def test_lpips_without_torchvision_is_refused_by_name(monkeypatch: pytest.Monkey
         (HyperSD, {"segments": (4, 2), "adversarial_weights": (0.0, 0.0), "reward": "x:y"}, "hyper_sd.segments"),
         (HyperSD, {"adversarial_weights": (0.1,)}, "hyper_sd.adversarial_weights"),
         (HyperSD, {"adversarial_weights": (0.0, 0.0, 0.0, -0.1)}, "hyper_sd.adversarial_weights"),
-        (HyperSD, {"lora_rank": 0}, "hyper_sd.lora_rank"),
         (HyperSD, {"critic_turns": 0}, "hyper_sd.critic_turns"),
         (HyperSD, {"target_decay": 1.0}, "hyper_sd.target_decay"),
         (HyperSD, {"steps": (1, 1)}, "hyper_sd.steps"),

@@ -25,7 +25,7 @@ from distillers.generator import Generator
 from distillers.jobs.card import write_card
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
-from distillers.models.lora import add_lora
+from distillers.models.lora import LoraSettings, add_lora
 from distillers.models.schedule import EDM, NoiseSchedule, Prediction, RectifiedFlow, VariancePreserving, from_config
 from distillers.weights.manifest import Info, find
 from distillers.weights.read import FILES, FP16_FILES
@@ -36,7 +36,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 def with_adapter(generator: Generator) -> Generator:
     """A LoRA student: the network and, on top, a change that is not zero."""
-    add_lora(generator.denoiser.network, 2)
+    add_lora(generator.denoiser.network, LoraSettings(rank=2))
     for name, parameter in generator.denoiser.network.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.03)

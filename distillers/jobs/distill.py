@@ -18,6 +18,7 @@ from distillers.jobs.recipe import Recipe
 from distillers.models.denoiser import Denoiser
 from distillers.teacher import Teacher
 from distillers.training.checkpoints import decisive, newest_checkpoint, read_about
+from distillers.training.distiller import on_one_base
 from distillers.training.head import HeadFit, check_start, fit_settings, head_errors, head_of, usable
 from distillers.training.latents import encoded_once
 from distillers.training.trainer import begin, train
@@ -83,7 +84,14 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
     """Give a teacher what its students start as and where they start sampling, as the recipe's [student] table says.
 
     A head that is not the teacher's is trained first, in place/head, and its error printed; a finished one is reopened.
+    With [lora] the students are roles on the teacher's own network, whose head they keep.
     """
+    begun = _with_head(teacher, recipe, data, place, device)
+    adapters = recipe.lora_settings()
+    return begun if adapters is None else on_one_base(begun, adapters)
+
+
+def _with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, device: str | None) -> Teacher:
     from accelerate import PartialState
 
     method, settings, student = recipe.distiller(), recipe.settings(), recipe.student_settings()
@@ -91,7 +99,7 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
         return teacher
     check_start(student, teacher)
     teacher = replace(teacher, start_time=student.start_time)
-    own, head = teacher.denoiser, head_of(student, method, teacher)
+    own, head = teacher.denoiser, head_of(student, method, teacher, adapters=recipe.lora is not None)
     if head == own.prediction:
         if (schedule := usable(own)) is own.schedule:
             return teacher

@@ -7,6 +7,7 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that 
 [method options under the method's own name, e.g. [consistency]]
 [train]                             # TrainSettings
 [student]                           # StudentSettings: what the student predicts, where its sampling starts
+[lora]                              # LoraSettings: all that learns is an adapter on the teacher's frozen network
 [model]                             # only for "diffusion": task, patch or autoencoder, prediction, schedule, network
 """
 
@@ -22,6 +23,7 @@ import tomli_w
 
 from distillers import methods
 from distillers.errors import BadInput, checked
+from distillers.models.lora import LoraSettings
 from distillers.models.schedule import Prediction
 from distillers.training.distiller import Distiller
 from distillers.training.head import StudentSettings
@@ -82,6 +84,7 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -103,7 +106,7 @@ class Recipe:
         if kind is None:
             raise BadInput("method", method, ", ".join(methods.names()))
         assert isinstance(method, str)
-        known = {"name", "method", "teacher", "data", "train", "student", "model", method, "versions"}
+        known = {"name", "method", "teacher", "lora", "data", "train", "student", "model", method, "versions"}
         for key in table:
             if key not in known:
                 raise BadInput(key, table[key], "one of " + ", ".join(sorted(known - {"versions"})))
@@ -126,12 +129,14 @@ class Recipe:
             train=_table(table, "train"),
             student=_table(table, "student"),
             model=_table(table, "model"),
+            lora=_table(table, "lora") if "lora" in table else None,
         )
         (
             recipe.distiller(),
             recipe.settings(),
             recipe.student_settings(),
             recipe.model_settings(),
+            recipe.lora_settings(),
         )  # refuse wrong keys before anything is opened
         return recipe
 
@@ -154,6 +159,12 @@ class Recipe:
     def distiller(self) -> Distiller:
         """Build the method with the options of its own table."""
         kind = methods.find(self.method)
+        for where, options in ((self.method, self.options), (f"{self.method}.options", self.options.get("options"))):
+            if isinstance(options, dict) and "lora_rank" in options:  # its name until all methods had adapters
+                allowed = (
+                    f"absent: lora = {{ rank = {options['lora_rank']} }}, above all tables, says it for any method"
+                )
+                raise BadInput(f"{where}.lora_rank", options["lora_rank"], allowed)
         return kind(**checked(kind, self.options, self.method))
 
     def settings(self) -> TrainSettings:
@@ -172,6 +183,18 @@ class Recipe:
             builders = " or ".join(f'"{name}"' for name in methods.names() if methods.find(name).starts_from == "model")
             raise BadInput("model", sorted(self.model), f"absent: only method = {builders} builds a network")
         return ModelSettings(**checked(ModelSettings, self.model, "model"))
+
+    def lora_settings(self) -> LoraSettings | None:
+        """Build the settings of the [lora] table; None where it is absent, and whole networks are trained."""
+        if self.lora is None:
+            return None
+        if self.lora and methods.find(self.method).starts_from != "teacher":
+            raise BadInput(
+                "lora", self.lora, f"absent: {self.method} has no teacher whose network adapters could change"
+            )
+        if not self.lora:
+            raise BadInput("lora", self.lora, "a table such as { rank = 16 }, or absent")
+        return LoraSettings(**checked(LoraSettings, self.lora, "lora"))
 
     # --- jobs of several trainings -----------------------------------------------------------------------------------
     def parts(self) -> list[Recipe]:

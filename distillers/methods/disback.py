@@ -68,8 +68,8 @@ class DisBack(Distiller):
         nets = Networks({"student": new_student(teacher, self.start, self.network, "disback")})
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
         nets["critic"] = trainable_copy(teacher.initial)
-        nets["target"] = slow_copy(teacher.initial)
-        nets["path"] = frozen(Path(self.nodes, teacher.initial))
+        nets["target"] = slow_copy(nets["critic"])
+        nets["path"] = frozen(Path(self.nodes, nets["critic"]))
         return nets
 
     def draws(self, progress: float) -> int:

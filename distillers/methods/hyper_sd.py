@@ -27,7 +27,6 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.conditions import Cond, split
 from distillers.models.denoiser import Denoiser
-from distillers.models.lora import add_lora
 from distillers.teacher import Teacher
 from distillers.training.discriminator import Heads, frozen_gradients
 from distillers.training.distiller import (
@@ -85,7 +84,6 @@ class HyperSD(Distiller):
     score_weight: float = 0.0  # of the distribution matching term; 0 = none
     critic_turns: int = 5  # of the score network for one of the student's (as DMD2's)
     # what is published
-    lora_rank: int | None = None  # train a LoRA of this rank on the teacher's network; absent = the whole network
     steps: tuple[int, ...] = (1, 2, 4, 8)  # step counts published when the last stage is k = 1
 
     def __post_init__(self) -> None:
@@ -102,22 +100,14 @@ class HyperSD(Distiller):
         check_steps("hyper_sd.steps", self.steps)
         self._at_least(0, "reward_weight", "score_weight", "guidance_scale")
         self._at_least(1, "critic_turns")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise BadInput("hyper_sd.lora_rank", self.lora_rank, "1 or more, or absent")
         if (self.reward or self.score_weight) and self.segments[-1] != 1:
             raise BadInput(
                 "hyper_sd.segments", self.segments, "1 as the last: feedback and scores are of one-step samples"
             )
 
-    @property
-    def fits_head(self) -> bool:
-        return self.lora_rank is None  # an adapter is of the network as it is
-
     def networks(self, teacher: Teacher) -> Networks:
         nets = Networks({"student": new_student(teacher)})
         nets["student"].schedule.segment_grid(self.points)  # refused where the clock has too few timesteps
-        if self.lora_rank is not None:
-            add_lora(nets["student"].network, self.lora_rank)
         nets["teacher"] = frozen(teacher.guided(self.guidance_scale))
         if self.target_decay:
             nets["target"] = slow_copy(nets["student"])

@@ -158,7 +158,7 @@ class MultiStudent(Distiller):
 def class_embeddings(teacher: Teacher) -> Tensor:
     """Return the teacher's class embeddings (N, d), the first that its network has. Raises BadInput if it has none."""
     count = len(teacher.info.labels)
-    for module in teacher.denoiser.network.modules():
+    for _, module in teacher.denoiser.layers():
         if isinstance(module, nn.Embedding) and module.num_embeddings in (count, count + 1):  # with the null class
             return module.weight.detach()[:count]
     kind = type(teacher.denoiser.network).__name__

@@ -1,8 +1,8 @@
 """Pairwise sample optimization (PSO) tunes a few-step generator to preferences and keeps its few steps.
 
 Miao, Yang, Lin, Wang, Liu, Wang and Qiu, "Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample
-Optimization", 2024. The recipe's teacher is the generator to tune: a LoRA learns on it, and the reference is the same
-network with the LoRA off. Plain fine-tuning of such a generator would make it a denoiser again, and blurred.
+Optimization", 2024. The recipe's teacher is the generator to tune, and the reference; the paper tunes a LoRA on it.
+Plain fine-tuning of such a generator would make it a denoiser again, and blurred.
 
 Offline, the winners are data and the losers samples of the reference: under one noise, at one of the times that the
 sampler visits, the error on the winner has to fall against that on the loser, both measured from the reference.
@@ -29,8 +29,7 @@ from torch.nn import functional as F
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.conditions import Cond
-from distillers.models.denoiser import Denoiser
-from distillers.models.lora import add_lora, without_lora
+from distillers.models.denoiser import Denoiser, unclipped
 from distillers.models.schedule import NoiseSchedule
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, split_batch, trainable_copy
@@ -52,7 +51,6 @@ class Pso(Distiller):
     tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image")
     mode: Literal["offline", "online", "personalise", "finetune"] = "offline"  # where the pairs come from, or none
     steps: int = 4  # step count of the base that is tuned, and published as the default
-    lora_rank: int = 16  # of the change that learns
     beta: float = 5.0  # per element, as all here; larger stays nearer to the reference (paper, online: 50)
     clip: float = 0.5  # eps, online: likelihood ratios outside [1 - eps, 1 + eps] earn no more (paper: 0.1)
     reward: str | tuple[str, ...] | None = None  # online: a classifier's folder or "module:function", or several
@@ -60,7 +58,7 @@ class Pso(Distiller):
     policy_std: float = 0.0  # online, experimental: std of the last step, in the unit of x0; 0 leaves that step out
 
     def __post_init__(self) -> None:
-        self._at_least(1, "steps", "lora_rank", "inner_epochs")
+        self._at_least(1, "steps", "inner_epochs")
         self._at_least(0, "policy_std")
         if not self.beta > 0:
             raise BadInput("pso.beta", self.beta, "a number above 0")
@@ -85,7 +83,7 @@ class Pso(Distiller):
     def networks(self, teacher: Teacher) -> Networks:
         sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info), self.steps)
         nets = Networks({"student": trainable_copy(teacher.denoiser), "sampler": frozen(sampler)})
-        add_lora(nets["student"].network, self.lora_rank)
+        nets["reference"] = frozen(unclipped(teacher.denoiser))
         if self.reward:
             if not self.noisy_steps(sampler, teacher.denoiser.schedule):
                 allowed = f"a sampler that adds noise between its steps, for others have no likelihood; {WAYS_OUT}"
@@ -120,28 +118,27 @@ class Pso(Distiller):
     # --- pairs of pictures -------------------------------------------------------------------------------------------
     def offline(self, nets: Networks, winner: Tensor, loser: Tensor | None, cond: Cond | None) -> Tensor:
         """Compute the offline loss of winners and losers (B, ...); with None, losers are sampled from the reference."""
-        student, sampler = nets["student"], nets["sampler"]
+        student, reference, sampler = nets["student"], nets["reference"], nets["sampler"]
         if loser is None and self.mode != "finetune":
-            with without_lora(student.network):
-                loser = sampler.rollout(student, torch.randn_like(winner), cond)[-1]
+            loser = sampler.rollout(reference, torch.randn_like(winner), cond)[-1]
         # one of the sampler's times and one noise, for winner and loser, policy and reference alike
         times = torch.tensor(sampler.times, dtype=torch.float64, device=winner.device)
         t = times[torch.randint(len(times), (len(winner),), device=winner.device)]
         eps = torch.randn_like(winner)
 
-        def error(x0: Tensor) -> Tensor:
+        def error(denoiser: Denoiser, x0: Tensor) -> Tensor:
             x_t = student.schedule.add_noise(x0, eps, t)
-            squared = per_sample_mse(sampler(student, x_t, t, cond), x0)
+            squared = per_sample_mse(sampler(denoiser, x_t, t, cond), x0)
             return squared / student.schedule.sigma(t).to(squared) ** 2
 
-        won = error(winner)
+        won = error(student, winner)
         if self.mode == "finetune" or loser is None:
             return won.mean()
-        lost = error(loser)
+        lost = error(student, loser)
         if self.mode == "personalise":  # the second term keeps what the base could draw
             return ((1 - self.beta * (lost - won)).relu() + 0.5 * lost).mean()
-        with torch.no_grad(), without_lora(student.network):
-            won_ref, lost_ref = error(winner), error(loser)
+        with torch.no_grad():
+            won_ref, lost_ref = error(reference, winner), error(reference, loser)
         return -F.logsigmoid(self.beta * ((won_ref - lost_ref) - (won - lost))).mean()
 
     # --- pairs of rollouts -------------------------------------------------------------------------------------------
@@ -172,16 +169,16 @@ class Pso(Distiller):
 
     def log_ratio(self, nets: Networks, path: list[Tensor], j: int, cond: Cond | None) -> Tensor:
         """Compute ln p(x_{j+1} | x_j) / p_ref(x_{j+1} | x_j) (B,), a mean over elements, clipped at 1 -+ eps."""
-        student, sampler = nets["student"], nets["sampler"]
+        student, reference, sampler = nets["student"], nets["reference"], nets["sampler"]
         scale, std = self.gaussian(sampler, student.schedule, j)
         t = torch.tensor(sampler.times[j], dtype=torch.float64, device=path[j].device)
 
-        def squared() -> Tensor:
-            return per_sample_mse(scale * sampler(student, path[j], t, cond), path[j + 1])
+        def squared(denoiser: Denoiser) -> Tensor:
+            return per_sample_mse(scale * sampler(denoiser, path[j], t, cond), path[j + 1])
 
-        with torch.no_grad(), without_lora(student.network):
-            reference = squared()
-        ln_r = (reference - squared()) / (2 * std**2)
+        with torch.no_grad():
+            least = squared(reference)
+        ln_r = (least - squared(student)) / (2 * std**2)
         return ln_r.clamp(math.log1p(-self.clip), math.log1p(self.clip))
 
     def gaussian(self, sampler: Sampler, schedule: NoiseSchedule, j: int) -> tuple[float, float]:

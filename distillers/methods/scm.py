@@ -29,6 +29,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser, uncompiled
+from distillers.models.lora import parts_of
 from distillers.models.schedule import NoiseSchedule, like
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen, new_student, split_batch
@@ -180,7 +181,7 @@ def derivative_along(
     def f(x: Tensor, time: Tensor) -> Tensor:
         return consistency_function(denoiser, x, time, cond)
 
-    norms = [m for m in denoiser.modules() if isinstance(m, nn.GroupNorm)]
+    norms = [m for m in parts_of(denoiser) if isinstance(m, nn.GroupNorm)]
     # torch's forward derivative of GroupNorm takes contiguous maps only, and attention leaves others
     hooks = [m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for m in norms]
     try:

@@ -18,6 +18,7 @@ from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
 from distillers.models.families import UNET, family_of
 from distillers.models.guidance import GuidedTime
+from distillers.models.lora import acting, parts_of, plain
 from distillers.models.schedule import EDM, PREDICTIONS, NoiseSchedule, Prediction, like
 
 M = TypeVar("M", bound=nn.Module)
@@ -27,8 +28,8 @@ class Denoiser(nn.Module):
     """The minimum-mean-square estimate of the clean data, x0 = denoiser(x_t, t, cond).
 
     Args:
-        network: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, or a module called as
-            `network(x, time, **cond)`.
+        network: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, a module called as
+            `network(x, time, **cond)`, or a role on such a network: `lora.Adapted`.
         schedule: what x_t = alpha x0 + sigma eps means for this network.
         prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0), "flow" (eps - x0), "edm" (F of
             Karras et al. 2022) or "edm-v" (-F). On the variance-exploding schedule any of them reads c_in x_t.
@@ -66,7 +67,8 @@ class Denoiser(nn.Module):
         if time.ndim == 0 and time.device != x_t.device:  # written there, not copied: a copy would wait for the device
             time = x_t.new_full((x_t.shape[0],), float(time))
         time = time.to(x_t).expand(x_t.shape[0])
-        return call_network(self.network, x_in, time, cond or {}).float()
+        with acting(self.network) as network:
+            return call_network(network, x_in, time, cond or {}).float()
 
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)
@@ -79,7 +81,7 @@ class Denoiser(nn.Module):
         Raises:
             BadInput: a layer that the network does not have, or does not call (a list of blocks is never called).
         """
-        modules, family = dict(self.network.named_modules()), family_of(self.network) or UNET
+        modules, family = dict(self.layers()), family_of(self.network) or UNET
         if "mid_block" not in modules:
             layers = [family.middle(self.network.config) if name == "mid_block" else name for name in layers]
         missing = [name for name in layers if not name or name not in modules]
@@ -97,7 +99,7 @@ class Denoiser(nn.Module):
 
         handles = [modules[name].register_forward_hook(keep(name)) for name in set(layers)]
         try:
-            with uncompiled(self.network):  # compiled code would not call the hooks
+            with uncompiled(self):  # compiled code would not call the hooks
                 self.output(x_t, t, cond)
         except _AllKept:
             pass
@@ -108,11 +110,15 @@ class Denoiser(nn.Module):
             raise BadInput("layers", [name for name in layers if name not in kept], self._layers())
         return [kept[name] for name in layers]
 
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """List the network's modules by name; of a role on a shared base, the base's."""
+        return plain(self.network).named_modules()
+
     def _layers(self) -> str:
         """Name the blocks that `features` can be asked for, for messages."""
         blocks = [
             name if not isinstance(child, nn.ModuleList) else f"{name}.0 to {name}.{len(child) - 1}"
-            for name, child in self.network.named_children()
+            for name, child in plain(self.network).named_children()
             if not isinstance(child, nn.ModuleList) or len(child)
         ]
         return "submodules that the network calls, e.g. " + ", ".join(blocks)
@@ -139,7 +145,7 @@ class _AllKept(Exception):
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
     """Run the own code of a module and its parts inside the block, whatever `nn.Module.compile` made of them before."""
-    compiled = {part: part._compiled_call_impl for part in module.modules()}
+    compiled = {part: part._compiled_call_impl for part in parts_of(module)}
     for part in compiled:
         part._compiled_call_impl = None
     try:

@@ -10,12 +10,14 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
+from distillers.models.lora import fused, has_lora, plain
 from distillers.models.schedule import EDM, VariancePreserving
 
 
 def check_rewritable(network: nn.Module) -> None:
     """Raise BadInput for a network that `as_first_timestep` cannot rewrite."""
     config: Any = getattr(network, "config", {})
+    network = plain(network)
     kind, embedding = type(network).__name__, config.get("time_embedding_type")
     if kind != "UNet2DModel" or embedding != "positional" or config.get("class_embed_type") == "timestep":
         raise BadInput("teacher", f"{kind} with {embedding} times", "a UNet2DModel with positional time embeddings")
@@ -35,7 +37,8 @@ def as_first_timestep(denoiser: Denoiser) -> Denoiser:
     Returns:
         A denoiser with DDPM's linear schedule, whose x0 at t = 0 is the given one's at t_min, for the same unit noise.
     """
-    schedule, network = denoiser.schedule, copy.deepcopy(denoiser.network)
+    schedule, own = denoiser.schedule, denoiser.network
+    network = fused(own) if has_lora(own) else copy.deepcopy(own)
     assert isinstance(schedule, EDM) and denoiser.prediction == "x0"
     check_rewritable(network)
     net: Any = network

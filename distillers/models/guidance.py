@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.models.clipping import Clipping
 from distillers.models.conditions import Cond
+from distillers.models.lora import Adapted
 from distillers.models.schedule import NoiseSchedule, like
 
 
@@ -98,7 +99,13 @@ class GuidedTime(nn.Module):
 
 
 def embed_guidance(network: nn.Module) -> nn.Module:
-    """Replace a network's time embeddings by `GuidedTime`, in place. Raises BadInput where it has none."""
+    """Replace a network's time embeddings by `GuidedTime`, in place.
+
+    Raises:
+        BadInput: a network that has none, or a role on a base, whose own layers all roles share.
+    """
+    if isinstance(network, Adapted):
+        raise BadInput("guidance_range", "with lora", "absent: the frozen base has no input for a guidance scale")
     found = [
         (m, k) for m in network.modules() for k, v in m.named_children() if type(v).__name__ == "TimestepEmbedding"
     ]

@@ -1,83 +1,235 @@
-"""Low-rank adapters of a frozen network: y = W x + (alpha / rank) B A x in every layer (LoRA, Hu et al. 2021).
+"""Low-rank adapters of a frozen network: y = W x + (alpha / rank) B A x in a layer (LoRA, Hu et al. 2021).
 
-The peft library adds them; it is imported inside functions, for that is slow. The network keeps its class and is
-changed in place. `lora_state` is the adapter in the format that diffusers loads, `fused` the plain network with the
-change added to its weights.
+One frozen base carries the adapters of all roles of a training: the student's, the critic's, their averages'. An
+`Adapted` is a role: the base seen through one of its adapters, or through none, as the teacher is. It holds no weights
+but its adapter's, so that whoever copies, averages, moves, clips or saves it deals with those alone; a copy of it is
+another adapter on the same base. The peft library does the layers; it is imported inside functions, for that is slow.
+
+`lora_state` is the adapter in the format that diffusers loads, `fused` the plain network with the change added to its
+weights.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from distillers.errors import BadInput
+from distillers.models.families import Family, family_of
 
-NAME = "default"  # peft's name for the one adapter a network has
+NAME = "default"  # peft's own name for the one adapter of a network
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_lora(network: nn.Module, rank: int, alpha: float | None = None) -> nn.Module:
-    """Give every linear and 2-d convolution layer an adapter; freeze all else. Changes the network and returns it.
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The `lora` table of a recipe, checked when it is built. Raises BadInput naming the field."""
+
+    rank: int = 16  # columns of B and rows of A
+    alpha: float | None = None  # the change is scaled by alpha / rank; absent: alpha = rank, no scaling
+    targets: tuple[str, ...] = ()  # layers, by the end of their names, such as "to_q"; none: every linear and 2-d conv
+    base: Literal["fp32", "bf16", "fp16"] | None = None  # precision of the frozen base; absent: as the teacher is
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise BadInput("lora.rank", self.rank, "1 or more")
+        if self.alpha is not None and not self.alpha > 0:
+            raise BadInput("lora.alpha", self.alpha, "a number above 0")
+
+
+def add_lora(network: nn.Module, settings: LoraSettings, name: str = NAME) -> nn.Module:
+    """Give layers of a network an adapter of float32; freeze all but adapters. Changes the network and returns it.
 
     B starts as zero, so that the network still answers as before; A is drawn from torch's global generator.
 
     Args:
-        network: `UNet2DModel`, `DiTTransformer2DModel` or a plain module, without an adapter.
-        rank: columns of B and rows of A, 1 or more.
-        alpha: the change is scaled by alpha / rank; None for rank, which is no scaling.
+        network: a diffusers or a plain network, without an adapter of this name.
 
     Raises:
-        BadInput: a rank below 1, an alpha that is not above 0.
-        ValueError: the network has an adapter already.
+        BadInput: targets that match no layer, a rank above the smallest layer's dimension. The first and the last layer
+            of a network do not count, which are as narrow as a picture has channels.
+        ValueError: the network has this adapter already.
     """
-    if rank < 1:
-        raise BadInput("lora_rank", rank, "1 or more")
-    if alpha is not None and not alpha > 0:
-        raise BadInput("lora_alpha", alpha, "a number above 0")
-    if has_lora(network):
-        raise ValueError("the network already has a LoRA")
+    if has_lora(network, name):
+        raise ValueError(f"the network already has an adapter {name}")
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    names = "|".join(map(re.escape, layers))  # a pattern, for names in a list would match as endings of others, too
+    layers = _targeted(network, settings)
+    # a pattern, for names in a list would match as endings of others, too
+    pattern = "|".join(map(re.escape, layers))
+    alpha = settings.rank if settings.alpha is None else settings.alpha
     # LoraConfig says int, but only ever divides by it
-    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)  # type: ignore[arg-type]
-    training = network.training
-    inject_adapter_in_model(config, network, NAME)
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=pattern)  # type: ignore[arg-type]
+    training, learning = network.training, {p: p.requires_grad for _, p in _adapter_parameters(network)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+        inject_adapter_in_model(config, network, name)
+    for parameter, before in learning.items():  # peft freezes the adapters that are not the last
+        parameter.requires_grad_(before)
+    for parameter in _of(network, name):
+        parameter.data = parameter.data.float()
     return network.train(training)
 
 
-def has_lora(network: nn.Module) -> bool:
-    """Tell whether `add_lora` was called on the network, or on what it is a copy of."""
-    return NAME in getattr(network, "peft_config", {})
+def _targeted(network: nn.Module, settings: LoraSettings) -> list[str]:
+    """Name the layers that the settings mean. Raises BadInput where there are none or the rank is above them."""
+    own = {n.removesuffix(".base_layer"): m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    sizes = {n: min(_sides(m)) for n, m in own.items() if ".lora_" not in n}
+    ends = [target.strip(".") for target in settings.targets]
+    for end in ends:
+        if not any(f".{name}".endswith(f".{end}") for name in sizes):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in sizes} - set("0123456789")))
+            raise BadInput("lora.targets", end, f"ends of names of linear and convolution layers, such as {known}")
+    chosen = [name for name in sizes if not ends or any(f".{name}".endswith(f".{end}") for end in ends)]
+    outer = {next(iter(sizes)), next(reversed(sizes))}
+    narrowest = min((name for name in chosen if name not in outer), key=sizes.__getitem__, default=chosen[0])
+    if settings.rank > sizes[narrowest]:
+        allowed = f"1 to {sizes[narrowest]}, the dimension of {narrowest}, or lora.targets without it"
+        raise BadInput("lora.rank", settings.rank, allowed)
+    return chosen
+
+
+def _sides(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Return how many numbers a layer reads and writes at a place."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1] // layer.groups, layer.out_channels
+
+
+# --- roles on one base -----------------------------------------------------------------------------------------------
+class AdapterBase:
+    """A frozen network with the adapters of several roles, and which of them acts now.
+
+    Args:
+        network: changed in place: frozen, in evaluation mode (a base has no dropout), at `settings.base`'s precision.
+    """
+
+    def __init__(self, network: nn.Module, settings: LoraSettings) -> None:
+        self.network = network.eval().requires_grad_(False)
+        if settings.base is not None:
+            nn.Module.to(network, PRECISIONS[settings.base])  # diffusers' own warns of layers that it keeps in float32
+        self.settings = settings
+        self.active: list[str] = []  # one list for all layers: switching is one assignment, whatever their number
+        self.names: list[str] = []
+
+    def add(self) -> str:
+        """Add an adapter that changes nothing yet, in float32, and return its name."""
+        name = f"adapter{len(self.names)}"
+        add_lora(self.network, self.settings, name)
+        for _, layer in _layers(self.network):
+            layer._active_adapter = self.active
+        self.names.append(name)
+        return name
+
+    @contextmanager
+    def acting(self, names: Sequence[str]) -> Iterator[None]:
+        """Let these adapters act inside the block, and those of before afterwards."""
+        before = list(self.active)
+        self.active[:] = names
+        try:
+            yield
+        finally:
+            self.active[:] = before
+
+
+class Adapted(nn.Module):
+    """A role on a shared base: the base with one adapter, or without any. It is called as the base is.
+
+    Its parameters, buffers and state are its adapter's alone. Moving it moves the base; what else is asked of it, such
+    as its configuration, the base answers. A deep copy is a new adapter of the same values on the same base.
+    """
+
+    def __init__(self, base: AdapterBase, name: str | None = None) -> None:
+        super().__init__()
+        self.base, self.name = base, name
+        self.adapter = nn.Module()
+        for path, layer in _layers(base.network) if name else ():
+            place = self.adapter
+            for part in path.split("."):
+                if part not in place._modules:
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.add_module("A", layer.lora_A[name])
+            place.add_module("B", layer.lora_B[name])
+
+    @property
+    def family(self) -> Family | None:
+        """The family of the base."""
+        return family_of(self.base.network)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with acting(self) as network:
+            return network(*args, **kwargs)
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return getattr(self.base.network, key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+        if self.name is None:
+            return Adapted(self.base)
+        twin = Adapted(self.base, self.base.add()).train(self.training)
+        for new, own in zip(twin.parameters(), self.parameters(), strict=True):
+            new.data = own.detach().clone()
+            new.requires_grad_(own.requires_grad)
+        return twin
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
+        self.base.network._apply(fn, recurse)  # its adapters with it
+        return self
+
+
+@contextmanager
+def acting(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the plain network behind a role, with the role's adapter acting inside the block; others as they are."""
+    if not isinstance(network, Adapted):
+        yield network
+        return
+    with network.base.acting([network.name] if network.name else []):
+        yield network.base.network
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """Return the network behind a role, whose layers all its roles share; others as they are."""
+    return network.base.network if isinstance(network, Adapted) else network
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """List a module and all its parts, with those of the bases that roles in it are on."""
+    found = dict.fromkeys(module.modules())
+    for role in [part for part in found if isinstance(part, Adapted)]:
+        found |= dict.fromkeys(role.base.network.modules())
+    return list(found)
+
+
+# --- what leaves -----------------------------------------------------------------------------------------------------
+def has_lora(network: nn.Module, name: str = NAME) -> bool:
+    """Tell whether a role has an adapter, or a plain network one of this name."""
+    if isinstance(network, Adapted):
+        return network.name is not None
+    return name in getattr(network, "peft_config", {})
 
 
 def lora_rank(network: nn.Module) -> int:
     """Return the rank of a network's adapter."""
-    config: Any = network.peft_config
-    return int(config[NAME].r)
+    config: Any = plain(network).peft_config
+    return int(config[_name(network)].r)
 
 
 def set_lora_scale(network: nn.Module, scale: float) -> None:
     """Set the factor of the trained change: 0 is exactly the teacher, 1 the student. It does not accumulate."""
-    for _, layer in _layers(network):
-        layer.set_scale(NAME, scale)
-
-
-@contextmanager
-def without_lora(network: nn.Module) -> Iterator[None]:
-    """Switch a network's adapter off inside the block, and back to its scale afterwards."""
-    scales = [(layer, layer.scaling[NAME]) for _, layer in _layers(network)]
-    set_lora_scale(network, 0)
-    try:
-        yield
-    finally:
-        for layer, scale in scales:
-            layer.scaling[NAME] = scale
+    for _, layer in _layers(plain(network)):
+        layer.set_scale(_name(network), scale)
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
@@ -86,29 +238,50 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
     The keys of what is no U-Net start with "transformer". B is multiplied by the present scale, alpha / rank included:
     the format has no place for it, and whoever loads the state takes it for 1.
     """
-    from peft import get_peft_model_state_dict
-
-    prefix = "unet" if type(network).__name__.startswith("UNet") else "transformer"
-    scales = {name: layer.scaling[NAME] for name, layer in _layers(network)}
-    state: dict[str, Tensor] = {}
-    for key, value in get_peft_model_state_dict(network, adapter_name=NAME).items():
-        layer, _, kind = key.partition(".lora_")
-        state[f"{prefix}.{key}"] = value.detach() * (scales[layer] if kind.startswith("B") else 1)
+    root, name, state = plain(network), _name(network), dict[str, Tensor]()
+    family = family_of(root)
+    prefix = family.part if family else "transformer"
+    for path, layer in _layers(root):
+        state[f"{prefix}.{path}.lora_A.weight"] = layer.lora_A[name].weight.detach()
+        state[f"{prefix}.{path}.lora_B.weight"] = layer.lora_B[name].weight.detach() * layer.scaling[name]
     return state
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """Copy the network, frozen, with the change added to its weights at the present scale, into plain layers."""
-    plain = copy.deepcopy(network).requires_grad_(False)
-    for name, layer in list(_layers(plain)):
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(parent), child, layer.get_base_layer())
-    del plain.peft_config
-    return plain
+    """Copy the network, frozen, with the change added to its weights at the present scale, into plain layers.
+
+    A base of half precision becomes float32, which holds the sum.
+    """
+    whole = copy.deepcopy(plain(network)).requires_grad_(False)
+    nn.Module.to(whole, torch.float32)
+    for path, layer in list(_layers(whole)):
+        if has_lora(network):
+            layer.merge(adapter_names=[_name(network)])
+        parent, _, child = path.rpartition(".")
+        setattr(whole.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(whole, "peft_config"):
+        del whole.peft_config
+    if getattr(whole, "is_gradient_checkpointing", False):
+        whole.disable_gradient_checkpointing()  # type: ignore[operator]
+    return whole
+
+
+def _name(network: nn.Module) -> str:
+    return (network.name or NAME) if isinstance(network, Adapted) else NAME
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer))
+
+
+def _adapter_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of all adapters, each with its adapter's name."""
+    for _, layer in _layers(network):
+        for part in (layer.lora_A, layer.lora_B):
+            yield from ((name, parameter) for name, module in part.items() for parameter in module.parameters())
+
+
+def _of(network: nn.Module, name: str) -> list[nn.Parameter]:
+    return [parameter for own, parameter in _adapter_parameters(network) if own == name]

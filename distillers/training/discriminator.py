@@ -6,7 +6,6 @@ top. They know no method: losses of the logits are in `losses`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
+from distillers.models.lora import Adapted
+from distillers.training.distiller import trainable_copy
 
 
 class Heads(nn.Module):
@@ -68,7 +69,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = list(layers)
-        self.encoder = copy.deepcopy(denoiser).eval().requires_grad_(True)
+        self.encoder = trainable_copy(denoiser).eval()
         t = torch.tensor(denoiser.schedule.t_max, device=example.device)
         with torch.no_grad():
             features = _without_the_rest(self.encoder, example, t, cond, self.layers)
@@ -124,7 +125,7 @@ def _without_the_rest(
     finally:
         for handle in handles:
             handle.remove()
-    for module in list(network.modules()):
+    for module in () if isinstance(network, Adapted) else list(network.modules()):  # a base is others' too
         for name, child in list(module.named_children()):
             if any(True for _ in child.parameters()) and not any(part in called for part in child.modules()):
                 setattr(module, name, nn.Identity())

@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
+from distillers.models.lora import Adapted, AdapterBase, LoraSettings
 from distillers.weights.read import read_pipeline
 
 if TYPE_CHECKING:
@@ -150,18 +151,37 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def trainable_copy(module: M) -> M:
-    """Make a deep copy that can be trained.
+    """Make a deep copy that can be trained: a whole network, or an adapter where the module is a role on a base.
 
     It drops no labels: a method that wants that does it itself. It is not clipped: a bound would kill the gradient of
     what lies outside.
     """
-    learner = copy.deepcopy(module).train().requires_grad_(True)
-    for part in learner.modules():
+    learner = copy.deepcopy(module)
+    for part in list(learner.modules()):
         if type(part).__name__ == "LabelEmbedding":  # diffusers' DiT drops a tenth of its labels while it trains
             part.dropout_prob = 0.0  # type: ignore[assignment]
         if isinstance(part, Denoiser):
             part.clipping = None
-    return learner
+            if isinstance(part.network, Adapted) and part.network.name is None:
+                part.network = Adapted(part.network.base, part.network.base.add())
+    return learner.train().requires_grad_(True)
+
+
+def on_one_base(teacher: Teacher, settings: LoraSettings) -> Teacher:
+    """Make a teacher's network the frozen base of a training: all that learns from it will be adapters on it.
+
+    Methods ask for copies of the teacher as ever, and get roles. The network itself is changed: see `AdapterBase`.
+    """
+    base = AdapterBase(teacher.initial.network, settings)
+
+    def role(denoiser: Denoiser) -> Denoiser:
+        assert denoiser.network is base.network, "a head of its own is another network"
+        twin = copy.copy(denoiser)
+        twin._modules = {**denoiser._modules, "network": Adapted(base)}
+        return twin
+
+    learner = None if teacher.learner is None else role(teacher.learner)
+    return replace(teacher, denoiser=role(teacher.denoiser), learner=learner)
 
 
 def new_student(
@@ -178,6 +198,9 @@ def new_student(
         BadInput: options that the class does not have, a folder with another network, or both at once.
     """
     own = teacher.initial
+    if isinstance(own.network, Adapted) and (start is not None or network):
+        given = f"with {field}.start or network"
+        raise BadInput("lora", given, "absent: an adapter changes the teacher's own network, from where it stands")
     schedule = own.schedule if teacher.start_time is None else own.schedule.until(teacher.start_time)
     if start not in (None, "untrained"):
         if network:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.models.denoiser import Denoiser
+from distillers.models.lora import plain
 
 Compile = Literal["auto", "always", "never"]
 
@@ -42,7 +43,7 @@ def run_as(nets: nn.Module, execution: Execution) -> None:
     if execution.compiled:  # one variant for each batch size, gradient mode and memory format
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     layout = torch.channels_last if execution.channels_last else torch.contiguous_format
-    for network in {module.network: None for module in nets.modules() if isinstance(module, Denoiser)}:
+    for network in {plain(module.network): None for module in nets.modules() if isinstance(module, Denoiser)}:
         network.to(memory_format=layout)  # type: ignore[call-overload]
         network._compiled_call_impl = None  # what `Module.compile` sets
         if execution.compiled:

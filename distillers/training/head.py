@@ -59,15 +59,17 @@ def usable(denoiser: Denoiser) -> NoiseSchedule:
     return schedule.until((end + 1) // LCM_POINTS * LCM_POINTS - 1 if end >= LCM_POINTS else end)
 
 
-def head_of(student: StudentSettings, distiller: Distiller, teacher: Teacher) -> Prediction:
-    """Choose what the students of a teacher predict."""
+def head_of(student: StudentSettings, distiller: Distiller, teacher: Teacher, adapters: bool = False) -> Prediction:
+    """Choose what the students of a teacher predict. Adapters predict what the network does that they are on."""
+    fits = distiller.fits_head and not adapters
     own = teacher.denoiser.prediction
     if student.head == "auto":
-        return "v" if distiller.fits_head and usable(teacher.denoiser) is not teacher.denoiser.schedule else own
+        return "v" if fits and usable(teacher.denoiser) is not teacher.denoiser.schedule else own
     if student.head == "teacher" or student.head == own:
         return own
-    if not distiller.fits_head:
-        raise BadInput("student.head", student.head, "teacher: this method's student cannot start with another head")
+    if not fits:
+        allowed = "teacher: an adapter, or this method's student, cannot start with another head"
+        raise BadInput("student.head", student.head, allowed)
     return student.head
 
 

@@ -27,6 +27,7 @@ class TrainSettings:
     decay: str = "constant"  # constant | cosine | linear, to zero at the last iteration
     clip: float = 1.0  # gradient norm per player
     ema: float = 0.999  # decay of the evaluation average; 0 = none
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
     compile: Compile = "auto"  # torch.compile: auto = where the training is long enough and it is measured to be faster
     seed: int = 0

@@ -28,7 +28,9 @@ from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
 from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.generator import Generator
+from distillers.models.checkpointing import checkpoint_gradients
 from distillers.models.conditions import split
+from distillers.models.denoiser import Denoiser
 from distillers.progress import progress_bar
 from distillers.runtime import device_name
 from distillers.teacher import Teacher
@@ -195,6 +197,8 @@ class Run:
         self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
         students = [name for name in players if name.startswith(distiller.published)]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
+        if settings.checkpointing:
+            checkpoint_gradients(m.network for m in self.nets.modules() if isinstance(m, Denoiser))
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included

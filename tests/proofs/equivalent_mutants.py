@@ -6,7 +6,6 @@ ONCE = "the noise is used once, so other noise is as good"
 SHAPE = "only shape, dtype and device are read, which are the same"
 NO_GRAPH = "the network is frozen and its input carries no gradient, so there is no graph to leave out"
 BELOW = "whatever lies below t_min becomes t_min"
-ADAPTER = "all that learns is the adapter, which is off"
 
 EQUIVALENT: dict[str, str] = {
     "losses.blurred: `-2` -> `2`": LAST_TWO,
@@ -41,10 +40,10 @@ EQUIVALENT: dict[str, str] = {
     "hyper_sd.HyperSD.step: `x_b.detach()` -> `x_b`": "it stands in a block without gradients",
     "losses.score_matching: `with torch.no_grad(): x0_teacher = teacher(x_t, t, cond)` -> "
     "`if 1: x0_teacher = teacher(x_t, t, cond)`": NO_GRAPH,
-    "pso.Pso.offline: `with torch.no_grad(), without_lora(student.network): won_ref ... or(winner), error(loser))` -> "
-    "`with without_lora(student.network): won_ref, lost_ref = (error(winner), error(loser))`": ADAPTER,
-    "pso.Pso.log_ratio: `with torch.no_grad(), without_lora(student.network): reference = squared()` -> "
-    "`with without_lora(student.network): reference = squared()`": ADAPTER,
+    "pso.Pso.offline: `with torch.no_grad(): won_ref, lost_ref = (error(reference, winner), error(reference, loser))` "
+    "-> `if 1: won_ref, lost_ref = (error(reference, winner), error(reference, loser))`": NO_GRAPH,
+    "pso.Pso.log_ratio: `with torch.no_grad(): least = squared(reference)` -> "
+    "`if 1: least = squared(reference)`": NO_GRAPH,
     "pso.Pso.judged_rollouts: `1` -> `2` (5)": "the first of two rows drawn alike",
     "scm.ContinuousConsistency.step: `x_t` -> `x0` (3)": SHAPE,
     "scm.derivative_along: `x_t` -> `x0` (2)": SHAPE,
