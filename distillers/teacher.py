@@ -1,7 +1,7 @@
 """Teachers: a frozen denoiser, its codec and its manifest, and the encoding of training batches for it.
 
 Any supported diffusers pipeline opens as a teacher; `random` builds an untrained network, which `method = "diffusion"`
-trains. Text-to-image pipelines are sampled and served, not distilled: no data with captions is read here.
+trains.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.conditions import Cond, Condition
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import Prediction, RectifiedFlow, from_config
+from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided
 from distillers.weights.read import read_pipeline
@@ -28,12 +29,14 @@ class Teacher:
     """A frozen denoiser, its codec, and the manifest of the folder it came from.
 
     `learner` is what students and critics start as, where that is not the denoiser itself: see `training.head`.
+    `prompts` holds the text encoders of text-to-image.
     `start_time` is where a student's sampling begins; None for the end of the learner's schedule.
     """
 
     denoiser: Denoiser
     codec: ImageCodec
     info: Info
+    prompts: PromptEncoder | None = None
     learner: Denoiser | None = field(default=None, kw_only=True)
     start_time: float | None = field(default=None, kw_only=True)
 
@@ -48,24 +51,29 @@ class Teacher:
         parts = read_pipeline(path_or_hub_id, device)
         if not isinstance(parts.denoiser, Denoiser):
             raise BadInput("teacher", str(path_or_hub_id), "a folder of one network, such as one of its students")
-        if parts.prompts is not None:
-            raise BadInput("teacher", str(path_or_hub_id), "a teacher without prompts: no data with captions is read")
-        return cls(parts.denoiser, parts.codec, parts.info)
+        return cls(parts.denoiser, parts.codec, parts.info, parts.prompts)
 
     @property
     def condition(self) -> Condition:
         """What the teacher is conditioned on."""
-        return self.info.condition(self.codec)
+        return self.info.condition(self.codec, self.prompts)
 
     @classmethod
     def random(
-        cls, info: Info, network: dict[str, Any], schedule: dict[str, Any], prediction: Prediction, codec: ImageCodec
+        cls,
+        info: Info,
+        network: dict[str, Any],
+        schedule: dict[str, Any],
+        prediction: Prediction,
+        codec: ImageCodec,
+        prompts: PromptEncoder | None = None,
     ) -> Teacher:
-        """Build an untrained `UNet2DModel` for info's task; `network` holds diffusers' own options.
+        """Build an untrained U-Net for info's task; `network` holds the options of diffusers' own class.
 
-        One embedding more than there are labels: the last is the null label of classifier-free guidance.
+        One embedding more than there are labels: the last is the null label of classifier-free guidance. With `prompts`
+        it is a `UNet2DConditionModel` that attends to what they encode.
         """
-        from diffusers import UNet2DModel
+        import diffusers
 
         channels, side = codec.channels(info.channels), [length // codec.factor for length in info.size]
         options = {
@@ -76,12 +84,16 @@ class Teacher:
         }
         if info.labels:
             options["num_class_embeds"] = len(info.labels) + 1
+        kind = "UNet2DModel"
+        if prompts is not None:
+            kind, options["cross_attention_dim"] = "UNet2DConditionModel", prompts.width
         unet: nn.Module
         try:
-            unet = UNet2DModel(**options)  # type: ignore[assignment]
+            unet = getattr(diffusers, kind)(**options)
         except (TypeError, ValueError) as error:
-            raise BadInput("network", network, f"options of diffusers' UNet2DModel ({error})") from None
-        return cls(Denoiser(unet, from_config(schedule), prediction), codec, info)
+            raise BadInput("network", network, f"options of diffusers' {kind} ({error})") from None
+        text = prompts.encoders["text_encoder"] if prompts is not None and prompts.learns else None
+        return cls(Denoiser(unet, from_config(schedule), prediction, text=text), codec, info, prompts)
 
     @classmethod
     def absent(cls, info: Info) -> Teacher:

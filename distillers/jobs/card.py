@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillers.errors import BadInput
+from distillers.models.conditions import PROMPTS
 from distillers.weights.manifest import ADAPTER, AUTOENCODER, STUDENTS, Info, find, read_json
 
 ATTRIBUTION = {
@@ -173,7 +174,9 @@ def _use(info: Info, stock: bool) -> list[str]:
     label = info.classes[0] if info.classes else None
     if stock:
         labels = f", class_labels={label}" if info.task == "class-to-image" else ""
-        if info.codec == "vae":  # DiTPipeline wants a list, and its default guidance is 4
+        if info.task == "text-to-image":  # its default guidance is 7.5
+            labels = f", prompt={PROMPTS[2]!r}, guidance_scale={info.guidance_scale}"
+        elif info.codec == "vae":  # DiTPipeline wants a list, and its default guidance is 4
             labels = f", class_labels=[{label}], guidance_scale={info.guidance_scale}"
         return [
             "# plain diffusers, no line of ours",

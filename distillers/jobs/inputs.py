@@ -12,12 +12,14 @@ import torch
 from distillers import methods
 from distillers.data import ImageData, Part, open_data, options_of
 from distillers.data.pixels import listed
-from distillers.errors import BadInput, Notice
+from distillers.errors import BadInput, Notice, checked
 from distillers.jobs.recipe import Recipe
+from distillers.models.captions import unpack
 from distillers.models.class_names import class_numbers
-from distillers.models.codec import ImageCodec, PixelUnshuffle
+from distillers.models.codec import ImageCodec, PixelUnshuffle, fold_shift
 from distillers.models.radiometry import Radiometry
 from distillers.teacher import Teacher
+from distillers.training.text_encoder import TextSettings, untrained_encoder
 from distillers.weights.manifest import AUTOENCODER, Info
 from distillers.weights.network import size_multiple
 from distillers.weights.read import read_autoencoder, read_info
@@ -163,7 +165,7 @@ def load_teacher(recipe: Recipe, data: ImageData, device: str = "cpu") -> Teache
         warnings.warn(text, Notice, stacklevel=2)
     if info.task not in (allowed := methods.find(recipe.method).tasks):
         raise BadInput("teacher", f"{recipe.teacher}, a teacher of {info.task}", " or ".join(allowed))
-    return _fitting(Teacher(teacher.denoiser, teacher.codec, info), data)
+    return _fitting(replace(teacher, info=info), data)
 
 
 def _untrained_info(recipe: Recipe, data: ImageData) -> Info:
@@ -189,6 +191,8 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
     trained_with: list[str] = []
     if model.autoencoder is not None:
         codec, about = read_autoencoder(model.autoencoder, device)
+        if model.task == "text-to-image":
+            codec = fold_shift(codec)
         trained_with = about.trained_with if about else []
         if (bands := codec.vae.config.in_channels) != model.channels:
             raise BadInput("model.channels", model.channels, f"{bands}, as the autoencoder's pictures have")
@@ -204,7 +208,24 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
         sar=sar if model.task == "sar-to-optical" else None,
     )
     torch.manual_seed(recipe.settings().seed)
-    return Teacher.random(info, model.network, model.schedule, model.prediction, codec)
+    prompts = None
+    if model.task == "text-to-image":
+        text = TextSettings(**checked(TextSettings, model.text, "model.text"))
+        prompts = untrained_encoder(_captions(data), text)
+    return Teacher.random(info, model.network, model.schedule, model.prediction, codec, prompts)
+
+
+def _captions(data: ImageData, count: int = 2000) -> list[str]:
+    """Take the captions of the data, of endless ones the first."""
+    _check_captions(data)
+    texts: list[str] | None = getattr(data, "texts", None)
+    return texts or unpack(data.items(range(min(count, len(data))))["caption"])
+
+
+def _check_captions(data: ImageData) -> None:
+    """Refuse with BadInput data without captions."""
+    if not getattr(data, "captioned", False):
+        raise BadInput("data", data.name, 'pictures with captions: kind = "captions", or captions = true for shapes')
 
 
 def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
@@ -218,6 +239,8 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
         teacher = replace(teacher, info=replace(teacher.info, size=data.size))  # a translator takes any
     elif data.size != tuple(teacher.info.size):
         raise BadInput("data.size", data.size, f"absent, or what the teacher draws: {tuple(teacher.info.size)}")
+    if teacher.info.task == "text-to-image":
+        _check_captions(data)
     if data.channels != teacher.info.channels:
         raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)

@@ -17,7 +17,7 @@ from distillers.evaluation.pictures import grid_png, side_by_side
 from distillers.evaluation.self_check import write_reference
 from distillers.generator import Generator
 from distillers.jobs.card import write_card
-from distillers.jobs.inputs import load_data
+from distillers.jobs.inputs import held_out_data, load_data
 from distillers.jobs.recipe import Recipe
 from distillers.models.schedule import VariancePreserving
 from distillers.runtime import package_versions
@@ -60,8 +60,8 @@ def publish(
         else:
             above = None
             if teacher is not None:
-                above = Generator(teacher.denoiser, teacher.codec, teacher.info).eval().to("cpu")
-            picture(made, above, load_data(recipe, "test") if made.condition.paired else None, new)
+                above = Generator(teacher.denoiser, teacher.codec, teacher.info, teacher.prompts).eval().to("cpu")
+            picture(made, above, held_out_data(recipe) if made.condition.from_data else None, new)
             write_reference(made, new)
         write_card(new)
 
@@ -153,9 +153,10 @@ def draw_rows(models: Mapping[str, tuple[Generator, int]], data: ImageData | Non
     """
     last = list(models.values())[-1][0]
     condition, below = last.condition, {}
-    if condition.paired and data is not None:
+    if condition.from_data and data is not None:
         items = data.items(_columns(data))
-        given, below = condition.of_items(items), {"optical, the truth": items["image"]}
+        given = condition.of_items(items)
+        below = {"optical, the truth": items["image"]} if condition.paired else {}
     else:
         given = condition.spread(COLUMNS)
     made = {row: model.sample(range(COLUMNS), steps=k, **given) for row, (model, k) in models.items()}

@@ -47,19 +47,24 @@ LONGEST_NAME = 100  # bytes; others are made of it: NAME-student-1, .NAME.new
 class ModelSettings:
     """The [model] table describes the untrained network that a method such as "diffusion" trains."""
 
-    task: Literal["image", "class-to-image", "sar-to-optical"] = "image"
+    task: Literal["image", "class-to-image", "sar-to-optical", "text-to-image"] = "image"
     patch: int = 1  # pixel-unshuffle factor
     channels: int = 3  # bands of its pictures: 3 = RGB, 1 = grey
     autoencoder: str | None = None  # in whose latents it works, in place of `patch`: a folder or hub id with a vae/
     prediction: Prediction = "v"
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp"})
-    network: dict[str, Any] = field(default_factory=dict)  # options of diffusers' UNet2DModel
+    network: dict[str, Any] = field(default_factory=dict)  # options of diffusers' UNet2DModel, or with text the other
+    text: dict[str, Any] = field(default_factory=dict)  # of text-to-image: `TextSettings`
     sar: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch", "channels"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name}", getattr(self, name), "1 or more")
+        if self.text and self.task != "text-to-image":
+            raise BadInput("model.text", self.text, 'absent: only task = "text-to-image" reads text')
+        if self.task == "text-to-image" and self.autoencoder is None:
+            raise BadInput("model.autoencoder", None, "a folder or hub id: text-to-image pipelines work in latents")
         if self.autoencoder is not None and self.patch > 1:
             raise BadInput("model.patch", self.patch, "absent: the autoencoder has its own factor")
         if self.autoencoder is not None and self.task == "sar-to-optical":

@@ -62,7 +62,8 @@ class Boot(Distiller):
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
         student = new_student(teacher)
         student.prediction = "x0"  # a free head: the output is the signal, whatever the teacher's was
-        if isinstance(student.schedule, EDM) and hasattr(student.network, "config"):  # refused here, not when written
+        rewritten = isinstance(student.schedule, EDM) or teacher.prompts is not None
+        if rewritten and hasattr(student.network, "config"):  # refused here, not when written
             check_rewritable(student.network)
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))
         if left > SIGNAL_LEFT:
@@ -110,7 +111,7 @@ class Boot(Distiller):
             default_steps=1,
             guidance_scale=1.0,
         )
-        return Generator(nets["student"], teacher.codec, info)
+        return Generator(nets["student"], teacher.codec, info, teacher.prompts)
 
 
 def signal(student: Denoiser, eps: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

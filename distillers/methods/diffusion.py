@@ -9,16 +9,22 @@ Esser et al., "Scaling Rectified Flow Transformers", 2024, sec. 3.1.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.conditions import Cond
+from distillers.models.denoiser import Denoiser
 from distillers.teacher import Teacher
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, split_batch, trainable_copy
 from distillers.training.losses import SNR_CAP, denoising
+from distillers.training.text_encoder import of_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +34,12 @@ class Diffusion(Distiller):
     starts_from = "model"
 
     snr_cap: float = SNR_CAP  # keeps the last, almost clean times from taking most of the loss
-    label_dropout: float = 0.1  # share of samples trained without their class; 0 forbids guidance later
+    label_dropout: float = 0.1  # share of samples trained without their class or caption; 0 forbids guidance later
     log_std: float = 0.0  # of ln(sigma/alpha) at the times trained at; 0 = times are uniform
     log_mean: float = 0.0  # of the same; 0 is the logit-normal's middle, t = 1/2 on the flow path
     last_time_share: float = 0.0  # of samples at t_max, the only time that a one-step student is called at
     sampling_steps: int = 50  # network calls when the teacher is served
+    guidance_scale: float = 1.0  # when it is served; 1 = none
 
     def __post_init__(self) -> None:
         self._at_least(0, "snr_cap", "log_std")
@@ -47,10 +54,9 @@ class Diffusion(Distiller):
         denoiser = nets["student"]
         schedule = denoiser.schedule
         x0, cond = split_batch(batch)
-        if cond and "label" in cond:
-            null = denoiser.network.config.num_class_embeds - 1
+        if cond and "sar" not in cond:
             dropped = torch.rand(len(x0), device=x0.device) < self.label_dropout
-            cond = {**cond, "label": cond["label"].masked_fill(dropped, null)}
+            cond = without_condition(cond, dropped, denoiser)
         # x_t = alpha x0 + sigma eps at a random time (Ho et al. 2020, Algorithm 1)
         if self.log_std:  # ln(sigma/alpha) ~ N(mean, std^2) (Karras et al. 2022)
             ratio = self.log_mean + self.log_std * torch.randn(len(x0), device=x0.device, dtype=torch.float64)
@@ -63,5 +69,28 @@ class Diffusion(Distiller):
         yield "student", denoising(denoiser, x_t, t, x0, cond, self.snr_cap)
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=self.sampling_steps)
-        return Generator(nets["student"], teacher.codec, info)
+        info = replace(
+            teacher.info,
+            sampler="ddim",
+            step_times={},
+            default_steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale,
+        )
+        learnt, prompts = nets["student"], teacher.prompts
+        if prompts is not None and learnt.text is not None:
+            prompts = of_parts(prompts.tokenizers["tokenizer"], copy.deepcopy(learnt.text))
+            learnt = Denoiser(learnt.network, learnt.schedule, learnt.prediction)
+        return Generator(learnt, teacher.codec, info, prompts)
+
+
+def without_condition(cond: Cond, dropped: Tensor, denoiser: Denoiser) -> Cond:
+    """Put the null in place of the condition of samples where `dropped` (B,) is true (Ho and Salimans 2022, sec. 3.2).
+
+    The null of classes is the last row of the network's embedding; encoded prompts hold that of the empty one.
+    """
+    if "label" in cond:
+        config: Any = denoiser.network.config
+        null = config.num_class_embeds - 1
+        return {**cond, "label": cond["label"].masked_fill(dropped, null)}
+    nulls = {key.removeprefix("null_"): value for key, value in cond.items() if key.startswith("null_")}
+    return {key: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), v, cond[key]) for key, v in nulls.items()}

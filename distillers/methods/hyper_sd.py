@@ -212,7 +212,7 @@ class HyperSD(Distiller):
         ends = student.schedule.segment_grid(self.points)[:: self.points // k]
         times = {k: ends[1:].flip(0).tolist()}
         info = replace(teacher.info, sampler="ddim", step_times=times, default_steps=k, guidance_scale=1.0)
-        return Generator(student, teacher.codec, info)
+        return Generator(student, teacher.codec, info, teacher.prompts)
 
 
 def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:

@@ -81,7 +81,7 @@ class Pso(Distiller):
         return self.mode != "online"
 
     def networks(self, teacher: Teacher) -> Networks:
-        sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info), self.steps)
+        sampler = Sampler(Generator(teacher.denoiser, teacher.codec, teacher.info, teacher.prompts), self.steps)
         nets = Networks({"student": trainable_copy(teacher.denoiser), "sampler": frozen(sampler)})
         nets["reference"] = frozen(unclipped(teacher.denoiser))
         if self.reward:
@@ -193,7 +193,8 @@ class Pso(Distiller):
         return [j for j in range(len(sampler.times)) if self.gaussian(sampler, schedule, j)[1] > 0]
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
-        return Generator(nets["student"], teacher.codec, replace(teacher.info, default_steps=self.steps))
+        info = replace(teacher.info, default_steps=self.steps)
+        return Generator(nets["student"], teacher.codec, info, teacher.prompts)
 
 
 class Sampler(nn.Module):

@@ -5,6 +5,7 @@ Pixels are float (B, C, H, W) in [-1, 1] on both ends; C is 3 for RGB and 1 for 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -112,3 +113,23 @@ class Vae(ImageCodec):
 
     def channels(self, pixels: int) -> int:
         return int(self.vae.config.latent_channels)
+
+
+@torch.no_grad()
+def fold_shift(codec: Vae) -> Vae:
+    """Copy an autoencoder with the shift of its latents moved into the 1x1 convolutions beside them, exactly.
+
+    Stock text-to-image pipelines of Stable Diffusion scale latents and know no shift.
+
+    Raises:
+        BadInput: a shift, and no such convolutions.
+    """
+    vae = copy.deepcopy(codec.vae)
+    shift, channels = float(vae.config.shift_factor or 0), vae.config.latent_channels
+    if shift and (vae.quant_conv is None or vae.post_quant_conv is None):
+        raise BadInput("vae: shift_factor", shift, "null, or an autoencoder with quant_conv and post_quant_conv")
+    if shift:
+        vae.quant_conv.bias[:channels] -= shift  # the means; the log variances stay
+        vae.post_quant_conv.bias += shift * vae.post_quant_conv.weight.sum((1, 2, 3))
+    vae.register_to_config(shift_factor=None)
+    return Vae(vae)

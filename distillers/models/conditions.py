@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillers.errors import BadInput
+from distillers.models.captions import pack, unpack
 from distillers.models.codec import ImageCodec
 from distillers.models.radiometry import Radiometry
 
@@ -90,12 +91,14 @@ class Condition:
         argument: the keyword of `Given` that holds it.
         refusal: what a model of another task answers to that keyword.
         paired: whether data hold one true picture for each condition.
+        from_data: whether pictures are shown under conditions taken from data, which are better than made-up ones.
         channels: how many channels it adds to the noisy image at the network's input.
     """
 
     argument: ClassVar[str] = ""
     refusal: ClassVar[str] = ""
     paired: ClassVar[bool] = False
+    from_data: ClassVar[bool] = False
     channels: int = 0
 
     def __init__(self, name: str) -> None:
@@ -277,6 +280,7 @@ class SarPicture(Condition):
     argument = "sar"
     refusal = "is no translator"
     paired = True
+    from_data = True
 
     def __init__(self, name: str, radiometry: Radiometry, codec: ImageCodec, size: tuple[int, int]) -> None:
         super().__init__(name)
@@ -350,6 +354,7 @@ class Prompt(Condition):
 
     argument = "prompts"
     refusal = "reads no text"
+    from_data = True
 
     def __init__(self, name: str, encoder: PromptEncoder | None, size: tuple[int, int], guided: bool) -> None:
         super().__init__(name)
@@ -389,11 +394,39 @@ class Prompt(Condition):
         prompts = given["prompts"] or ()
         return self.encoder(prompts, size or self.published, given.get("negative_prompts"), guided=self.guided)
 
+    def encode_items(self, items: Mapping[str, Tensor], device: str | torch.device) -> Cond:
+        """Encode captions, and no caption beside them: teachers are guided, and teachers to be learn to be."""
+        assert self.encoder is not None
+        prompts = unpack(items["caption"])
+        if not self.encoder.learns:
+            return self.encoder(prompts, self.published, guided=True)
+        tokens = self.encoder.tokens([*prompts, ""]).to(device)
+        return {"tokens": tokens[:-1], "null_tokens": tokens[-1:].expand_as(tokens[:-1])}
+
+    def of_items(self, items: Mapping[str, Tensor]) -> Given:
+        return {"prompts": unpack(items["caption"])}
+
+    def in_turn(self, numbers: Sequence[int], real: Tensor | None = None) -> Given:
+        return {"prompts": [PROMPTS[i % len(PROMPTS)] for i in numbers]}
+
+    def spread(self, count: int) -> Given:
+        return {"prompts": [PROMPTS[i * len(PROMPTS) // count] for i in range(count)]}
+
     def probe(self, count: int, classes: Sequence[int] | None = None) -> Given:
         return {"prompts": [PROMPTS[i % len(PROMPTS)] for i in range(count)]}
 
+    def example(self) -> Cond | None:
+        return None if self.encoder is None else self.encode_items({"caption": pack(PROMPTS[:1])}, "cpu")
+
+    def random(self, count: int, rng: torch.Generator) -> Cond | None:
+        return None if self.encoder is None else self.encode(self.probe(count), torch.device("cpu"))
+
     def null_label(self, class_rows: int) -> int | None:
         return -1
+
+    def names(self, given: Given, count: int) -> list[str | None]:
+        prompts = given.get("prompts")
+        return [None] * count if prompts is None else list(prompts)
 
 
 KINDS: dict[str, type[Condition]] = {

@@ -34,6 +34,8 @@ class Denoiser(nn.Module):
         prediction: what the network outputs: "x0", "eps", "v" (alpha eps - sigma x0), "flow" (eps - x0), "edm" (F of
             Karras et al. 2022) or "edm-v" (-F). On the variance-exploding schedule any of them reads c_in x_t.
         clipping: the bound that the pipeline's own sampler puts on x0; None for none, as with all that is trained.
+        text: the text encoder that learns together with the network, from tokens (B, length) in the condition; None
+            where the condition holds what an encoder made of them before.
 
     Shapes: x_t (B, C, H, W) or (B, D); t () or (B,); result like x_t, float32.
     """
@@ -44,12 +46,13 @@ class Denoiser(nn.Module):
         schedule: NoiseSchedule,
         prediction: Prediction,
         clipping: Clipping | None = None,
+        text: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise BadInput("prediction", prediction, ", ".join(PREDICTIONS))
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.clipping = clipping
+        self.clipping, self.text = clipping, text
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Estimate the clean data x0 from x_t at time t."""
@@ -67,8 +70,11 @@ class Denoiser(nn.Module):
         if time.ndim == 0 and time.device != x_t.device:  # written there, not copied: a copy would wait for the device
             time = x_t.new_full((x_t.shape[0],), float(time))
         time = time.to(x_t).expand(x_t.shape[0])
+        cond = cond or {}
+        if self.text is not None and "tokens" in cond:
+            cond = {**cond, "text": self.text(cond["tokens"]).last_hidden_state}
         with acting(self.network) as network:
-            return call_network(network, x_in, time, cond or {}).float()
+            return call_network(network, x_in, time, cond).float()
 
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)

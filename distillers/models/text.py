@@ -84,16 +84,23 @@ class PromptEncoder(nn.Module):
         parts: its tokenizers and text encoders, by their names in the pipeline.
         options: model_index.json, for the pipeline's other options.
         network: the configuration of the network, where `encode_prompt` reads it.
+        learns: whether the one encoder is being trained together with the network, which then takes `tokens`.
     """
 
     def __init__(
-        self, family: Family, pipeline: str, parts: Mapping[str, Any], options: Mapping[str, Any], network: Any
+        self,
+        family: Family,
+        pipeline: str,
+        parts: Mapping[str, Any],
+        options: Mapping[str, Any],
+        network: Any,
+        learns: bool = False,
     ) -> None:
         import diffusers
 
         super().__init__()
         assert family.words is not None
-        self.family, self.words = family, family.words
+        self.family, self.words, self.learns = family, family.words, learns
         self.towers = nn.ModuleDict({name: Tower(one) for name, one in parts.items() if isinstance(one, nn.Module)})
         for name, tower in self.towers.items():  # some tokenizers' files do not say how much their encoder reads
             length = getattr(tower.config, "max_position_embeddings", None)
@@ -147,6 +154,12 @@ class PromptEncoder(nn.Module):
         """How wide "text" is; None where the encoders do not say, for the one that does is left out."""
         towers: Any = self.towers
         return sum(int(towers[name].config.hidden_size) for name in self.words.states if name in towers) or None
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Split B prompts into tokens, int64 (B, length), for the one encoder, cut or padded to what it takes."""
+        (tokenizer,) = self.tokenizers.values()
+        ids: Tensor = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return ids
 
     @torch.no_grad()
     def forward(

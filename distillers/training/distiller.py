@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distillers.generator import Generator
     from distillers.teacher import Teacher
 
-# "x0" (B, C, H, W) in the network's space, and the condition: "label", "sar"; "loser", like x0, in preference pairs
+# "x0" (B, C, H, W) in the network's space; "loser", like x0, in preference pairs; all else is the condition
 Batch = dict[str, Tensor]
 Turn = tuple[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -66,7 +66,8 @@ class Networks(nn.ModuleDict):
 class Distiller(ABC):
     """A distiller implements one paper. Fields are its hyper-parameters with the paper's values as defaults."""
 
-    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical")  # what it can be used for
+    # what it can be used for
+    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "sar-to-optical", "text-to-image")
     # what a job starts from: a teacher's folder, the untrained network of a [model] table, or the data alone
     starts_from: ClassVar[Literal["teacher", "model", "data"]] = "teacher"
     published: ClassVar[str] = "student"  # prefix of the names of the networks whose averaged weights are published
@@ -251,5 +252,5 @@ def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
 
 def split_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Split a batch into clean data and condition (None when there is none)."""
-    cond = {k: v for k, v in batch.items() if k in ("label", "sar")}
+    cond = {k: v for k, v in batch.items() if k not in ("x0", "loser")}
     return batch["x0"], cond or None

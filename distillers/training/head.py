@@ -134,7 +134,7 @@ class HeadFit(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         info = replace(teacher.info, sampler="ddim", step_times={}, default_steps=20)
-        return Generator(nets["student"], teacher.codec, info)
+        return Generator(nets["student"], teacher.codec, info, teacher.prompts)
 
 
 def fit_settings(settings: TrainSettings, student: StudentSettings) -> TrainSettings:

@@ -192,7 +192,7 @@ def consistency_generator(student: Denoiser, teacher: Teacher, steps: Sequence[i
         default_steps=min(steps),
         guidance_scale=1.0,
     )
-    return Generator(student, teacher.codec, info)
+    return Generator(student, teacher.codec, info, teacher.prompts)
 
 
 def sample_student(student: Denoiser, noise: Tensor, cond: Cond | None = None, steps: Sequence[int] = (1,)) -> Tensor:

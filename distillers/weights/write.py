@@ -19,7 +19,7 @@ from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
-from distillers.models.fixed_time import as_first_timestep
+from distillers.models.fixed_time import as_first_timestep, as_last_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
@@ -58,6 +58,10 @@ def write_pipeline(
         assert isinstance(denoiser, Denoiser)
         denoiser = as_first_timestep(denoiser)
         info = replace(info, step_times={1: [denoiser.schedule.t_min]})
+    if prompts is not None and info.step_times == {1: [denoiser.schedule.t_min]}:
+        assert isinstance(denoiser, Denoiser)
+        denoiser = as_last_timestep(denoiser)
+        info = replace(info, step_times={1: [denoiser.schedule.t_max]})
     scheduler = _scheduler(denoiser, info)
     lora, index = None, None
     with staged(folder) as new:

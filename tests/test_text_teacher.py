@@ -1,0 +1,217 @@
+"""Text-to-image teachers: a text encoder, a vocabulary and a U-Net trained from captions, and students of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distillers.data.shapes import CaptionedShapes
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.jobs.distill import distill
+from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.recipe import Recipe
+from distillers.methods.diffusion import without_condition
+from distillers.models.codec import Vae, fold_shift
+from distillers.models.denoiser import Denoiser
+from distillers.models.schedule import from_config
+from distillers.training.latents import encoded_once
+from distillers.training.text_encoder import TextSettings, untrained_encoder
+from distillers.training.trainer import begin
+from distillers.weights.manifest import Info
+from distillers.weights.write import write_autoencoder
+
+SIDE = 16
+NETWORK: dict[str, Any] = {
+    "block_out_channels": [16, 24], "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+TRAIN = {"iterations": 4, "batch": 4, "warmup": 1, "learning_rate": 1e-3, "samples": 2, "checkpoint_every": 2}
+PROMPTS = ["a large red circle", "a small blue square"]
+
+
+def autoencoder() -> Vae:
+    """An untrained one of factor 2, with statistics as our own have them."""
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIDE,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.4, shift_factor=-0.7,
+    )  # fmt: skip
+    return Vae(vae)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/{train,test} with captions, and an autoencoder."""
+    root = tmp_path_factory.mktemp("text")
+    for split, count in {"train": 12, "test": 6}.items():
+        data = CaptionedShapes(SIDE, split=split)
+        (root / "data" / split).mkdir(parents=True)
+        images = ((data.items(range(count))["image"] + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+        lines = []
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / "data" / split / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": data.caption(i)}))
+        (root / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    info = Info(
+        name="vae", task="autoencoder", method="autoencoder", role="teacher", data="d", sampler="ddim",
+        size=(SIDE, SIDE), codec="vae", patch=2,
+    )  # fmt: skip
+    write_autoencoder(root / "vae", autoencoder(), info)
+    return root
+
+
+def recipe(folders: Path, **changes: Any) -> Recipe:
+    table: dict[str, Any] = {
+        "name": "tiny", "method": "diffusion",
+        "data": {"kind": "captions", "path": str(folders / "data"), "split": "train", "size": SIDE, "flip": False},
+        "model": {
+            "task": "text-to-image", "autoencoder": str(folders / "vae"), "prediction": "v", "network": NETWORK,
+            "text": {"width": 16, "layers": 1, "heads": 2, "length": 24},
+        },
+        "diffusion": {"guidance_scale": 3.0, "sampling_steps": 4}, "train": TRAIN,
+    }  # fmt: skip
+    return Recipe.from_table({**table, **changes})
+
+
+@pytest.fixture(scope="module")
+def teacher(folders: Path) -> Path:
+    distill(recipe(folders), folders / "teacher", "cpu")
+    return folders / "teacher"
+
+
+def test_a_teacher_of_captions_is_a_stable_diffusion_pipeline(teacher: Path) -> None:
+    generator = Generator.from_pretrained(teacher)
+    assert generator.info.task == "text-to-image" and generator.info.guidance_scale == 3.0
+    pipe = diffusers.DiffusionPipeline.from_pretrained(teacher)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    noises = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = pipe(
+        PROMPTS, num_inference_steps=4, guidance_scale=3.0, height=SIDE, width=SIDE, generator=noises, output_type="np"
+    ).images
+    ours = generator.sample([3, 4], prompts=PROMPTS, steps=4)
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - theirs).max() < 1e-4
+    assert float((ours - generator.sample([3, 4], prompts=PROMPTS[::-1], steps=4)).abs().max()) > 1e-4
+
+
+def test_the_text_encoder_learns_with_the_network(folders: Path, tmp_path: Path) -> None:
+    own = recipe(folders)
+    data = load_data(own)
+    base = load_teacher(own, data)
+    run = begin(own.distiller(), base, own.settings(), tmp_path, device="cpu")
+    before = {name: value.clone() for name, value in run.nets["student"].state_dict().items()}
+    for i in range(2):  # the first moves only what the zero-initialised output lets through
+        run.iteration(i, data)
+    moved = {name for name, value in run.nets["student"].state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("text.") and "token_embedding" in name for name in moved)
+    assert any(name.startswith("network.") for name in moved)
+    assert run.averages["student"].text is not None
+    run.close()
+
+
+def test_a_stopped_training_repeats_what_an_uninterrupted_one_does(
+    folders: Path, teacher: Path, tmp_path: Path
+) -> None:
+    own = recipe(folders)
+    data = load_data(own)
+    base = load_teacher(own, data)
+    data = encoded_once(data, base.codec)
+    run = begin(own.distiller(), base, own.settings(), tmp_path, device="cpu")
+    for i in range(2):
+        run.iteration(i, data)
+    run.save(2)
+    run.close()
+    run = begin(own.distiller(), load_teacher(own, data), own.settings(), tmp_path, device="cpu")
+    assert run.resume() == 2
+    for i in range(2, 4):
+        run.iteration(i, data)
+    ours, whole = run.generator().half().float(), Generator.from_pretrained(teacher)
+    run.close()
+    assert ours.prompts is not None and whole.prompts is not None
+    for a, b in ((ours.denoiser, whole.denoiser), (ours.prompts, whole.prompts)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["consistency", "dmd2", "hyper_sd", "boot"])
+def test_a_student_is_a_stable_diffusion_pipeline_of_one_step(
+    folders: Path, teacher: Path, tmp_path: Path, method: str
+) -> None:
+    options = {"guidance_scale": 2.0}
+    data = {"kind": "captions", "path": str(folders / "data"), "split": "train", "size": SIDE, "flip": False}
+    table = {"name": "tiny", "method": method, "teacher": str(teacher), "data": data, method: options, "train": TRAIN}
+    distill(Recipe.from_table(table), tmp_path / "student", "cpu")
+    generator = Generator.from_pretrained(tmp_path / "student")
+    assert generator.info.guidance_scale == 1.0, "guidance is in its weights"
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        PROMPTS[:1], num_inference_steps=1, guidance_scale=1.0, height=SIDE, width=SIDE,
+        generator=[torch.Generator().manual_seed(3)], output_type="np",
+    ).images  # fmt: skip
+    ours = generator.sample([3], prompts=PROMPTS[:1], steps=1)
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - theirs).max() < 2e-3
+
+
+def test_the_shift_of_latents_moves_into_the_convolutions() -> None:
+    codec, pixels = autoencoder(), torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    torch.manual_seed(2)
+    for conv in (codec.vae.quant_conv, codec.vae.post_quant_conv):
+        torch.nn.init.normal_(conv.bias)
+    folded = fold_shift(codec)
+    assert folded.vae.config.shift_factor is None and codec.vae.config.shift_factor == -0.7
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(folded.encode(pixels), latents)
+    torch.testing.assert_close(folded.decode(latents), codec.decode(latents))
+    codec.vae.post_quant_conv = None
+    with pytest.raises(BadInput, match="shift_factor"):
+        fold_shift(codec)
+
+
+def test_dropped_captions_become_the_empty_one() -> None:
+    cond = {"tokens": torch.ones(3, 4), "null_tokens": torch.zeros(1, 4).expand(3, 4)}
+    found = without_condition(
+        cond, torch.tensor([True, False, True]), Denoiser(torch.nn.Identity(), from_config({"name": "vp"}), "v")
+    )
+    assert set(found) == {"tokens"}
+    assert found["tokens"][:, 0].tolist() == [0, 1, 0]
+
+
+def test_the_vocabulary_is_that_of_the_captions() -> None:
+    encoder = untrained_encoder(["a teal circle", "a small square"] * 3, TextSettings(width=16, heads=2, length=12))
+    tokens = encoder.tokens(["a teal circle", "a Teal circle", "a quiz"])
+    assert torch.equal(tokens[0], tokens[1]), "case does not matter"
+    again = untrained_encoder(["a teal circle", "a small square"] * 3, TextSettings(width=16, heads=2, length=12))
+    assert again.tokenizers["tokenizer"].get_vocab() == encoder.tokenizers["tokenizer"].get_vocab(), (
+        "a stopped training would go on in another"
+    )
+    words = encoder.tokenizers["tokenizer"].convert_ids_to_tokens(tokens[0].tolist())
+    assert words[:5] == ["<|startoftext|>", "a</w>", "teal</w>", "circle</w>", "<|endoftext|>"]
+    words = encoder.tokenizers["tokenizer"].convert_ids_to_tokens(tokens[2].tolist())
+    assert "".join(words[2:5]) == "quiz</w>", "what is no word of the captions is spelt by parts of words"
+
+
+def test_what_is_wrong_is_named(folders: Path) -> None:
+    model = {**recipe(folders).model}
+    for change, field in (
+        ({"autoencoder": None}, "model.autoencoder"),
+        ({"task": "image"}, "model.text"),
+        ({"text": {"width": 10, "heads": 3}}, "model.text.heads"),
+        ({"text": {"depth": 3}}, "model.text.depth"),
+    ):
+        table = {k: v for k, v in {**model, **change}.items() if v is not None}
+        with pytest.raises(BadInput, match=field):
+            wrong = recipe(folders, model=table)
+            load_teacher(wrong, load_data(wrong))
+    plain = {"kind": "images", "path": str(folders / "data"), "split": "train", "size": SIDE}
+    with pytest.raises(BadInput, match="captions"):
+        load_teacher(recipe(folders, data=plain), load_data(recipe(folders, data=plain)))
