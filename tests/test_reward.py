@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trainings import batch_for, iterate, teacher_for
 from typer.testing import CliRunner
 
@@ -16,12 +16,22 @@ from distillers.cli import app
 from distillers.data import ImageData, open_data
 from distillers.data.preferences import PreferencePairs
 from distillers.errors import BadInput
+from distillers.evaluation.attributes import AttributeNet, avatars_card
 from distillers.evaluation.features import FeatureCard, FeatureNet
 from distillers.generator import Generator
 from distillers.methods.hyper_sd import HyperSD
+from distillers.models.captions import pack
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.conditions import Cond
-from distillers.training.reward import Recognised, Reward, choose_pairs, greenness, load_reward
+from distillers.training.reward import (
+    Adherence,
+    Recognised,
+    Reward,
+    choose_pairs,
+    greenness,
+    judges_of,
+    load_reward,
+)
 
 LABELS = ("Forest", "River", "Sea Lake")
 
@@ -255,3 +265,49 @@ def test_a_classifier_as_the_reward_of_a_method(classifier: FeatureNet, shapes: 
     assert before and all(torch.equal(a, b) for a, b in zip(before, nets["reward"].parameters(), strict=True))
     with pytest.raises(BadInput, match="reward"):
         method.networks(teacher_for("image", shapes))
+
+
+# --- a classifier of attributes as the reward ------------------------------------------------------------------------
+def attributes() -> AttributeNet:
+    torch.manual_seed(0)
+    card = replace(avatars_card("reward"), name="tiny-reward", size=16, widths=(8, 16))
+    return AttributeNet(card).eval().requires_grad_(False)
+
+
+def test_adherence_is_the_mean_log_probability_of_what_a_caption_names() -> None:
+    net, captions = attributes(), ["a cartoon head with braids, cat ears", "on a pink background"]
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits = dict(zip(net.attributes, net(pixels), strict=True))
+
+    def expected(i: int, **named: str) -> Tensor:
+        logs = [
+            logits[a][i].log_softmax(0)[1 + net.attributes[a].index(value)]
+            for a, value in ((name.replace("_", " "), value) for name, value in named.items())
+        ]
+        return torch.stack(logs).mean()
+
+    reward = Adherence(net)(pixels.requires_grad_(), {"caption": pack(captions)})
+    first = expected(0, style="a cartoon head", hair="braids", accessory="cat ears")
+    torch.testing.assert_close(reward, torch.stack([first, expected(1, background="on a pink background")]))
+    reward.sum().backward()
+    assert pixels.grad is not None and bool((pixels.grad.abs().amax((1, 2, 3)) > 0).all())
+
+
+def test_adherence_needs_a_caption_and_is_tried_with_one_that_it_knows(tmp_path: Path) -> None:
+    attributes().save(tmp_path / "reward")
+    loaded = load_reward(str(tmp_path / "reward"))
+    assert isinstance(loaded, Adherence)
+    x0 = torch.zeros(2, 3, 16, 16)
+    for cond in (None, {"label": torch.zeros(2, dtype=torch.long)}):
+        with pytest.raises(BadInput, match=r"reward: got .tiny-reward.*text-to-image"):
+            loaded(x0, cond)
+    tried = Reward(loaded, PixelUnshuffle(1), x0, {"caption": pack(["a photograph of a forest"] * 2)})
+    assert tried(x0, {"caption": pack(["braids", "a mohawk"])}).shape == (2,)
+    with pytest.raises(BadInput, match="prompt: got 'a photograph of a forest'"):
+        tried(x0, {"caption": pack(["a photograph of a forest"] * 2)})
+
+
+def test_what_has_learnt_from_a_reward_says_so(tmp_path: Path) -> None:
+    net = attributes()
+    reward = Reward(Adherence(net), PixelUnshuffle(1), torch.zeros(1, 3, 16, 16), {"caption": pack(["braids"])})
+    assert judges_of(nn.ModuleDict({"rewards": nn.ModuleList([reward])}).modules()) == {"tiny-reward"}

@@ -41,6 +41,13 @@ def evaluate(
     features: Annotated[
         str | None, typer.Option(help="eurosat-landcover, shapes, inception, inception:FILE, efficientnet or a folder.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Text to image: avatars, shapes or a classifier's folder; whether pictures follow prompts."),
+    ] = None,
+    seeds_per_prompt: Annotated[
+        int, typer.Option(help="With --judge: pictures of one prompt whose diversity is measured; 1 to leave that out.")
+    ] = EvaluationOptions.seeds_per_prompt,
     mean_of: Annotated[
         int, typer.Option(help="Translators: also the mean of so many samples of each tile; 0 for no such row.")
     ] = EvaluationOptions.mean_of,
@@ -57,6 +64,7 @@ def evaluate(
     Example: `fewstep evaluate weights/eurosat-consistency --n 2000 --steps 1,2,4,8 --teacher-steps 50,250`; on your own
     pairs: `fewstep evaluate weights/sar-optical-db-consistency --pairs mine --samples 16 --out mine.json`.
     """
+    from distillers.evaluation.adherence import load_judge
     from distillers.evaluation.calibration import TILES, calibrate, check_calibration
     from distillers.evaluation.evaluate import evaluate as measure
     from distillers.evaluation.features import feature_space, load_features
@@ -73,6 +81,7 @@ def evaluate(
     )
     if not draws(weights):
         given = {"steps": steps, "teacher": teacher, "pairs": pairs, "samples": samples, "mean-of": mean_of}
+        given["judge"] = judge
         for name, value in given.items():
             if value:
                 raise BadInput(name, value, "nothing: an autoencoder draws nothing that this could be asked of")
@@ -85,6 +94,8 @@ def evaluate(
         steps=step_counts("steps", steps) if steps else None,
         teacher_steps=step_counts("teacher-steps", teacher_steps) if teacher_steps else [],
         mean_of=mean_of,
+        judge=load_judge(judge, weights.parent, device_of(device)) if judge else None,
+        seeds_per_prompt=seeds_per_prompt,
     )
     generator = Generator.from_pretrained(weights, device_of(device))
     data, train = held_out(weights, path) if pairs is None else open_pairs(generator, pairs, pairs_option or [])

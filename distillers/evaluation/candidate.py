@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distillers.evaluation.adherence import Verdict, diversity
 from distillers.evaluation.latency import device_of, latencies
 from distillers.evaluation.metrics import (
     copy_ratio,
@@ -25,6 +26,7 @@ from distillers.evaluation.metrics import (
 from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.report import Row
 from distillers.evaluation.shape_reader import read_shape, shares
+from distillers.models.captions import unpack
 from distillers.models.conditions import Condition
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Candidate:
     agreement: dict[str, list[Tensor]] = field(default_factory=lambda: {"rmse": [], "psnr": []})
     rewards: dict[str, list[Tensor]] = field(default_factory=dict)
     matches: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the asked colour, and form
+    verdicts: list[Verdict] = field(default_factory=list)
 
     def add_paired(self, pictures: Tensor, real: Tensor, sar: Tensor) -> None:
         """Compare pictures with the real ones and with the grey SAR (B,1,H,W) they were drawn from."""
@@ -65,8 +68,11 @@ class Candidate:
         self.agreement["rmse"].append(rmse(pictures, others))
         self.agreement["psnr"].append(psnr(pictures, others))
 
-    def fill_row(self, reference: Tensor, regions: dict[str, list[int]]) -> None:
-        """Average what was accumulated, by region too, and compare with the reference features (N,d)."""
+    def fill_row(self, reference: Tensor, regions: dict[str, list[int]], unseen: Tensor | None = None) -> None:
+        """Average what was accumulated, by region too, and compare with the reference features (N,d).
+
+        unseen: bool (B,), prompts that name a pair that was never learnt; None where that is not known.
+        """
         row = self.row
         row.update(distances(reference, torch.cat(self.features)))
         if self.paired:
@@ -82,6 +88,8 @@ class Candidate:
         row.rewards = {name: mean(torch.cat(values)) or 0.0 for name, values in self.rewards.items()} or None
         if self.matches:
             row.shows = shares(*(torch.cat(part) for part in zip(*self.matches, strict=True)))
+        if self.verdicts:
+            row.adherence = Verdict.joined(self.verdicts).groups(unseen)
 
     def fill_classes(self, reference: Tensor, labels: Tensor, names: Sequence[str]) -> None:
         """Compute KID of each class, for it has no bias at few pictures; reference item i is that of picture i."""
@@ -161,12 +169,14 @@ def accumulate(
         readable: whether a program can read off the pictures what their labels ask.
     """
     teacher: tuple[str, Tensor] | None = None
-    labels = {name: items[name] for name in items if name == "label"}
+    asked = {name: items[name] for name in items if name in ("label", "caption")}
     for one in candidates:
         pictures = one.draw(items, seeds).float().cpu()
         one.features.append(extract(features, pictures, len(pictures)))
         for name, reward in options.rewards.items():
-            one.rewards.setdefault(name, []).append(reward(pictures, labels))
+            one.rewards.setdefault(name, []).append(reward(pictures, asked))
+        if options.judge is not None:
+            one.verdicts.append(options.judge(pictures, unpack(items["caption"])))
         if readable:
             one.matches.append(read_shape(pictures).matches(items["label"]))
         if condition.paired:
@@ -176,6 +186,17 @@ def accumulate(
         elif one.row.role == "student" and teacher is not None:
             one.add_agreement(pictures, *teacher)
         yield one
+
+
+def measure_diversity(
+    candidates: Sequence[Candidate], items: Batch, options: EvaluationOptions, features: Features
+) -> None:
+    """Measure how far the pictures of one prompt lie apart; seed k of prompt i is `seed + i + k n`, as for means."""
+    numbers = range(len(items["caption"]))
+    for one in candidates:
+        if one.generator is not None:
+            seeds = ([options.seed + i + k * options.n for i in numbers] for k in range(options.seeds_per_prompt))
+            one.row.diversity = diversity([one.draw(items, each).float().cpu() for each in seeds], features)
 
 
 def measure_latency(candidates: Sequence[Candidate], item: Batch, repeats: int) -> None:

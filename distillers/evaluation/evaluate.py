@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from distillers.data import Part
+from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
-from distillers.evaluation.candidate import accumulate, candidates_of, measure_latency
+from distillers.evaluation.candidate import accumulate, candidates_of, measure_diversity, measure_latency
 from distillers.evaluation.latency import device_of
 from distillers.evaluation.metrics import mean
 from distillers.evaluation.options import MEANS, EvaluationOptions
@@ -33,6 +34,7 @@ from distillers.evaluation.reference import (
 )
 from distillers.evaluation.report import Report, setting
 from distillers.evaluation.shape_reader import read_shape, shares
+from distillers.models.captions import unpack
 
 if TYPE_CHECKING:
     from distillers.data import ImageData
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, what is being drawn
 
 DISTANCES_FALL = "Frechet distances fall as n grows: compare them only at one n and in one feature space."
+PROMPTS = 64  # whose diversity is measured
 HALF_FLOOR = "The real row has half the n of the others, so it overstates the floor; give the train split for n."
 
 
@@ -83,21 +86,30 @@ def evaluate(
     reference, colour = real_features(data, n, features, batch)
     candidates = candidates_of(generator, teacher, options, colour, len(reference))
     readable = _is_readable(generator, data)
-    done, labels = 0, list[int]()
+    done, labels, captions = 0, list[int](), list[str]()
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         seeds, items = range(options.seed + start, options.seed + start + len(part)), data.items(part)
         labels += generator.condition.of_items(items).get("labels") or []
+        captions += unpack(items["caption"]) if options.judge is not None else []
         for one in accumulate(candidates, items, seeds, features, options, generator.condition, readable):
             done += len(part)
             if progress:
                 progress(done, n * len(candidates), one.row.name)
-    regions = regions_of(data, n)
+    regions, unseen = regions_of(data, n), None
+    if options.judge is not None and isinstance(train, CaptionedFolder):
+        unseen = options.judge.unseen(captions, train.texts)
     for one in candidates:
-        one.fill_row(reference, regions)
+        one.fill_row(reference, regions, unseen)
         if n <= len(data):
             one.fill_classes(reference, torch.tensor(labels), data.labels)
     floor = real_row(reference, data, train, n, features, batch)
+    if options.judge is not None:
+        real = data.items(indices[: len(reference)])
+        verdict = options.judge(real["image"], captions[: len(reference)])
+        floor.adherence = verdict.groups(None if unseen is None else unseen[: len(reference)])
+        if options.seeds_per_prompt > 1:
+            measure_diversity(candidates, data.items(indices[:: max(1, n // PROMPTS)][:PROMPTS]), options, features)
     if options.rewards or readable:
         pictures, condition = real_pictures(data, n)
         rewards = {name: mean(reward(pictures, condition)) or 0.0 for name, reward in options.rewards.items()}
@@ -115,7 +127,7 @@ def evaluate(
         seeds=[options.seed, options.seed + n - 1],
         features=features.card.summary(),
         setting=setting(device),
-        notes=_notes(n, len(reference), train is None, generator.condition.paired, readable),
+        notes=_notes(n, len(reference), train is None, generator.condition.paired, readable, options),
         rows=[floor, *(one.row for one in candidates)],
     )
 
@@ -138,6 +150,11 @@ def check_evaluation(
     if options.mean_of and not paired:
         raise BadInput("mean_of", options.mean_of, MEANS)
     check_teacher(generator, teacher)
+    if (judge := options.judge) is not None:
+        if not (generator.condition.argument == "prompts" and data.captioned):
+            raise BadInput("judge", judge.name, "none: only models that read text, on data with captions, are judged")
+        if judge.name in info.trained_with:
+            raise BadInput("judge", judge.name, f"another than the network whose reward {info.name} has learnt from")
     if generator.condition.argument == "labels" and not _same_labels(data.labels, info.labels):
         raise BadInput("data", list(data.labels), f"data with the model's labels: {list(info.labels)}")
     if paired != ("sar" in data.items([0])):
@@ -174,13 +191,21 @@ def _is_readable(generator: Generator, data: ImageData) -> bool:
     return generator.condition.argument == "labels" and isinstance(whole, CaptionedShapes) and whole.objects == 1
 
 
-def _notes(n: int, n_reference: int, halved: bool, paired: bool, readable: bool) -> list[str]:
+def _notes(
+    n: int, n_reference: int, halved: bool, paired: bool, readable: bool, options: EvaluationOptions
+) -> list[str]:
     """Say under the table what its figures do not."""
     notes = [DISTANCES_FALL]
     if readable:
         notes.append(
             "Shows what was asked: a program without a network reads colour and form off the picture and holds them "
             "against the label; half, blurred, doubled and speckled objects show no form."
+        )
+    if options.judge is not None:
+        notes.append(
+            f"Follows its prompt: {options.judge.describe()} finds everything that the prompt names; unseen pairs: it "
+            "names two things that no training caption names together. Diversity: the distance of one prompt's "
+            f"pictures in the feature space, {options.seeds_per_prompt} seeds each, as a share of different prompts'."
         )
     if n_reference < n:
         notes.append(f"The split has {n_reference} items: conditions repeat, with other seeds.")

@@ -35,9 +35,9 @@ def check_space(info: Info, features: Features, pictures: int) -> None:
 
 
 def real_pictures(data: ImageData, n: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the pictures of a reference of n, each once, and their labels as a condition, where there are any."""
+    """Return the pictures of a reference of n, each once, and their labels and captions, where there are any."""
     items = data.items(sorted(set(spread_evenly(n, len(data)))))
-    return items["image"], {k: items[k] for k in items if k == "label"}
+    return items["image"], {k: items[k] for k in items if k in ("label", "caption")}
 
 
 def real_features(data: ImageData, n: int, features: Features, batch: int) -> tuple[Tensor, Tensor]:

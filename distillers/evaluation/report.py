@@ -27,6 +27,8 @@ class Row:
     steps: int | None = None
     nfe: int | None = None
     shows: dict[str, float] | None = None  # shares that show the asked colour, the asked form, and both: "asked"
+    adherence: dict[str, dict[str, float]] | None = None  # "all", "seen", "unseen" -> `Verdict.shares`
+    diversity: float | None = None  # of one prompt's pictures, as a share of that of different prompts'
     frechet: float | None = None
     kid_mean: float | None = None
     kid_std: float | None = None
@@ -97,6 +99,8 @@ class Report:
             (f"speed-up over {timed}", lambda r: r.speed_up and next(iter(r.speed_up.values())), ".1f"),
         ]
         parts = [markdown_table(heads, self.rows)]
+        if by_attribute := attribute_table([(row.name, row) for row in self.rows]):
+            parts += ["Found of what prompts name, %:", by_attribute]
         if by_region := region_table([(row.name, row) for row in self.rows]):
             parts += ["By region:", by_region]
         if by_class := class_table([(row.name, row) for row in self.rows]):
@@ -118,6 +122,10 @@ class Report:
 QUALITY: list[Column[Row]] = [
     ("NFE", lambda r: r.nfe, ""),
     ("shows what was asked, %", lambda r: r.shows and 100 * r.shows["asked"], ".1f"),
+    ("follows its prompt, %", lambda r: _followed(r, "all"), ".1f"),
+    ("seen pairs, %", lambda r: _followed(r, "seen"), ".1f"),
+    ("unseen pairs, %", lambda r: _followed(r, "unseen"), ".1f"),
+    ("diversity", lambda r: r.diversity, ".3f"),
     ("Frechet", lambda r: r.frechet, ".3f"),
     ("KID x1000", lambda r: None if r.kid_mean is None else 1000 * r.kid_mean, ".2f"),
     ("precision", lambda r: r.precision, ".3f"),
@@ -158,6 +166,32 @@ def class_table(rows: Sequence[tuple[str, Row]]) -> str | None:
         return (label, lambda named: _kid(named[1], label), ".0f")
 
     return markdown_table([("", lambda named: named[0], ""), *(column(label) for label in labels)], rows)
+
+
+def _followed(row: Row, group: str) -> float | None:
+    """Return the share of a group's prompts that were followed, in percent; None where it was not judged."""
+    shares = (row.adherence or {}).get(group)
+    return None if shares is None else 100 * shares["followed"]
+
+
+def attribute_table(rows: Sequence[tuple[str, Row]]) -> str | None:
+    """Write how often each attribute was found as a table with a line for each named row; None without a judge."""
+    rows = [(name, row) for name, row in rows if row.adherence]
+    attributes = dict.fromkeys(name for _, row in rows for name in (row.adherence or {})["all"])
+    attributes = {name: None for name in attributes if name not in ("n", "followed")}
+    if not attributes:
+        return None
+
+    def column(attribute: str) -> "Column[tuple[str, Row]]":
+        return (attribute, lambda named: _found(named[1], attribute), ".1f")
+
+    return markdown_table([("", lambda named: named[0], ""), *(column(name) for name in attributes)], rows)
+
+
+def _found(row: Row, attribute: str) -> float | None:
+    """Return how often an attribute was found where a prompt named it, in percent; None where none did."""
+    share = (row.adherence or {})["all"].get(attribute)
+    return None if share is None else 100 * share
 
 
 REGION_FIGURES = {"psnr": ".2f", "ssim": ".3f"}  # by region, and how they are printed

@@ -7,7 +7,7 @@ Feedback by gradient needs a differentiable one; comparing two pictures does not
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from distillers.data.preferences import Preferred, write_preferences
 from distillers.errors import BadInput
+from distillers.evaluation.attributes import AttributeNet, is_attribute_net
 from distillers.evaluation.features import FeatureNet
 from distillers.evaluation.options import RewardFunction
 from distillers.evaluation.pictures import to_pixels
 from distillers.generator import Generator
+from distillers.models.captions import pack, unpack
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.conditions import Cond
 
@@ -39,6 +41,29 @@ class Recognised(nn.Module):
         return chosen[:, 0]
 
 
+class Adherence(nn.Module):
+    """The reward mean ln p(named value | picture) over what a caption names, of a classifier of attributes.
+
+    It is at most 0. Another network judges the outcome: see `evaluation.adherence`.
+    """
+
+    def __init__(self, classifier: AttributeNet) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    @property
+    def example(self) -> str:
+        """A caption that it knows."""
+        return next(iter(self.classifier.card.phrases))
+
+    def forward(self, pixels: Tensor, cond: Cond | None) -> Tensor:
+        if cond is None or "caption" not in cond:
+            name = self.classifier.card.name
+            raise BadInput("reward", name, "a text-to-image teacher, and data with captions: it judges what they name")
+        likelihoods, asked = self.classifier.likelihoods(pixels, unpack(cond["caption"]))
+        return likelihoods.sum(1) / asked.sum(1)
+
+
 def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
     """Compute mean green minus the mean of red and blue; 1 is half the range of values. (B, 3, H, W) -> (B,).
 
@@ -51,15 +76,17 @@ def greenness(pixels: Tensor, cond: Cond | None) -> Tensor:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """Load a reward: a feature classifier's folder, or "module:function" on Python's path.
+    """Load a reward: the folder of a classifier of labels or of attributes, or "module:function" on Python's path.
 
     Raises:
         BadInput: neither a folder nor something that can be imported.
     """
     if Path(name).is_dir():
+        if is_attribute_net(Path(name)):
+            return Adherence(AttributeNet.load(name))
         return Recognised(FeatureNet.load(name))
     module, colon, function = name.partition(":")
-    allowed = "a folder of a feature classifier, or module:function, a callable (pixels, cond) -> (B,)"
+    allowed = "a folder of a classifier, or module:function, a callable (pixels, cond) -> (B,)"
     try:
         loaded: RewardFunction = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -83,6 +110,8 @@ class Reward(nn.Module):
         super().__init__()
         self.reward, self.codec = reward, codec
         tried = x0.clone().requires_grad_()
+        if isinstance(reward, Adherence) and cond and "caption" in cond:
+            cond = {**cond, "caption": pack([reward.example] * len(x0))}
         try:
             with torch.enable_grad():
                 value = torch.as_tensor(reward(codec.decode(tried), cond))
@@ -96,6 +125,11 @@ class Reward(nn.Module):
     def forward(self, x0: Tensor, cond: Cond | None) -> Tensor:
         """Compute the rewards (B,) of samples (B, ...)."""
         return self.reward(self.codec.decode(x0), cond).float()
+
+
+def judges_of(modules: Iterable[nn.Module]) -> set[str]:
+    """Name the classifiers of attributes among modules: what learns from them is not judged by them."""
+    return {module.card.name for module in modules if isinstance(module, AttributeNet)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +168,8 @@ def choose_pairs(
             numbers = range(first, min(first + batch, n))
             given = generator.condition.in_turn(numbers)
             cond = generator.encode_condition(**given)
+            if "prompts" in given:
+                cond = {**(cond or {}), "caption": pack(given["prompts"] or ())}
             names = generator.condition.names(given, len(numbers))
             drawn = [generator.sample([seed + 2 * i + k for i in numbers], steps=steps, **given) for k in (0, 1)]
             judge = judge or Reward(reward, PixelUnshuffle(1), drawn[0], cond, differentiable=False)

@@ -16,7 +16,7 @@ import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +39,7 @@ from distillers.training.checkpoints import Checkpoints, newest_checkpoint
 from distillers.training.distiller import Distiller, Networks, Turn, follow, modes_kept, slow_copy
 from distillers.training.execution import DryRun, Execution, fastest_execution, run_as
 from distillers.training.head import warn_of_noise
+from distillers.training.reward import judges_of
 from distillers.training.settings import TrainSettings
 from distillers.training.watch import Watch
 
@@ -426,7 +427,9 @@ class Run:
     def _averaged(self) -> Generator | Autoencoder:
         """Build the generator or autoencoder from the averages as they are now."""
         nets = Networks({**self.nets, **self.averages})
-        return self.distiller.generator(nets, self.teacher).eval()
+        made = self.distiller.generator(nets, self.teacher).eval()
+        made.info = replace(made.info, trained_with=sorted({*made.info.trained_with, *judges_of(nets.modules())}))
+        return made
 
     @torch.no_grad()
     def watch(self, done: int, watch: Watch) -> str:

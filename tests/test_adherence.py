@@ -1,0 +1,259 @@
+"""Judges: they find what captions say of real pictures, and notice what a picture does not show."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from distillers.data.captioned import CaptionedFolder
+from distillers.data.shapes import CaptionedShapes
+from distillers.errors import BadInput
+from distillers.evaluation.adherence import AttributeJudge, ShapesJudge, Verdict, diversity, load_judge
+from distillers.evaluation.attributes import (
+    ROLES,
+    AttributeCard,
+    avatars_card,
+    shares_found,
+    train_attributes,
+)
+from distillers.evaluation.clauses import AVATARS, UNSEEN
+from distillers.evaluation.scene_reader import parse_scene
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "avatars"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+CAPTION = "a cartoon head with teal hair, braids, winking eyes, a toothy smile, cat ears, on a pink background"
+
+
+@pytest.fixture(scope="module")
+def avatars() -> CaptionedFolder:
+    """Twenty-four held-out avatars."""
+    if not DATA.is_dir():
+        pytest.skip("the avatars are not at ../shared/data/avatars")
+    return CaptionedFolder(DATA, split="test", size=128, limit=24)
+
+
+def lines(split: str) -> list[dict[str, object]]:
+    if not DATA.is_dir():
+        pytest.skip("the avatars are not at ../shared/data/avatars")
+    return [json.loads(line) for line in (DATA / split / "metadata.jsonl").read_text().splitlines()]
+
+
+# --- what captions say
+def test_a_caption_names_a_value_of_each_of_its_attributes() -> None:
+    assert AVATARS.named(CAPTION) == {
+        "style": "a cartoon head",
+        "hair colour": "teal hair",
+        "hair": "braids",
+        "eyes": "winking eyes",
+        "mouth": "a toothy smile",
+        "accessory": "cat ears",
+        "background": "on a pink background",
+    }
+    assert AVATARS.named("a flat portrait with a bob with bangs, an orange t-shirt") == {
+        "style": "a flat portrait",
+        "hair": "a bob with bangs",
+        "clothing": "t-shirt",
+        "clothing colour": "orange",
+    }
+
+
+def test_clauses_may_be_left_out_and_change_places() -> None:
+    assert AVATARS.named("Cat ears, A cartoon head, ") == {"accessory": "cat ears", "style": "a cartoon head"}
+
+
+def test_every_caption_of_the_data_is_read_and_names_what_was_drawn() -> None:
+    names = {"hair": "hair", "eyes": "eyes", "mouth": "mouth"}
+    for split in ("train", "test"):
+        drawn: dict[tuple[str, str], set[str]] = {}
+        for line in lines(split):
+            words = AVATARS.words(str(line["text"]))
+            assert words["background"] == f"on a {line['background']} background"
+            exact = line["attributes"]
+            assert isinstance(exact, dict)
+            for ours, theirs in names.items():
+                if ours in words:
+                    drawn.setdefault((str(line["style"]), f"{ours}: {words[ours]}"), set()).add(exact[theirs])
+        assert all(len(values) == 1 for values in drawn.values()), drawn  # a phrase means one drawing in its style
+
+
+def test_unseen_pairs_are_those_that_the_data_mark() -> None:
+    test = lines("test")
+    found = AVATARS.unseen([str(line["text"]) for line in test], [str(line["text"]) for line in lines("train")])
+    assert found.tolist() == [line["unseen_pair"] for line in test]
+
+
+def test_what_another_value_hides_is_not_asked_for() -> None:
+    masked = "a cartoon head with braids, sad eyes, an open smile, a sleep mask"
+    assert "eyes" in AVATARS.words(masked) and "eyes" not in AVATARS.named(masked)
+    columns = list(AVATARS.attributes)
+    target = AVATARS.targets([masked])[0]
+    assert target[columns.index("eyes")] == UNSEEN and target[columns.index("mouth")] > 0
+    assert target[columns.index("facial hair")] == 0  # there is none, which can be seen
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given"),
+    [
+        ("a cartoon head with green hair", "a cartoon head with green hair"),
+        ("a cartoon head, , braids", "''"),
+        ("", "''"),
+        ("teal hair, red hair", "one value of hair colour"),
+        ("a cartoon head with a flat portrait", "one value of style"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(prompt: str, given: str) -> None:
+    with pytest.raises(BadInput, match="prompt: got") as caught:
+        AVATARS.named(prompt)
+    assert given in str(caught.value)
+
+
+# --- training
+def tiny(part: int = 0) -> AttributeCard:
+    return replace(avatars_card(ROLES[part]), name="tiny", size=16, widths=((8, 8, 16, 16), (8, 16))[part])
+
+
+@pytest.mark.parametrize(("part", "iterations"), [(0, 60), (1, 150)])
+def test_training_learns_is_reproducible_and_survives_the_folder(part: int, iterations: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    colours = {"pink": (255, 190, 200), "white": (255, 255, 255), "mint": (200, 240, 195)}
+    names = rng.choice(list(colours), 120)
+    pixels = np.stack([np.full((32, 32, 3), colours[name], np.uint8) for name in names])
+    captions, losses = [f"a cartoon head, on a {name} background" for name in names], []
+    nets = [
+        train_attributes(
+            pixels,
+            captions,
+            tiny(part),
+            iterations=iterations,
+            batch=16,
+            lr=1e-2,
+            progress=lambda i, loss, net: losses.append(loss),
+        )
+        for _ in range(2)
+    ]
+    assert losses[:iterations] == losses[iterations:] and np.mean(losses[iterations - 10 : iterations]) < 0.5 * np.mean(
+        losses[:5]
+    )
+    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    assert shares_found(nets[0], [pictures], captions)[0] == {"style": 1.0, "background": 1.0}
+    nets[0].save(tmp_path)
+    again = load_judge(tmp_path)
+    assert isinstance(again, AttributeJudge) and again.net.card == nets[0].card
+    for ours, theirs in zip(again.net(pictures), nets[0](pictures), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_one_half_of_the_pictures_is_learnt() -> None:
+    captions = ["a cartoon head", "a flat portrait"] * 8
+    pixels = np.random.default_rng(0).integers(0, 120, (16, 32, 32, 3), np.uint8)
+    pixels[1::2] += 120
+    net = train_attributes(pixels, captions, tiny(0), iterations=60, batch=8, lr=1e-2)
+    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    shares = [shares_found(net, [pictures[k::2]], captions[k::2])[0]["style"] for k in (0, 1)]
+    assert shares == [1.0, 0.0] and net.card.n_train == 8
+
+
+def test_bad_training_data_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="captions: got 1; allowed: one for each of the 2"):
+        train_attributes(np.zeros((2, 32, 32, 3), np.uint8), ["a cartoon head"], tiny(), iterations=1)
+    for name in ("no-such-judge", str(tmp_path)):
+        with pytest.raises(BadInput, match=r"judge: got .*avatars, shapes"):
+            load_judge(name)
+    with pytest.raises(BadInput, match="judge: got"):
+        load_judge(WEIGHTS / "features-shapes")
+
+
+# --- shapes
+@pytest.fixture(scope="module")
+def scenes() -> tuple[Tensor, list[str]]:
+    data = CaptionedShapes(size=64, split="test")
+    return data.items(range(120))["image"], data.captions(range(120))
+
+
+@pytest.mark.parametrize(("size", "objects"), [(64, 2), (64, 1), (48, 2)])
+def test_real_shapes_follow_their_captions(size: int, objects: int) -> None:
+    data = CaptionedShapes(size=size, split="test", objects=objects)
+    verdict = ShapesJudge()(data.items(range(100))["image"], data.captions(range(100)))
+    assert verdict.followed.all() and verdict.asked[:, :4].all()
+
+
+def test_soft_and_noisy_shapes_follow_them_too(scenes: tuple[Tensor, list[str]]) -> None:
+    pictures, captions = scenes
+    soft = torch.from_numpy(gaussian_filter(pictures.numpy(), (0, 0, 0.5, 0.5), mode="nearest"))
+    noisy = soft + 0.03 * torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
+    assert ShapesJudge()(noisy, captions).followed.double().mean() > 0.97
+
+
+def test_what_a_picture_of_shapes_does_not_show_is_noticed(scenes: tuple[Tensor, list[str]]) -> None:
+    pictures, captions = scenes
+    judge = ShapesJudge()
+    missed = {
+        "background": (1 - (pictures + 1) / 3, captions),
+        "relation": (pictures.transpose(2, 3), captions),
+        "colour": (pictures.roll(1, 1), captions),
+        "shape": (pictures, [c.replace("circle", "square") if "circle" in c else c.replace("cross", "circle")
+                             if "cross" in c else c.replace("triangle", "circle") for c in captions]),
+        "objects": (pictures, ["a red circle" if "of" in c or "above" in c or "below" in c
+                               else "a circle above a circle" for c in captions]),
+    }  # fmt: skip
+    for name, (changed, words) in missed.items():
+        verdict = judge(changed, words)
+        column = judge.attributes.index(name)
+        asked = verdict.asked[:, column]
+        assert asked.any() and verdict.found[asked, column].double().mean() < 0.35, name
+    assert not judge(pictures, captions[1:] + captions[:1]).followed.any()
+
+
+def test_half_an_object_and_an_empty_picture_show_no_shape() -> None:
+    judge = ShapesJudge()
+    alone = CaptionedShapes(size=64, split="test", objects=1)
+    half = alone.items(range(20))["image"]
+    half[:, :, :, :32] = half[:, :, :1, :1]
+    verdict = judge(half, alone.captions(range(20)))
+    assert verdict.found[:, judge.attributes.index("shape")].double().mean() < 0.2
+    empty = judge(torch.zeros(2, 3, 64, 64), ["a red circle", "on a mid background"])
+    assert empty.followed.tolist() == [False, True]
+
+
+def test_parts_of_a_shapes_caption_are_read() -> None:
+    scene = parse_scene("A tiny red circle left of a blue square")
+    assert [(t.size, t.colour, t.shape) for t in scene.things] == [("tiny", "red", "circle"), (None, "blue", "square")]
+    assert scene.relation == "left of" and scene.background is None
+    assert parse_scene("on a dark background").background == "dark"
+    for wrong in ("", "a red cube", "a red circle near a blue square", "red", "a circle on a dark background, please"):
+        with pytest.raises(BadInput, match="prompt: got"):
+            parse_scene(wrong)
+
+
+def test_unseen_pairs_of_shapes_are_of_colour_and_form() -> None:
+    learnt = ["a red circle", "a blue square on a dark background"]
+    captions = ["a large red circle", "a red square", "a blue square above a red circle", "a blue circle"]
+    assert ShapesJudge().unseen(captions, learnt).tolist() == [False, True, False, True]
+
+
+# --- verdicts and diversity
+def test_a_verdict_counts_what_was_asked_for() -> None:
+    asked = torch.tensor([[1, 1], [1, 0], [0, 1]], dtype=torch.bool)
+    found = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    verdict = Verdict.joined([Verdict(("a", "b"), asked[:1], found[:1]), Verdict(("a", "b"), asked[1:], found[1:])])
+    assert verdict.followed.tolist() == [True, True, False]
+    groups = verdict.groups(torch.tensor([False, True, True]))
+    assert groups["all"] == pytest.approx({"n": 3, "followed": 2 / 3, "a": 1.0, "b": 0.5})
+    assert groups["seen"]["followed"] == 1 and groups["unseen"] == {"n": 2, "followed": 0.5, "a": 1.0, "b": 0.0}
+
+
+def test_diversity_is_of_one_prompts_pictures() -> None:
+    def features(pictures: Tensor) -> Tensor:
+        return pictures.mean((2, 3))
+
+    prompts = torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    assert diversity([prompts, prompts, prompts], features) == 0  # type: ignore[arg-type]
+    assert diversity([prompts, prompts + 0.1], features) == pytest.approx(0.1, abs=0.005)  # type: ignore[arg-type]
+    for drawn in ([prompts], [prompts[:1], prompts[:1]], [prompts, prompts[:1]], [prompts * 0, prompts * 0]):
+        with pytest.raises(BadInput, match="drawn"):
+            diversity(drawn, features)  # type: ignore[arg-type]
