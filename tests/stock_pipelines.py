@@ -20,8 +20,8 @@ TOKENS = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
 def clip(kind: type[Any], **more: Any) -> Any:
     """A text encoder of CLIP's classes."""
     config = transformers.CLIPTextConfig(
-        vocab_size=54, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=20, projection_dim=32, **TOKENS, **more,
+        vocab_size=54, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=20, projection_dim=32, **TOKENS, **{"hidden_size": 32, **more},
     )  # fmt: skip
     return kind(config).eval()
 
@@ -90,12 +90,13 @@ def sdxl(folder: Path, **more: Any) -> Any:
     words = tokenizer(folder, 20)
     return diffusers.StableDiffusionXLPipeline(
         unet=unet(
-            cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+            cross_attention_dim=96, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=32 + 6 * 8, **more,
         ),
         vae=vae(4, scaling_factor=0.13), tokenizer=words, tokenizer_2=words,
         text_encoder=clip(transformers.CLIPTextModel, hidden_act="quick_gelu"), scheduler=ddim(),
-        text_encoder_2=clip(transformers.CLIPTextModelWithProjection, hidden_act="gelu"), add_watermarker=False,
+        text_encoder_2=clip(transformers.CLIPTextModelWithProjection, hidden_act="gelu", hidden_size=64),
+        add_watermarker=False,
     )  # fmt: skip
 
 

@@ -231,8 +231,9 @@ def test_the_shipped_teacher_reads_its_three_sources() -> None:
 def test_orders_and_batches_of_conditions_are_each_others_inverse() -> None:
     sar = torch.rand(3, 2, 4, 4)
     every: list[tuple[conditions.Given, int]] = [({}, 2), ({"labels": [1, 0]}, 2), ({"prompts": ["a", "b"]}, 2)]
-    for given, count in [*every, ({"sar": sar}, 3)]:
-        empty = {"label": None, "prompt": None, "sar": None}
+    every += [({"prompts": ["a", "b"], "negative_prompts": [None, "c"]}, 2), ({"sar": sar}, 3)]
+    for given, count in every:
+        empty = {"label": None, "prompt": None, "negative_prompt": None, "sar": None}
         orders = [SimpleNamespace(**empty | one) for one in conditions.scatter(given, count)]
         again: Any = conditions.gather(orders)
         assert set(again) == set(given)

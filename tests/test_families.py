@@ -1,6 +1,8 @@
 """Families of text to image: what is opened, drawn and written equals stock diffusers, on small random pipelines."""
 
 import inspect
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from one_file import write_one_file
 from stock_pipelines import PIPELINES, build
 
 from distillers.errors import BadInput
@@ -148,3 +151,30 @@ def consistency_pictures(generator: Generator, steps: int, pipe: Any) -> np.ndar
     with torch.inference_mode():
         x0 = generator(first, cond, steps, stream if handed else fresh())
         return (generator.codec.decode(x0).clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_checkpoint_of_one_file_draws_what_its_pipeline_draws(name: str, stock: Stock, tmp_path: Path) -> None:
+    """Configurations and tokenizers come from a folder beside it; where there is none, and no hub, that is said."""
+    pipe, folder = stock[name]
+    write_one_file(pipe, tmp_path / "one.safetensors")
+    with pytest.raises(BadInput, match=r"one.safetensors.*one/ says, a folder with model_index.json"):
+        Generator.from_pretrained(tmp_path / "one.safetensors")
+    shutil.copytree(folder, tmp_path / "one", ignore=shutil.ignore_patterns("*.safetensors"))
+    generator = Generator.from_pretrained(str(tmp_path / "one.safetensors"))
+    assert generator.info.name == "one"
+    assert np.abs(ours(generator, 2) - ours(Generator.from_pretrained(folder), 2)).max() < 1e-5
+    Path(tmp_path / "adapter.safetensors").write_bytes(
+        (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    for wrong, message in (("adapter", "no network, such as an adapter"), ("torn", "readable safetensors")):
+        (tmp_path / "torn.safetensors").write_bytes(b"torn")
+        with pytest.raises(BadInput, match=message):
+            Generator.from_pretrained(tmp_path / f"{wrong}.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline", "Lumina2Pipeline"])
+def test_other_families_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "transformer": ["diffusers", "X"]}))
+    with pytest.raises(BadInput, match=f"pipeline: got '{kind}'; allowed: .*StableDiffusion3Pipeline, FluxPipeline"):
+        Generator.from_pretrained(tmp_path)

@@ -31,6 +31,7 @@ from distillers.weights.manifest import (
     verify,
 )
 from distillers.weights.network import check_finite, class_rows
+from distillers.weights.single_file import SUFFIX, as_folder
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's file
 STEMS = ("text_encoder*/model", f"*{WEIGHTS}")
@@ -88,7 +89,7 @@ def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "c
 def read_pipeline(
     path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Parts:
-    """Open a weights folder or any supported diffusers pipeline (folder or hub id).
+    """Open a weights folder or any supported diffusers pipeline: a folder, a hub id or a checkpoint of one file.
 
     Raises:
         BadInput: no such folder, a pipeline or network class we do not know, missing or damaged weights.
@@ -177,8 +178,13 @@ def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Pa
 
 
 def _local(path_or_hub_id: str | Path) -> Path:
-    """Return a folder on disk: the given one, or the local copy of a hub id (JSON and safetensors, never code)."""
+    """Return a folder on disk: the given one, what a file of weights becomes, or the local copy of a hub id.
+
+    Of the hub JSON and safetensors are read, never code.
+    """
     path = Path(path_or_hub_id)
+    if path.suffix == SUFFIX and path.is_file():
+        return as_folder(path)
     if path.is_dir():
         return path
     is_hub_id = isinstance(path_or_hub_id, str) and path_or_hub_id.count("/") == 1 and path_or_hub_id[0] not in "./~"
