@@ -251,6 +251,9 @@ class ImagesAnswer(BaseModel):
     timings: Timings
     chosen: Chosen | None = Field(None, description="With latency_budget_ms.")
     scene: SceneData | None = None
+    unread: dict[str, str] | None = Field(
+        default=None, description="The end of the prompt that a text encoder does not read, by the encoder's name."
+    )
 
 
 class JobAnswer(BaseModel):

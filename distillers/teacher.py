@@ -106,8 +106,11 @@ class Teacher:
 
     def example(self) -> tuple[Tensor, Cond | None]:
         """Make an example for shapes: zeros (1, C, H, W) in the network's space, and a condition of the task."""
+        return self._zeros(1), self.condition.example()
+
+    def _zeros(self, count: int) -> Tensor:
         side = (length // self.codec.factor for length in self.info.size)
-        return torch.zeros(1, self.codec.channels(self.info.channels), *side), self.condition.example()
+        return torch.zeros(count, self.codec.channels(self.info.channels), *side)
 
     def encode_batch(self, batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
         """Encode a batch of pictures (see `data.pixels.Batch`): "x0", "loser", and the condition's tensors.
@@ -120,7 +123,7 @@ class Teacher:
         elif "image" in batch:
             encoded = {"x0": self.codec.encode(batch["image"].to(device))}
         else:
-            encoded = {"x0": self.example()[0].to(device).repeat(len(next(iter(batch.values()))), 1, 1, 1)}
+            encoded = {"x0": self._zeros(len(next(iter(batch.values())))).to(device)}
         if "loser" in batch:
             encoded["loser"] = self.codec.encode(batch["loser"].to(device))
         return encoded | self.condition.encode_items(batch, device)

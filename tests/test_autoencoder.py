@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from distillers.methods.autoencoder import Autoencoder as Method
 from distillers.methods.autoencoder import adaptive_weight, divergence, spread
 from distillers.models.captions import unpack
 from distillers.models.codec import Vae
+from distillers.models.conditions import Condition
 from distillers.teacher import Teacher
 from distillers.training.discriminator import PatchDiscriminator
 from distillers.training.distiller import Batch
@@ -484,7 +486,7 @@ def test_latents_are_those_of_the_pictures_that_would_be_drawn(
     ways: dict[str, bool], folder: Path, pictures: Path
 ) -> None:
     data, codec = ImageFolder(pictures, "train", SIDE, **ways), Autoencoder.from_pretrained(folder).codec
-    kept = encoded_once(data, codec)
+    kept = encoded_once(data, opened(codec))
     assert (
         isinstance(kept, Latents)
         and len(kept) == 20
@@ -498,10 +500,15 @@ def test_latents_are_those_of_the_pictures_that_would_be_drawn(
     assert len(kept.latents) == len(data.operations)
 
 
+def opened(codec: Any) -> Any:
+    """What `encoded_once` asks of a teacher."""
+    return SimpleNamespace(codec=codec, condition=Condition("tiny"))
+
+
 def test_only_what_gains_by_it_is_encoded_before(folder: Path, pictures: Path, shapes: ImageData) -> None:
     codec, data = Autoencoder.from_pretrained(folder).codec, ImageFolder(pictures, "train", SIDE)
-    assert encoded_once(shapes, codec) is shapes  # endless
-    assert encoded_once(data, _pixels()) is data
+    assert encoded_once(shapes, opened(codec)) is shapes  # endless
+    assert encoded_once(data, opened(_pixels())) is data
 
 
 def test_labels_stay_beside_their_latents(folder: Path, shapes: ImageData, tmp_path: Path) -> None:
@@ -519,7 +526,7 @@ def test_labels_stay_beside_their_latents(folder: Path, shapes: ImageData, tmp_p
 def test_captions_beside_latents_lose_the_same_clauses(folder: Path, tmp_path: Path) -> None:
     data = CaptionedFolder(write_captioned(tmp_path, side=SIDE), size=SIDE, clause_dropout=0.5)
     codec = Autoencoder.from_pretrained(folder).codec
-    kept = encoded_once(data, codec)
+    kept = encoded_once(data, opened(codec))
     assert (
         isinstance(kept, Latents) and kept.captioned and not Latents(ImageFolder(tmp_path, size=SIDE), codec).captioned
     )

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import diffusers
 import numpy as np
@@ -237,6 +238,10 @@ def test_a_prompt_is_drawn_over_http(stock: tuple[Any, Path], tmp_path: Path) ->
         levels = ((expected[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
         assert barn.shape == (SIDE, SIDE, 3) and np.abs(barn - levels).max() <= 1
         assert (pixels(ask(prompt=WORDS[1])) != barn).any() and (pixels(ask(prompt=WORDS[0], steps=2)) != barn).any()
+        assert ask(prompt="a" * 18)["unread"] is None
+        assert ask(prompt="a" * 18 + "bcd")["unread"]["text_encoder"] == "bcd"
+        raw = client.post("/v1/images/generations", json={"prompt": "a" * 18 + "bé"}, headers={"Accept": "image/png"})
+        assert raw.status_code == 200 and json.loads(unquote(raw.headers["x-fewstep-unread"]))["text_encoder"]
         assert ask(400, prompt="a", label=1)["error"]["param"] == "label"
         assert ask(400, prompt="b" * 2001)["error"]["param"] == "prompt"
         start = io.BytesIO()

@@ -125,7 +125,7 @@ def test_a_stopped_training_repeats_what_an_uninterrupted_one_does(
     own = recipe(folders)
     data = load_data(own)
     base = load_teacher(own, data)
-    data = encoded_once(data, base.codec)
+    data = encoded_once(data, base)
     run = begin(own.distiller(), base, own.settings(), tmp_path, device="cpu")
     for i in range(2):
         run.iteration(i, data)

@@ -81,6 +81,7 @@ class Model:
         self.students = len(self.dispatches)
         codec: Any = generator.codec
         if generator.prompts is not None:
+            generator.prompts.unread("")  # makes its own tokenizers, before others are used on the engine's thread
             for tower in generator.prompts.towers.values():
                 tower.rows = Dispatch(tower.rows)  # type: ignore[arg-type]
                 self.dispatches.append(tower.rows)

@@ -5,6 +5,7 @@ This is the hot path, so an answer is put together from bytes: no response model
 """
 
 import asyncio
+import json
 import time
 from binascii import b2a_base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -175,9 +176,11 @@ async def respond(request: Request, engine: Engine, work: Work) -> Response:
         headers += [(b"x-fewstep-width", b"%d" % width), (b"x-fewstep-height", b"%d" % height)]
         if (label := work.labels[0]) is not None:
             headers.append((b"x-fewstep-label", quoted(label)))
+        if work.unread:
+            headers.append((b"x-fewstep-unread", quoted(json.dumps(work.unread, ensure_ascii=False))))
         return RawResponse(pictures[0].file, CONTENT_TYPES[plan.output_format], headers)
     facts = {"created": int(time.time()), **facts_of(work), "timings": timings, "chosen": choice_of(plan)}
-    facts["scene"] = None
+    facts |= {"scene": None, "unread": work.unread}
     data = b",".join(
         b'{"b64_json":"%b","seed":%d,"label":%b}' % (picture.file, seed, to_json(label))
         for picture, seed, label in zip(pictures, plan.seeds, work.labels, strict=True)

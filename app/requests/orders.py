@@ -4,7 +4,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -56,6 +56,7 @@ class Work:
     crop: tuple[int, int]  # (height, width) of the answer
     labels: Sequence[str | None]
     first: int = 0  # steps left out at the beginning
+    unread: Mapping[str, str] | None = None  # the end of the prompt that an encoder does not read, by its name
 
 
 async def make_plan(
@@ -140,7 +141,9 @@ def from_noise(plan: Plan, body: ContentFields, size: str | None = None) -> Work
     model = check_task(plan.model, translates=False)
     height, width = check_size(model, size)
     orders = orders_of(model, body, plan.seeds)
-    return Work(plan, orders, height, width, (height, width), label_names(model, orders))
+    prompts = model.generator.prompts
+    unread = prompts.unread(body.prompt or "") if prompts is not None else None
+    return Work(plan, orders, height, width, (height, width), label_names(model, orders), unread=unread or None)
 
 
 def orders_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[Order]:

@@ -140,6 +140,7 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
             optical_png=text(done.optical_png),
             uncertainty_geotiff=text(done.uncertainty) if done.uncertainty else None,
         ),
+        unread=None,
     )
     return JSONResponse(content.model_dump(), headers=headers)
 

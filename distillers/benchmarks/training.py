@@ -203,7 +203,7 @@ def measure(
         raise BadInput("iterations, progress", (iterations, progress), "1 or more, 0 to 1")
     data, settings = load_data(recipe), recipe.settings()
     teacher, distiller = load_teacher(recipe, data), recipe.distiller()
-    data = encoded_once(distiller.data(data, teacher), teacher.codec)
+    data = encoded_once(distiller.data(data, teacher), teacher)
     run = begin(distiller, teacher, settings, Path(tempfile.gettempdir()), device=device)
     i = min(int(progress * settings.iterations), settings.iterations - 1)
     with record_passes(run.nets) as passes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, with_options
-from distillers.errors import BadInput, check_file, check_place
+from distillers.errors import BadInput, Notice, check_file, check_place
 from distillers.sar.options import WARNING, SceneOptions
 
 
@@ -54,6 +55,8 @@ def generate(
     pictures = generator.sample(
         range(seed, seed + n), labels=chosen, prompts=prompts, negative_prompts=negatives, steps=steps
     )
+    for encoder, end in (generator.prompts.unread(prompt or "") if generator.prompts else {}).items():
+        warnings.warn(f"{encoder} does not read the end of the prompt: {end!r}", Notice, stacklevel=2)
     if out.suffix.lower() == ".npy":
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, pictures.numpy())

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from distillers.errors import BadInput
 from distillers.models.captions import pack, unpack
 from distillers.models.codec import ImageCodec
+from distillers.models.families import TOLD
 from distillers.models.radiometry import Radiometry
 
 if TYPE_CHECKING:
@@ -392,14 +393,18 @@ class Prompt(Condition):
     def encode(self, given: Given, device: torch.device, size: tuple[int, int] | None = None) -> Cond | None:
         assert self.encoder is not None
         prompts = given["prompts"] or ()
-        return self.encoder(prompts, size or self.published, given.get("negative_prompts"), guided=self.guided)
+        cond = self.encoder(prompts, size or self.published, given.get("negative_prompts"), guided=self.guided)
+        return {name: value.to(device) for name, value in cond.items()}  # the encoders may stay on the CPU
 
     def encode_items(self, items: Mapping[str, Tensor], device: str | torch.device) -> Cond:
         """Encode captions, and no caption beside them: teachers are guided, and teachers to be learn to be."""
+        if "text" in items:  # `training.encoded_texts` has encoded them before
+            kinds = {k: torch.float32 if v.is_floating_point() else v.dtype for k, v in items.items()}
+            return {k: v.to(device, kinds[k]) for k, v in items.items() if k.removeprefix("null_") in TOLD}
         assert self.encoder is not None
         prompts = unpack(items["caption"])
         if not self.encoder.learns:
-            return self.encoder(prompts, self.published, guided=True)
+            return self.encoder.to(device)(prompts, picture_size(items, self.published), guided=True)
         tokens = self.encoder.tokens([*prompts, ""]).to(device)
         return {"tokens": tokens[:-1], "null_tokens": tokens[-1:].expand_as(tokens[:-1])}
 
@@ -435,6 +440,14 @@ KINDS: dict[str, type[Condition]] = {
     "sar-to-optical": SarPicture,
     "text-to-image": Prompt,
 }
+
+
+def picture_size(items: Mapping[str, Tensor], otherwise: tuple[int, int]) -> tuple[int, int]:
+    """Tell the height and width in pixels of the pictures of a batch: "size" (B, 2), or of its "image"."""
+    if "size" in items:
+        height, width = items["size"][0].tolist()
+        return height, width
+    return tuple(items["image"].shape[-2:]) if "image" in items else otherwise  # type: ignore[return-value]
 
 
 # --- SAR as channels beside the noisy image --------------------------------------------------------------------------

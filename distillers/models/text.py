@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,3 +198,27 @@ class PromptEncoder(nn.Module):
         if self.words.ids is not None:
             told["ids"] = torch.tensor([self.words.ids(*size)] * len(prompts), dtype=torch.float32, device=device)
         return told
+
+    @cached_property
+    def _counting(self) -> dict[str, tuple[Any, int]]:
+        """Tokenizers that cut nothing and pad nothing, by the encoder's name, and how many tokens that reads.
+
+        They are copies: another thread may tokenize meanwhile, and a tokenizer's own settings are no thread's own.
+        """
+        found = dict[str, tuple[Any, int]]()
+        for name in self.towers:
+            tokenizer = copy.deepcopy(self.tokenizers[name.replace("text_encoder", "tokenizer")])
+            length = None if self.clip(name) else self.arguments.get("max_sequence_length")
+            found[name] = tokenizer, int(tokenizer.model_max_length if length is None else length)
+        return found
+
+    def unread(self, prompt: str) -> dict[str, str]:
+        """Tell which end of a prompt each encoder does not read, by its name in the pipeline; {} where all is read."""
+        found = dict[str, str]()
+        for name, (tokenizer, length) in self._counting.items():
+            tokens = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+            if len(tokens.input_ids) > length:  # the last token that is read is the one that ends a text
+                left = tokens.input_ids[length - 1 :]
+                begins = tokens.offset_mapping[length - 1][0] if tokenizer.is_fast else None
+                found[name] = tokenizer.decode(left, skip_special_tokens=True) if begins is None else prompt[begins:]
+        return found

@@ -40,6 +40,9 @@ class TrainSettings:
     publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
     log_every: int = 50
     workers: int = 0  # processes that draw batches; 0 = a thread, which is enough for a CPU and for cheap pictures
+    cache_gb: float = (
+        20.0  # most that latents and encoded texts take beside the run; 0 encodes them when they are drawn
+    )
     tracker: str = "tensorboard"  # any name accelerate knows, or "none"
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class TrainSettings:
             raise BadInput("train.accumulation", self.accumulation, f"a divisor of train.batch = {self.batch}")
         if not 0 <= self.ema < 1:
             raise BadInput("train.ema", self.ema, "0 up to, not including, 1")
-        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay", "workers"):
+        for name in ("warmup", "sample_every", "watch_every", "watch_steps", "weight_decay", "workers", "cache_gb"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "0 or more")
         if self.publish == "best" and not (self.watch_every and self.ema):
