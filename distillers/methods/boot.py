@@ -62,8 +62,7 @@ class Boot(Distiller):
             raise BadInput("teacher", "a network that predicts flow", "one that predicts x0, eps or v")
         student = new_student(teacher)
         student.prediction = "x0"  # a free head: the output is the signal, whatever the teacher's was
-        rewritten = isinstance(student.schedule, EDM) or teacher.prompts is not None
-        if rewritten and hasattr(student.network, "config"):  # refused here, not when written
+        if isinstance(student.schedule, EDM) and hasattr(student.network, "config"):  # refused here, not when written
             check_rewritable(student.network)
         left = 1 / float(student.schedule.noise_ratio(torch.tensor(student.schedule.t_max)))
         if left > SIGNAL_LEFT:
@@ -104,10 +103,13 @@ class Boot(Distiller):
 
     def generator(self, nets: Networks, teacher: Teacher) -> Generator:
         # one step only: the student answers at t_min for any noise, and has no x_t to go on from
+        first = nets["student"].schedule.t_min
+        if teacher.prompts is not None:
+            first += 1  # pipelines of Stable Diffusion set steps_offset = 1: none of them calls at timestep 0
         info = replace(
             teacher.info,
             sampler="ddim",
-            step_times={1: [nets["student"].schedule.t_min]},
+            step_times={1: [first]},
             default_steps=1,
             guidance_scale=1.0,
         )

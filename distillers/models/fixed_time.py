@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
@@ -46,30 +46,12 @@ def as_first_timestep(denoiser: Denoiser) -> Denoiser:
     schedule, own = denoiser.schedule, denoiser.network
     network = fused(own) if has_lora(own) else copy.deepcopy(own)
     assert isinstance(schedule, EDM) and denoiser.prediction == "x0"
-    t = torch.tensor(schedule.t_min, dtype=torch.float64)
-    net = _told(network, schedule.network_time(t), torch.zeros_like(t))
+    check_rewritable(network)
+    net: Any = network
+    t, first = torch.tensor(schedule.t_min, dtype=torch.float64), net.time_embedding.linear_1
+    told = torch.stack([schedule.network_time(t), torch.zeros_like(t)]).to(first.weight)
+    now, then = net.time_proj(told).to(first.weight)
+    first.bias += first.weight @ (now - then)
     start = schedule.start(torch.ones(1), t)
     net.conv_in.weight *= float(start / (schedule.sigma_data**2 + t**2).sqrt())
     return Denoiser(network, VariancePreserving.from_betas(), "x0")
-
-
-@torch.no_grad()
-def as_last_timestep(denoiser: Denoiser) -> Denoiser:
-    """Rewrite a network that predicts x0 and is called at t_min on noise, to be called at t_max, exactly.
-
-    Pipelines of Stable Diffusion set their scheduler's steps_offset to 1, so that none of them calls at t_min.
-    """
-    schedule, network = denoiser.schedule, copy.deepcopy(denoiser.network)
-    assert isinstance(schedule, VariancePreserving) and denoiser.prediction == "x0"
-    first, last = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-    return Denoiser(_told(network, schedule.network_time(first), schedule.network_time(last)), schedule, "x0")
-
-
-def _told(network: nn.Module, now: Tensor, then: Tensor) -> Any:
-    """Change the first layer behind the time's features, in place: told `then`, the network hears what `now` is."""
-    check_rewritable(network)
-    net: Any = network
-    first = net.time_embedding.linear_1
-    of_now, of_then = net.time_proj(torch.stack([now, then]).to(first.weight)).to(first.weight)
-    first.bias += first.weight @ (of_now - of_then)
-    return net

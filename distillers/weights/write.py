@@ -19,7 +19,7 @@ from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
-from distillers.models.fixed_time import as_first_timestep, as_last_timestep
+from distillers.models.fixed_time import as_first_timestep
 from distillers.models.lora import fused, has_lora, lora_rank, lora_state
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
@@ -58,10 +58,6 @@ def write_pipeline(
         assert isinstance(denoiser, Denoiser)
         denoiser = as_first_timestep(denoiser)
         info = replace(info, step_times={1: [denoiser.schedule.t_min]})
-    if prompts is not None and info.step_times == {1: [denoiser.schedule.t_min]}:
-        assert isinstance(denoiser, Denoiser)
-        denoiser = as_last_timestep(denoiser)
-        info = replace(info, step_times={1: [denoiser.schedule.t_max]})
     scheduler = _scheduler(denoiser, info)
     lora, index = None, None
     with staged(folder) as new:
@@ -237,9 +233,12 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
     }
     if info.sampler == "consistency":
         return diffusers.LCMScheduler(**config, original_inference_steps=_lcm_points(schedule))
-    # One step at t_min, as BOOT's students are called, is what "leading" makes of one step.
-    spacing = "leading" if info.step_times == {1: [schedule.t_min]} else "trailing"
-    return diffusers.DDIMScheduler(**config, timestep_spacing=spacing, set_alpha_to_one=True)
+    offset = info.step_times.get(1, [schedule.t_max])[0] - schedule.t_min
+    if len(info.step_times) == 1 and offset in (0, 1):  # BOOT's one step is at the first time, or the one behind it
+        config |= {"timestep_spacing": "leading", "steps_offset": int(offset)}
+    else:
+        config["timestep_spacing"] = "trailing"
+    return diffusers.DDIMScheduler(**config, set_alpha_to_one=True)
 
 
 def _is_called_on_noise(denoiser: Denoiser | Routed, info: Info) -> bool:
