@@ -237,10 +237,11 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
         if found is not None and replace(expected, range=None) != replace(found, range=None):
             raise BadInput("data.radiometry", found.to_dict(), f"what the model sees: {expected.to_dict()}")
         teacher = replace(teacher, info=replace(teacher.info, size=data.size))  # a translator takes any
+    elif teacher.info.task == "text-to-image":  # its networks draw other sizes than the one they are published with
+        _check_captions(data)
+        teacher = replace(teacher, info=replace(teacher.info, size=data.size))
     elif data.size != tuple(teacher.info.size):
         raise BadInput("data.size", data.size, f"absent, or what the teacher draws: {tuple(teacher.info.size)}")
-    if teacher.info.task == "text-to-image":
-        _check_captions(data)
     if data.channels != teacher.info.channels:
         raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)
