@@ -184,6 +184,14 @@ def sana(folder: Path, scheduler: Any = None) -> Any:
     )  # fmt: skip
 
 
+def dpm_of_flow() -> Any:
+    """Sana's own scheduler, of first order. It tells its network whole times, and clocks of few steps show it."""
+    return diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1,
+        num_train_timesteps=100_000,
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd": sd,
     "sd of noise": lambda folder: sd(folder, "epsilon"),
@@ -191,12 +199,13 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "lcm": lcm,
     "lcm sdxl": lambda folder: sdxl(folder, time_cond_proj_dim=16),
     "sd3": sd3,
-    "sd3 without t5": lambda folder: sd3(folder, with_t5=False),
+    "sd3 without t5": lambda folder: sd3(folder, with_t5=False, use_dynamic_shifting=True, base_image_seq_len=4),
     "flux": flux,
     "flux schnell": lambda folder: flux(folder, guided=False, use_dynamic_shifting=False, shift=1.0),
     "pixart": pixart,
     "pixart sigma": lambda folder: pixart(folder, sigma=True),
     "sana": sana,
+    "sana by dpm": lambda folder: sana(folder, dpm_of_flow()),
 }
 
 

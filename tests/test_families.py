@@ -15,8 +15,11 @@ import torch
 from one_file import write_one_file
 from stock_pipelines import PIPELINES, build
 
+from distillers import methods
 from distillers.errors import BadInput
 from distillers.generator import Generator, seeded_noise
+from distillers.jobs.publish import adopt
+from distillers.models.captions import pack
 from distillers.teacher import Teacher
 from distillers.training.losses import consistency_generator
 
@@ -108,7 +111,31 @@ def test_sizes_are_those_that_a_network_knows(stock: Stock) -> None:
             ours(Generator.from_pretrained(stock[name][1]), 1, size=wrong)
 
 
-STUDENTS = [name for name in PIPELINES if name not in ("sd of noise", "sd3 without t5")]
+@pytest.mark.parametrize("name", ["sd3 without t5", "flux", "sana", "sana by dpm", "pixart"])
+def test_a_teacher_that_is_written_keeps_its_scheduler(name: str, stock: Stock, tmp_path: Path) -> None:
+    pipe, folder = stock[name]
+    generator = Generator.from_pretrained(folder)
+    generator.save_pretrained(tmp_path / "again")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    scale = generator.info.guidance_scale
+    assert np.abs(theirs(again, 3, guidance_scale=scale) - theirs(pipe, 3, guidance_scale=scale)).max() < CLOSE
+    assert Generator.from_pretrained(tmp_path / "again").times(3, SIZE) == generator.times(3, SIZE)
+
+
+@pytest.mark.parametrize("name", ["lcm", "lcm sdxl"])
+def test_an_adopted_latent_consistency_model_draws_as_its_pipeline_does(
+    name: str, stock: Stock, tmp_path: Path
+) -> None:
+    pipe, folder = stock[name]
+    adopt(folder, tmp_path / "few", [4], "consistency", None)
+    kept, pipe.scheduler = pipe.scheduler, diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    expected = theirs(pipe, 4)
+    pipe.scheduler = kept
+    assert np.abs(ours(Generator.from_pretrained(tmp_path / "few"), 4) - expected).max() < CLOSE
+
+
+STUDENTS = [name for name in PIPELINES if name not in ("sd of noise", "sd3 without t5", "sana by dpm")]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -178,3 +205,45 @@ def test_other_families_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "transformer": ["diffusers", "X"]}))
     with pytest.raises(BadInput, match=f"pipeline: got '{kind}'; allowed: .*StableDiffusion3Pipeline, FluxPipeline"):
         Generator.from_pretrained(tmp_path)
+
+
+FAMILIES = ("sd", "lcm", "sdxl", "sd3", "flux", "pixart", "sana")
+METHODS = [name for name in methods.names() if "text-to-image" in methods.find(name).tasks]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_method_teaches_a_student_of_every_family(name: str, stock: Stock, tmp_path: Path) -> None:
+    """One iteration each, whose student leaves and comes back; a method that cannot says why."""
+    pictures, size = torch.rand(30, 3, 16, 16) * 2 - 1, (32, 64) if name == "sana" else (16, 16)
+    for method in map(methods.find, METHODS):
+        kind = method.__module__.rpartition(".")[2]
+        teacher = Teacher.from_pretrained(stock[name][1])
+        teacher = replace(teacher, info=replace(teacher.info, size=(16, 16)))
+        distiller = method()
+        try:
+            nets = distiller.networks(teacher)
+        except BadInput as refused:
+            assert kind == "boot" and name in ("sd3", "flux", "pixart", "sana") and refused.field == "teacher"
+            continue
+        count = 2 * distiller.draws(0.5)
+        batch = teacher.encode_batch({"image": pictures[:count], "caption": pack((WORDS * count)[:count])}, "cpu")
+        torch.manual_seed(0)
+        for player, loss in distiller.step(nets, batch, 0.5):
+            assert loss.isfinite() and player in nets
+            loss.backward()
+            learnt = [p.grad for p in nets[player].parameters() if p.grad is not None]
+            assert learnt and all(bool(gradient.isfinite().all()) for gradient in learnt), (kind, player)
+        distiller.generator(nets, teacher).eval().save_pretrained(tmp_path / kind)
+        again = Generator.from_pretrained(tmp_path / kind)
+        assert again.sample([0], prompts=WORDS[:1], size=size).shape == (1, 3, *size)
+
+
+def test_networks_are_told_the_size_of_the_pictures_that_they_learn_from(stock: Stock) -> None:
+    teacher = Teacher.from_pretrained(stock["sdxl"][1])
+    captions = pack(WORDS)
+    assert (
+        teacher.encode_batch({"image": torch.zeros(2, 3, 16, 24), "caption": captions}, "cpu")["ids"].tolist()
+        == [[16, 24, 0, 0, 16, 24]] * 2
+    )
+    latents = {"latent": torch.zeros(2, 4, 6, 8), "size": torch.tensor([[12, 16]] * 2), "caption": captions}
+    assert teacher.encode_batch(latents, "cpu")["ids"].tolist() == [[12, 16, 0, 0, 12, 16]] * 2

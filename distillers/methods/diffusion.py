@@ -93,4 +93,5 @@ def without_condition(cond: Cond, dropped: Tensor, denoiser: Denoiser) -> Cond:
         null = config.num_class_embeds - 1
         return {**cond, "label": cond["label"].masked_fill(dropped, null)}
     nulls = {key.removeprefix("null_"): value for key, value in cond.items() if key.startswith("null_")}
-    return {key: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), v, cond[key]) for key, v in nulls.items()}
+    told = {key: value for key, value in cond.items() if not key.startswith("null_")}
+    return told | {key: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), v, told[key]) for key, v in nulls.items()}
