@@ -65,10 +65,10 @@ def test_a_teacher_draws_what_its_stock_pipeline_draws(name: str, stock: Stock) 
     assert generator.info.guidance_scale == (1 if name == "flux schnell" else usual)
     for guidance in (generator.info.guidance_scale, 2.0 if name in TOLD_THE_SCALE else 1.0):
         generator.info = replace(generator.info, guidance_scale=guidance)
-        expected = theirs(pipe, 3, guidance_scale=guidance)
-        made = ours(generator, 3)
+        expected = theirs(pipe, 4, guidance_scale=guidance)
+        made = ours(generator, 4)
         assert expected.std() > 0.02 and np.abs(made - expected).max() < CLOSE
-    assert np.abs(made - ours(generator, 3, prompts=WORDS[::-1])).max() > 4 * CLOSE  # words are heard
+    assert np.abs(made - ours(generator, 4, prompts=WORDS[::-1])).max() > 4 * CLOSE  # words are heard
 
 
 GUIDED_BY_TWO = ("sd", "sdxl", "sd3", "pixart", "sana")
@@ -111,16 +111,19 @@ def test_sizes_are_those_that_a_network_knows(stock: Stock) -> None:
             ours(Generator.from_pretrained(stock[name][1]), 1, size=wrong)
 
 
-@pytest.mark.parametrize("name", ["sd3 without t5", "flux", "sana", "sana by dpm", "pixart"])
+@pytest.mark.parametrize("name", ["sd3 without t5", "flux", "sana by dpm"])
 def test_a_teacher_that_is_written_keeps_its_scheduler(name: str, stock: Stock, tmp_path: Path) -> None:
     pipe, folder = stock[name]
     generator = Generator.from_pretrained(folder)
     generator.save_pretrained(tmp_path / "again")
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
+    left_out = {f"{part}_3": None for part in ("text_encoder", "tokenizer")} if "without t5" in name else {}
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", **left_out)  # stock asks for that
     again.set_progress_bar_config(disable=True)
-    scale = generator.info.guidance_scale
-    assert np.abs(theirs(again, 3, guidance_scale=scale) - theirs(pipe, 3, guidance_scale=scale)).max() < CLOSE
-    assert Generator.from_pretrained(tmp_path / "again").times(3, SIZE) == generator.times(3, SIZE)
+    kept, own = (dict(one.scheduler.config) for one in (again, pipe))
+    assert {key: kept[key] for key in own if key[0] != "_"} == {key: own[key] for key in own if key[0] != "_"}
+    reopened, scale = Generator.from_pretrained(tmp_path / "again"), generator.info.guidance_scale
+    assert np.abs(theirs(again, 4, guidance_scale=scale) - ours(reopened, 4)).max() < CLOSE
+    assert reopened.times(4, SIZE) == generator.times(4, SIZE)
 
 
 @pytest.mark.parametrize("name", ["lcm", "lcm sdxl"])

@@ -2,11 +2,18 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from distillers.errors import BadInput
@@ -268,6 +275,7 @@ ODD = [
     VariancePreserving(torch.linspace(0.01, 0.2, 7)),
     VariancePreserving.from_betas("sigmoid"),
     RectifiedFlow(clock=500, shift=3.0),
+    RectifiedFlow(stock={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
 ]
 
 
@@ -278,6 +286,29 @@ def test_a_schedule_survives_its_own_config(schedule: NoiseSchedule) -> None:
     assert type(again) is type(schedule) and (again.t_min, again.t_max) == (schedule.t_min, schedule.t_max)
     torch.testing.assert_close(again.noise_ratio(t), schedule.noise_ratio(t), rtol=1e-12, atol=0)
     assert torch.equal(again.grid(9), schedule.grid(9)) and torch.equal(again.network_time(t), schedule.network_time(t))
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+@pytest.mark.parametrize("evenly", [False, True])
+def test_a_stock_pipelines_times_are_its_schedulers(tokens: int, evenly: bool) -> None:
+    """SD3's are shifted twice, by the scheduler itself; FLUX.1's evenly spaced, then shifted by the picture's size."""
+    flow: Any = RectifiedFlow(stock={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    if not evenly:
+        times = [1000 * t for t in flow.stock_times(4, tokens, evenly)]
+        torch.testing.assert_close(torch.tensor(times), torch.tensor([1000, 858, 602, 9.0]), atol=0.5, rtol=0)
+    flow.stock |= {"use_dynamic_shifting": True}
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)  # Esser et al. 2024; FLUX.1's numbers
+    stock: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    stock.set_timesteps(4, mu=mu, sigmas=[1, 0.75, 0.5, 0.25] if evenly else None)
+    assert flow.stock_times(4, tokens, evenly) == stock.sigmas[:4].tolist()
+    assert flow.student_times(4) == [1, 0.75, 0.5, 0.25] and flow.segment_grid(4).tolist() == [1e-3, 0.25, 0.5, 0.75, 1]
+    for wrong in (0, 1001):
+        with pytest.raises(BadInput, match="steps"):
+            flow.stock_times(wrong, tokens, evenly)
+    dpm = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    sana: Any = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    sana.set_timesteps(5)
+    assert RectifiedFlow(stock=dpm).stock_times(5, tokens, False) == sana.sigmas[:5].tolist()
 
 
 def test_a_shifted_grid_has_the_same_ends_and_is_denser_in_the_noise() -> None:

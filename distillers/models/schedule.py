@@ -340,6 +340,10 @@ class RectifiedFlow(NoiseSchedule):
         t = low + u * (high - low)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
+    def start(self, eps: Tensor, t: Tensor) -> Tensor:
+        """Make the x_t that sampling starts from; stock pipelines start from unit noise, if only almost at t = 1."""
+        return super().start(eps, t) if self.stock is None else eps
+
     def segment_grid(self, n: int) -> Tensor:
         """Cut the range into n segments; those of a stock pipeline's network end where its few-step students are."""
         if self.stock is None:
