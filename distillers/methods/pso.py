@@ -48,7 +48,7 @@ class Pso(Distiller):
     personalise: relu(1 - beta (l^l - l^w)) + l^l / 2, without a reference. finetune: l^w alone, the naive baseline.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image")
+    tasks: ClassVar[tuple[str, ...]] = ("image", "class-to-image", "text-to-image")
     mode: Literal["offline", "online", "personalise", "finetune"] = "offline"  # where the pairs come from, or none
     steps: int = 4  # step count of the base that is tuned, and published as the default
     beta: float = 5.0  # per element, as all here; larger stays nearer to the reference (paper, online: 50)
