@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from processes import run
 
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle, Vae
@@ -92,7 +93,7 @@ def transformer(info: Info) -> Generator:
 def draw_with_diffusers(out: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(out), *map(str, folders)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
+    return run(command, env=environment, cwd=out)
 
 
 def warnings_of(stderr: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from processes import Popen
 from starlette.testclient import TestClient
 
 from app.engine.engine import Engine
@@ -140,9 +141,7 @@ def serving(weights: Path, **more: str) -> Iterator[int]:
         port = free.getsockname()[1]
     environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights), **PATIENT}
     command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:create_app", "--port", str(port)]
-    server = subprocess.Popen(
-        command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    server = Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     assert server.stdout is not None
     reader = threading.Thread(target=lambda: lines.extend(server.stdout or ()))  # a full pipe would stop the server

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from networks import contents, describe, transformer, untrained, warnings_of
+from processes import run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -342,7 +343,7 @@ def test_the_cards_lines_load_the_adapter_without_a_line_of_ours(kind: str, save
     pipeline += f"assert pipe.{kind} is network and pipe.{kind}.active_adapters()\n"
     code = f"import sys\nsys.modules['distillers'] = None\n{lines}{pipeline}"
     code = code.replace("import diffusers\n", "import diffusers\ndiffusers.utils.logging.disable_progress_bar()\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
     assert (done.returncode, warnings_of(done.stderr)) == (0, "")
 
 

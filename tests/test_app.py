@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from openai import BadRequestError, OpenAI
 from PIL import Image
+from processes import Popen
 from service import (
     GENERATE,
     LABELS,
@@ -510,7 +511,7 @@ def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
         port = free.getsockname()[1]
     environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights), "FEWSTEP_DEVICE": "cpu"}
     command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:create_app", "--port", str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         until_ready(lambda: http_get(f"http://127.0.0.1:{port}/readyz"), server)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=None)
@@ -532,7 +533,7 @@ def test_openais_client_draws_from_a_real_process(weights: Path) -> None:
 def test_sigterm_while_the_models_are_being_opened_ends_the_process_soon(weights: Path) -> None:
     code = "import uvicorn; uvicorn.run('app.main:create_app', factory=True, port=0)"
     environment = os.environ | {"FEWSTEP_WEIGHTS": str(weights)}
-    server = subprocess.Popen(
+    server = Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert server.stdout is not None

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, WebSocket
 from openai import AuthenticationError, OpenAI, PermissionDeniedError, RateLimitError
+from processes import run
 from service import GENERATE, TRANSLATE, engine_held, engine_of, file_of, grey, publish, until, until_ready
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from test_app_drain import running
@@ -492,7 +491,7 @@ with TestClient(create_app(Settings(weights=Path("."), log_format="json"))) as c
 
 @pytest.mark.process
 def test_the_log_is_one_object_per_line_when_machines_read_it(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", LOG], env=os.environ, cwd=tmp_path, capture_output=True, text=True)
+    ran = run([sys.executable, "-c", LOG], cwd=tmp_path)
     lines = [json.loads(line) for line in ran.stderr.splitlines()]
     asked = [line for line in lines if line["logger"] == "fewstep.request"]
     assert len(asked) == 1 and asked[0]["status"] == 404 and asked[0]["level"] == "info" and asked[0]["time"][-1] == "Z"

@@ -1,7 +1,6 @@
 """The commands about scenes, as a user types them: what is written, what is printed, how they end."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run
 from typer.testing import CliRunner
 
 from distillers.cli import app
@@ -100,10 +100,8 @@ def test_wrong_requests_end_with_one_line_and_two(
     tmp_path: Path, models: dict[str, Path], arguments: list[str], field: str
 ) -> None:
     CliRunner().invoke(app, ["demonstration", str(tmp_path / "s.tif"), "--side", "64"])
-    done = subprocess.run(
-        [sys.executable, "-m", "distillers.cli", "translate", *arguments, "--model", str(models["db"])],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "distillers.cli", "translate", *arguments, "--model", str(models["db"])]
+    done = run(command, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"error: {field}: got" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["s.tif"]

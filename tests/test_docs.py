@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -87,7 +88,7 @@ def test_make_knows_every_target() -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)
 def test_scripts_start(script: Path) -> None:
-    done = run([sys.executable, str(script), "--help"])
+    done = processes.run([sys.executable, str(script), "--help"], env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
 
@@ -112,7 +113,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("served") / "log.txt"
     with log.open("w") as out:
         command = [*FEWSTEP, *start[1:], "--port", port]
-        server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
+        untuned = ENVIRONMENT | {"FEWSTEP_TUNE_SECONDS": "0"}  # which would take as long as all requests
+        server = processes.Popen(command, cwd=ROOT, env=untuned, stdout=out, stderr=out)
     try:
         alive = [sys.executable, *check[1:-1], check[-1].replace(":8000", f":{port}")]
         deadline = time.monotonic() + 300
@@ -158,7 +160,7 @@ def test_requests(served: str, command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", each_block("python"))
 def test_python(served: str, block: str, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
-    done = run([sys.executable, "-c", block.replace(ADDRESS, served)], cwd=tmp_path)
+    done = processes.run([sys.executable, "-c", block.replace(ADDRESS, served)], env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for picture in tmp_path.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")

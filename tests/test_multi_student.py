@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from diffusers import LCMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import transformer
+from processes import Popen
 from service import GENERATE, engine_held, error_of, pictures, until_ready, wait_until_waiting
 from starlette.testclient import TestClient
 from torch import Tensor, nn
@@ -568,7 +568,7 @@ def test_killed_midway_the_same_command_ends_with_the_same_folder(root: Path, tm
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     killed = tmp_path / "killed"
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--out", str(killed)], env=environment, stdout=log, stderr=log)
+        process = Popen([*command, "--out", str(killed)], env=environment, stdout=log, stderr=log)
         second = killed / "training" / "student-1" / "training" / "checkpoints"
         while not list(second.glob("[0-9]*")) and process.poll() is None:
             time.sleep(0.01)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from draw_with_diffusers import COUNT, labels_of, ramp
+from processes import run
 from safetensors import safe_open
 
 from distillers.data import read_sar
@@ -49,7 +49,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("drawn")
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(out), *map(str, FOLDERS.values())]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
+    done = run(command, env=environment, cwd=out)
     assert done.returncode == 0, done.stderr
     return out, done.stderr
 

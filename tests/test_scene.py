@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Popen, run
 from scipy.ndimage import uniform_filter
 from torch import nn
 
@@ -574,10 +575,8 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
             "translate(Generator.from_pretrained(sys.argv[1]), sys.argv[2], sys.argv[3]);"
             "print(peak_mb())"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "tiny"), str(tmp_path / "s.tif"), str(tmp_path / "o.tif")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = run([sys.executable, "-c", code, *(str(tmp_path / name) for name in ("tiny", "s.tif", "o.tif"))])
+        assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout))
     assert peaks[1] - peaks[0] < 180, peaks  # rows as wide as the scene, and the noise beside them
 
@@ -589,10 +588,7 @@ def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, g
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "distillers.cli", "translate", "s.tif", "out/o.tif", "--model", "tiny"]
-    running = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )  # fmt: skip
+    running = Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not list(out.iterdir()) and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)

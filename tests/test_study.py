@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tomli_w
 from PIL import Image
+from processes import run
 from trainings import NETWORK
 
 from distillers.data import open_data
@@ -97,10 +98,7 @@ def done(place: Path, keys: dict[str, Any]) -> tuple[Path, Any]:
     """The study through the command, and what it answered."""
     study = write_study(place / "tiny.toml", **keys)
     command = [sys.executable, "-m", "distillers.cli", "compare", str(study), "--runs", str(place / "runs")]
-    ended = subprocess.run(
-        [*command, "--jobs", "2", "--device", "cpu"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    ended = run([*command, "--jobs", "2", "--device", "cpu"], env={**os.environ, "OMP_NUM_THREADS": "1"})
     return study, ended
 
 
