@@ -40,7 +40,7 @@ SETTINGS, POINTS = replace(MATCHING, iterations=1200), 12
 def curve(method: str, start: str, name: str, seed: int) -> list[float]:
     """Energy distance at even places of one training; the averaged student, as it would leave."""
     distiller, mixture = METHODS[method](**STARTS[start]), MIXTURES[name]()
-    teacher = teacher_for(Proof(distiller, SETTINGS, trained_start=True), name, seed)
+    teacher = teacher_for(Proof(distiller, SETTINGS, start=2000), name, seed)
     runs = stages_of(
         teacher, mixture, distiller, replace(SETTINGS, seed=seed), [i / POINTS for i in range(1, POINTS + 1)]
     )

@@ -13,6 +13,7 @@ from exact_report import (
     PROOFS,
     SCM,
     SETTINGS,
+    brief,
     exact_map,
     judge,
     judge_samples,
@@ -30,11 +31,13 @@ from distillers.models.schedule import Prediction, like
 from distillers.training.distiller import Distiller
 from distillers.training.toy import GaussianMixture, exact_teacher, ring
 
+BRIEF = brief(SETTINGS)
 
-def trained(method: Distiller, seed: int, prediction: Prediction = "v", iterations: int = 4000) -> dict[str, float]:
-    """What a method reaches on the ring."""
+
+def trained(method: Distiller, seed: int, prediction: Prediction = "v") -> dict[str, float]:
+    """What a method reaches on the ring after a brief training."""
     teacher = exact_teacher(ring(), seed, prediction=prediction)
-    run = train_on(teacher, ring(), method, replace(SETTINGS, iterations=iterations, seed=seed))
+    run = train_on(teacher, ring(), method, replace(BRIEF, seed=seed))
     return {"rmse": judge(run.generator(), "ring").rmse}
 
 
@@ -46,19 +49,16 @@ def without_the_boundary(seed: int) -> dict[str, float]:
 
 
 def target_hardly_follows(seed: int) -> dict[str, float]:
-    """mu = 0.999: the student learns from where it was a thousand iterations ago; the better network of the two."""
+    """mu = 0.999: the target hardly leaves its random start in as many iterations; the better network of the two."""
     teacher = exact_teacher(ring(), seed)
-    run = train_on(teacher, ring(), Consistency(points=20, target_decay=0.999), replace(SETTINGS, seed=seed))
+    run = train_on(teacher, ring(), Consistency(points=20, target_decay=0.999), replace(BRIEF, seed=seed))
     both = run.generator(), Generator(run.nets["target"], teacher.codec, run.generator().info)
     return {"rmse": min(judge(leaving, "ring").rmse for leaving in both)}
 
 
 def exact_tangent_on_a_fast_clock(seed: int) -> dict[str, float]:
     """Six octaves of time features: the exact tangent diverges."""
-    fast = PROOFS["scm_fast_clock"]
-    exact = replace(fast, distiller=SCM, settings=replace(fast.settings, iterations=1000))
-    with patch.dict(PROOFS, scm_fast_clock=exact):
-        return prove("scm_fast_clock", "ring", seed)[1]
+    return prove("scm_fast_clock", "ring", seed, replace(PROOFS["scm_fast_clock"].brief(), distiller=SCM))[1]
 
 
 def random_target_time(seed: int) -> dict[str, float]:
@@ -75,7 +75,7 @@ def fresh_noise(seed: int) -> dict[str, float]:
     broken = mutated(
         boot, "signal(student, eps, t, cond), eps, t)", "signal(student, eps, t, cond), torch.randn_like(eps), t)"
     )
-    return trained(broken.Boot(delta=0.08), seed, iterations=2000)
+    return trained(broken.Boot(delta=0.08), seed)
 
 
 def consistency_head(seed: int) -> dict[str, float]:
@@ -83,8 +83,7 @@ def consistency_head(seed: int) -> dict[str, float]:
     head = "skip(student.schedule, eps, t) * eps + (1 - skip(student.schedule, eps, t)) * student(eps, t, cond)"
     broken = mutated(boot, "student(student.schedule.start(eps, t), t, cond)", head)
     broken.skip = lambda schedule, eps, t: like(0.25 / (0.25 + schedule.noise_ratio(t) ** 2), eps)
-    settings = replace(SETTINGS, iterations=1500, seed=seed)
-    run = train_on(exact_teacher(ring(), seed), ring(), broken.Boot(delta=0.08), settings)
+    run = train_on(exact_teacher(ring(), seed), ring(), broken.Boot(delta=0.08), replace(BRIEF, seed=seed))
     noise, exact = exact_map("ring")
     with torch.no_grad():
         y = broken.signal(run.averages["student"], noise, torch.tensor(ring().schedule.t_min, dtype=torch.float64))
@@ -92,9 +91,9 @@ def consistency_head(seed: int) -> dict[str, float]:
 
 
 def matched(method: Any, seed: int, score: GaussianMixture | None = None) -> dict[str, float]:
-    """Samples of the asymmetric mixture's student after half a training; the teacher's score may be another's."""
-    name, settings = "asymmetric", replace(MATCHING, iterations=750, seed=seed)
-    teacher = teacher_for(replace(PROOFS["dmd2"], distiller=method), name, seed)
+    """Samples of the asymmetric mixture's student after a brief training; the teacher's score may be another's."""
+    name, settings = "asymmetric", replace(brief(MATCHING), seed=seed)
+    teacher = teacher_for(replace(PROOFS["dmd2"].brief(), distiller=method), name, seed)
     if score:
         teacher = replace(teacher, mixture=score)
     run = train_on(teacher, MIXTURES[name](), method, settings)

