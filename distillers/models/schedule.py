@@ -414,6 +414,9 @@ class Trigonometric(NoiseSchedule):
     def sigma(self, t: Tensor) -> Tensor:
         return t.double().sin()
 
+    def time_at_ratio(self, ratio: Tensor) -> Tensor:
+        return ratio.double().atan().clamp(self.t_min, self.t_max)
+
 
 class VariancePreserving(NoiseSchedule):
     """DDPM's discrete schedule alpha^2 = abar_t (Ho et al. 2020), continued between the integers.

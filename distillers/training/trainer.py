@@ -305,7 +305,7 @@ class Run:
         """Play the turns at this progress without moving any player; yield (player, loss, gradient) of each."""
         steps = self.distiller.step(self.nets, batch, progress)
         while True:
-            with self.accelerator.autocast():
+            with self._mixed_precision():
                 turn = next(steps, None)
             if turn is None:
                 return
@@ -322,7 +322,7 @@ class Run:
         """
         leader, *others = steps
         while True:
-            with self.accelerator.autocast():
+            with self._mixed_precision():
                 turn = next(leader, None)
             if turn is None:
                 return  # the others are dropped where they stand
@@ -331,12 +331,16 @@ class Run:
             optimizer.zero_grad()
             self._backward(player, loss, len(steps))
             for other in others:
-                with self.accelerator.autocast():
+                with self._mixed_precision():
                     player_again, loss = next(other)
                 assert player_again == player, "micro-batches of one iteration take the same turns"
                 self._backward(player, loss, len(steps))
             self._move(player, optimizer, rate)
             self.turns[player] += 1
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Choose the precision of the passes; where it is full, accelerate would look its packages up each time."""
+        return contextlib.nullcontext() if self.settings.precision == "no" else self.accelerator.autocast()
 
     def _backward(self, player: str, loss: Tensor, parts: int) -> None:
         """Add the gradient of one of so many micro-batches, and its loss to the log."""
