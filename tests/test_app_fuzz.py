@@ -61,7 +61,7 @@ def bring_nearer(fields: dict[str, Any]) -> None:
 
 @pytest.mark.process
 @schema.parametrize()
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_a_documented_one(case: Any, address: str) -> None:
     for part in (case.body, case.query):
         if isinstance(part, dict):

@@ -20,7 +20,7 @@ from distillers.evaluation.features import load_features
 from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.shape_reader import READABLE, REASONS, asked_share, measure, read_shape, shares
 
-N = 240
+N = 120
 
 
 def drawn(what: Scenes, size: int = 32) -> Tensor:
@@ -64,7 +64,7 @@ def left_of_centre(what: Scenes, size: int) -> NDArray[np.bool_]:
 
 
 @pytest.mark.parametrize(
-    ("size", "n", "overlap", "edge"), [(32, 1000, 0.97, 0.08), (24, 200, 0.97, 0.08), (48, 100, 0.99, 0.04),
+    ("size", "n", "overlap", "edge"), [(32, 300, 0.97, 0.08), (24, 200, 0.97, 0.08), (48, 100, 0.99, 0.04),
                                        (64, 100, 0.99, 0.04)],
 )  # fmt: skip
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -370,19 +370,26 @@ def test_impossible_starts_are_refused(shapes: ImageData, tmp_path: Path) -> Non
 
 
 # --- disback ---------------------------------------------------------------------------------------------------------
-def test_the_path_goes_from_the_teacher_to_the_students_own_score() -> None:
+WALKED = DisBack(nodes=4, record=0.5, back=0.9, start="untrained")
+
+
+@pytest.fixture(scope="module")
+def walked() -> Networks:
+    """The networks after the way there and most of the way back."""
+    return train_on(exact_teacher(ring()), ring(), WALKED, replace(MATCHING, iterations=500, ema=0.0)).nets
+
+
+def test_the_path_goes_from_the_teacher_to_the_students_own_score(walked: Networks) -> None:
     """P0 is the teacher bit for bit; along the way the error on the untouched student's samples falls."""
-    method = DisBack(nodes=3, record=0.5, back=0.9, start="untrained")
     mixture = ring()
-    run = train_on(exact_teacher(mixture), mixture, method, replace(MATCHING, iterations=600, ema=0.0))
-    path, before = run.nets["path"], exact_teacher(mixture).denoiser
-    assert int(path.recorded) == 3
+    path, before = walked["path"], exact_teacher(mixture).denoiser
+    assert int(path.recorded) == 4
     node = exact_teacher(mixture).denoiser
     vector = torch.cat([p.detach().flatten() for p in before.parameters()])
     assert torch.equal(path.states[0], vector)
     errors = []
-    start_of_student = stage_one_student(method)
-    for k in range(4):
+    start_of_student = stage_one_student(WALKED)
+    for k in range(5):
         path.load(k, node)
         with torch.no_grad():
             torch.manual_seed(1)
@@ -433,17 +440,16 @@ def test_stage_one_moves_the_critic_alone() -> None:
     assert [player for player, _ in played(method, nets, toy_batch(), 0.6)] == ["critic"] * 5 + ["student"]
 
 
-def test_the_critic_starts_the_way_back_where_its_targets_are_near() -> None:
+def test_the_critic_starts_the_way_back_where_its_targets_are_near(walked: Networks) -> None:
     """|critic - target| at the start of stage 2 is far below plain matching's, whose target is the teacher."""
-    method, mixture = DisBack(nodes=4, record=0.5, back=0.9, start="untrained"), ring()
-    run = train_on(exact_teacher(mixture), mixture, method, replace(MATCHING, iterations=500, ema=0.0))
-    student, critic = stage_one_student(method), exact_teacher(mixture).denoiser
-    run.nets["path"].load(4, critic)
+    mixture, target = ring(), exact_teacher(ring()).denoiser
+    student, critic = stage_one_student(WALKED), exact_teacher(mixture).denoiser
+    walked["path"].load(4, critic)
+    walked["path"].load(3, target)
     with torch.no_grad():
         torch.manual_seed(2)
         t, x_t = diffuse(mixture.schedule, sample_student(student, torch.randn(4000, 2)))
-        run.nets["path"].load(3, run.nets["target"])
-        near = (critic(x_t, t) - run.nets["target"](x_t, t)).abs().mean()
+        near = (critic(x_t, t) - target(x_t, t)).abs().mean()
         far = (critic(x_t, t) - mixture(x_t, t)).abs().mean()
     assert near < 0.3 * far, (near, far)
 

@@ -50,9 +50,8 @@ def stock(folder: Path, channels: int, size: int | tuple[int, int] = SIDE, **opt
 def recipe(teacher: Path, pictures: Path, **data: Any) -> Recipe:
     train = {"iterations": 1, "batch": 2, "samples": 2, "tracker": "none"}
     table = {"kind": "images", "path": str(pictures), **data}
-    return Recipe.from_table(
-        {"name": "mine", "method": "consistency", "teacher": str(teacher), "data": table, "train": train}
-    )
+    about = {"name": "mine", "method": "consistency", "teacher": str(teacher), "student": {"head_iterations": 3}}
+    return Recipe.from_table({**about, "data": table, "train": train})
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ tell from the original are in `equivalent_mutants.py`, each with the reason.
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import multiprocessing
 import os
@@ -84,6 +85,8 @@ class Mutation:
         torch.set_num_threads(1)
         self.items, PLUGIN = session.items, self
         fork, began = multiprocessing.get_context("fork"), time.monotonic()
+        gc.collect()
+        gc.freeze()  # a collection in a forked process would touch, and so copy, every page that it shares
         with fork.Pool(1) as pool:
             self.passages = pool.apply(_run_all)
         failing = [item.nodeid for item, passage in zip(self.items, self.passages, strict=True) if not passage.passed]
