@@ -116,7 +116,8 @@ class Teacher:
         """Encode a batch of pictures (see `data.pixels.Batch`): "x0", "loser", and the condition's tensors.
 
         "latent" takes the place of "image" where `Latents` has encoded it before. Of data without pictures "x0" is
-        zeros, which tell a method that learns without them how many it draws and of what shape.
+        zeros, which tell a method that learns without them how many it draws and of what shape. "caption" stays among
+        the conditions, where rewards read it and networks do not.
         """
         if "latent" in batch:
             encoded: Cond = {"x0": batch["latent"].to(device, torch.float32)}
@@ -126,4 +127,6 @@ class Teacher:
             encoded = {"x0": self._zeros(len(next(iter(batch.values())))).to(device)}
         if "loser" in batch:
             encoded["loser"] = self.codec.encode(batch["loser"].to(device))
+        if "caption" in batch:
+            encoded["caption"] = batch["caption"].to(device)
         return encoded | self.condition.encode_items(batch, device)

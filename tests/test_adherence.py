@@ -4,12 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
+from trainings import teacher_for
+from typer.testing import CliRunner
 
+from distillers.cli import app
 from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
@@ -17,12 +22,23 @@ from distillers.evaluation.adherence import AttributeJudge, ShapesJudge, Verdict
 from distillers.evaluation.attributes import (
     ROLES,
     AttributeCard,
+    AttributeNet,
     avatars_card,
     shares_found,
     train_attributes,
 )
 from distillers.evaluation.clauses import AVATARS, UNSEEN
+from distillers.evaluation.evaluate import check_evaluation, evaluate
+from distillers.evaluation.features import FeatureCard, FeatureNet
+from distillers.evaluation.options import EvaluationOptions
+from distillers.evaluation.report import Report
 from distillers.evaluation.scene_reader import parse_scene
+from distillers.generator import Generator
+from distillers.jobs.distill import distill
+from distillers.jobs.recipe import Recipe
+from distillers.models.codec import Vae
+from distillers.weights.manifest import Info
+from distillers.weights.write import write_autoencoder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "avatars"
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -257,3 +273,135 @@ def test_diversity_is_of_one_prompts_pictures() -> None:
     for drawn in ([prompts], [prompts[:1], prompts[:1]], [prompts, prompts[:1]], [prompts * 0, prompts * 0]):
         with pytest.raises(BadInput, match="drawn"):
             diversity(drawn, features)  # type: ignore[arg-type]
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+SIDE = 16
+NETWORK = {
+    "block_out_channels": [16, 24], "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+TRAIN = {"iterations": 2, "batch": 4, "warmup": 1, "samples": 2, "checkpoint_every": 2}
+
+
+def write_avatars(folder: Path, count: int, without: tuple[str, str] = ("", "")) -> None:
+    """Pictures of noise with the captions of four kinds in turn; another stands in for one that is left out."""
+    rng, rows = np.random.default_rng(0), []
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pair = (("braids", "a mohawk")[i % 2], ("pink", "mint")[(i // 2) % 2])
+        hair, colour = ("braids", "pink") if pair == without else pair
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / f"{i:03}.png")
+        rows.append(
+            json.dumps({"file_name": f"{i:03}.png", "text": f"a cartoon head with {hair}, on a {colour} background"})
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/{train,test} of pictures with avatars' captions; a teacher and its one-step student; judge and reward."""
+    root = tmp_path_factory.mktemp("models")
+    write_avatars(root / "data" / "train", 12, without=("braids", "mint"))
+    write_avatars(root / "data" / "test", 12)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIDE,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=1.0,
+    )  # fmt: skip
+    info = Info(
+        name="vae", task="autoencoder", method="autoencoder", role="teacher", data="data", sampler="ddim",
+        size=(SIDE, SIDE), codec="vae", patch=2,
+    )  # fmt: skip
+    write_autoencoder(root / "vae", Vae(vae), info)
+    model = {
+        "task": "text-to-image", "autoencoder": str(root / "vae"), "network": NETWORK,
+        "text": {"width": 16, "layers": 1, "heads": 2, "length": 24},
+    }  # fmt: skip
+    for name in ROLES:
+        AttributeNet(replace(tiny(1), name=name)).save(root / name)
+    train(root, "teacher", "diffusion", model=model)
+    train(root, "student", "consistency", teacher=str(root / "teacher"), consistency={"steps": [1, 2]})
+    return root
+
+
+def train(root: Path, name: str, method: str, **table: object) -> None:
+    data = {"kind": "captions", "path": str(root / "data"), "split": "train", "size": SIDE, "flip": False}
+    made = {"name": name, "method": method, "data": data, "train": TRAIN, **table}
+    distill(Recipe.from_table(made), root / name, "cpu")
+
+
+class Means(torch.nn.Module):
+    """Three features: the mean of each band."""
+
+    num_features, card = 3, FeatureCard(name="means")
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures.mean((2, 3))
+
+
+def measure(root: Path, name: str, judge: str, seeds: int = 3) -> Report:
+    test, learnt = (CaptionedFolder(root / "data", split=split, size=SIDE) for split in ("test", "train"))
+    options = EvaluationOptions(
+        n=12, batch=5, steps=[1], latency_repeats=0, judge=load_judge(root / judge), seeds_per_prompt=seeds
+    )
+    generator = Generator.from_pretrained(root / name)
+    return evaluate(generator, test, Means(), options, train=learnt)  # type: ignore[arg-type]
+
+
+def test_a_report_says_how_often_prompts_are_followed(models: Path) -> None:
+    report = measure(models, "student", "judge")
+    real, student = report.rows
+    test = CaptionedFolder(models / "data", split="test", size=SIDE)
+    judge = load_judge(models / "judge")
+    expected = judge(test.items(range(12))["image"], test.texts)
+    assert real.adherence is not None and real.adherence["all"] == expected.shares() and real.diversity is None
+    unseen = torch.tensor(["braids" in text and "mint" in text for text in test.texts])
+    assert real.adherence["unseen"] == expected.shares(unseen) and real.adherence["seen"]["n"] == 9
+    pictures = Generator.from_pretrained(models / "student").sample(range(12), prompts=test.texts, steps=1)
+    assert student.adherence == judge(pictures, test.texts).groups(unseen)
+    assert student.diversity is not None and 0 < student.diversity < 2
+    page = report.markdown()
+    for words in ("follows its prompt, %", "unseen pairs, %", "diversity", "| hair | background |", "classifier judge"):
+        assert words in page, words
+    again = Report.from_dict(json.loads(report.to_json()))
+    assert again.rows[1].adherence == student.adherence
+    assert measure(models, "student", "judge", seeds=1).rows[1].diversity is None
+
+
+@pytest.mark.filterwarnings("ignore:pso")
+def test_what_learnt_from_a_reward_is_not_judged_by_it(models: Path) -> None:
+    options = {"mode": "online", "steps": 2, "reward": str(models / "reward")}
+    train(models, "tuned", "pso", teacher=str(models / "student"), pso=options, lora={"rank": 2})
+    assert Info.read(models / "tuned").trained_with == ["reward"]
+    with pytest.raises(BadInput, match=r"judge: got 'reward'.*tuned has learnt from"):
+        measure(models, "tuned", "reward")
+    assert measure(models, "tuned", "judge").rows[1].adherence
+
+
+def test_a_judge_is_for_models_that_read_text(models: Path, tmp_path: Path) -> None:
+    data = CaptionedFolder(models / "data", split="test", size=SIDE)
+    teacher = teacher_for("image", data)
+    teacher = Generator(teacher.denoiser, teacher.codec, teacher.info)
+    options = EvaluationOptions(n=12, judge=load_judge("shapes"))
+    with pytest.raises(BadInput, match=r"judge: got 'shapes'.*read text"):
+        check_evaluation(teacher, data, Means(), options)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="seeds_per_prompt"):
+        EvaluationOptions(seeds_per_prompt=0)
+    done = CliRunner().invoke(app, ["evaluate", str(models / "student"), "--n", "12", "--judge", "nobody"])
+    assert isinstance(done.exception, BadInput) and "judge: got 'nobody'" in str(done.exception)
+
+
+def test_the_command_judges(models: Path, tmp_path: Path) -> None:
+    FeatureNet(FeatureCard(name="tiny", labels=("a", "b"), size=16, width=8)).save(tmp_path / "space")
+    for split in ("train", "test"):
+        write_avatars(tmp_path / "data" / split, 130)
+    out = tmp_path / "report.json"
+    command = ["evaluate", str(models / "student"), "--n", "130", "--steps", "1", "--teacher-steps", "2", "--path"]
+    command += [str(tmp_path / "data"), "--judge", str(models / "judge"), "--features", str(tmp_path / "space")]
+    done = CliRunner().invoke(app, [*command, "--out", str(out), "--seeds-per-prompt", "2"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["role"] for row in rows] == ["real", "teacher", "student"]
+    assert all(row["adherence"]["all"]["n"] == 130 for row in rows) and all(row["diversity"] > 0 for row in rows[1:])

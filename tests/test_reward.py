@@ -301,7 +301,7 @@ def test_adherence_needs_a_caption_and_is_tried_with_one_that_it_knows(tmp_path:
     for cond in (None, {"label": torch.zeros(2, dtype=torch.long)}):
         with pytest.raises(BadInput, match=r"reward: got .tiny-reward.*text-to-image"):
             loaded(x0, cond)
-    tried = Reward(loaded, PixelUnshuffle(1), x0, {"caption": pack(["a photograph of a forest"] * 2)})
+    tried = Reward(loaded, PixelUnshuffle(1), x0, {"text": torch.zeros(2, 4, 8)})
     assert tried(x0, {"caption": pack(["braids", "a mohawk"])}).shape == (2,)
     with pytest.raises(BadInput, match="prompt: got 'a photograph of a forest'"):
         tried(x0, {"caption": pack(["a photograph of a forest"] * 2)})
@@ -309,5 +309,5 @@ def test_adherence_needs_a_caption_and_is_tried_with_one_that_it_knows(tmp_path:
 
 def test_what_has_learnt_from_a_reward_says_so(tmp_path: Path) -> None:
     net = attributes()
-    reward = Reward(Adherence(net), PixelUnshuffle(1), torch.zeros(1, 3, 16, 16), {"caption": pack(["braids"])})
+    reward = Reward(Adherence(net), PixelUnshuffle(1), torch.zeros(1, 3, 16, 16), {"text": torch.zeros(1, 4, 8)})
     assert judges_of(nn.ModuleDict({"rewards": nn.ModuleList([reward])}).modules()) == {"tiny-reward"}

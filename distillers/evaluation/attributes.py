@@ -31,6 +31,7 @@ from distillers.autoencoder import Autoencoder
 from distillers.data.captioned import CaptionedFolder
 from distillers.errors import BadInput
 from distillers.evaluation.clauses import AVATARS, UNSEEN, Vocabulary
+from distillers.evaluation.part_exchange import PartExchange
 from distillers.models.bands import as_rgb
 
 FOUND = 0.5  # of the probability: a value above it is seen, for no other can be as likely
@@ -44,9 +45,10 @@ class AttributeCard:
     name: str
     data: str
     body: Literal["residual", "patches"]
-    phrases: Mapping[str, Mapping[str, str]]  # as in `Vocabulary`, like the two below
+    phrases: Mapping[str, Mapping[str, str]]  # as in `Vocabulary`, like the three below
     hides: Mapping[str, Sequence[str]]
     kinds: str
+    parts: Sequence[Sequence[str]] = ()
     size: int = 128  # pixels
     widths: tuple[int, ...] = ()  # channels of the stages
     part: int = 0  # of the training pictures: 0 = those at even positions, 1 = at odd ones
@@ -66,7 +68,7 @@ class AttributeCard:
     @property
     def vocabulary(self) -> Vocabulary:
         """The phrases that it knows."""
-        return Vocabulary(self.phrases, self.hides, self.kinds)
+        return Vocabulary(self.phrases, self.hides, self.kinds, self.parts)
 
 
 class _Residual(nn.Module):
@@ -224,15 +226,17 @@ def train_attributes(
     lr: float = 3e-3,
     seed: int = 0,
     bf16: bool = False,
+    start: AttributeNet | None = None,
     device: str = "cpu",
     progress: Callable[[int, float, AttributeNet], None] | None = None,
 ) -> AttributeNet:
-    """Train a classifier on one half of the pictures (N,H,W,3), the half that its card names.
+    """Train a classifier on one half of the pictures (N,H,W,3), the half that its card names, with parts exchanged.
 
     The loss is the sum over attributes of the cross-entropy with label smoothing 0.05; AdamW, one-cycle rate up to lr.
 
     Args:
         bf16: autocast, worth it where the processor has bfloat16 arithmetic.
+        start: the network whose weights it begins with; its batches are counted with those of this training.
         progress: called with (iteration, loss, network).
 
     Raises:
@@ -243,19 +247,25 @@ def train_attributes(
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     net = AttributeNet(card).to(device).train()
+    if start is not None:
+        net.load_state_dict(start.state_dict())
     chosen = np.arange(card.part, len(pixels), 2)
-    targets = net.vocabulary.targets(captions)
+    columns = list(net.attributes)
+    parts = [[columns.index(name) for name in part] for part in card.parts]
+    examples = PartExchange(
+        pixels[chosen], net.vocabulary.targets(captions).numpy()[chosen], columns.index(card.kinds), parts
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)
     order = np.empty(0, np.int64)
     for iteration in range(iterations):
         if len(order) < batch:
-            order = np.concatenate([order, rng.permutation(chosen)])
+            order = np.concatenate([order, rng.permutation(len(chosen))])
         index, order = order[:batch], order[batch:]
-        pictures = augmented(to_pictures(pixels[index]), generator).to(device)
+        mixed, targets = examples(index, rng)
+        pictures, wanted = augmented(to_pictures(mixed), generator).to(device), torch.from_numpy(targets).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = net(pictures)
-        wanted = targets[index].to(device)
         losses = [
             F.cross_entropy(one, wanted[:, k], ignore_index=UNSEEN, label_smoothing=0.05)
             for k, one in enumerate(logits)
@@ -373,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="the folder of avatars, with train/ and test/")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--autoencoder", help="also measure on its reconstructions of the held-out pictures")
-    parser.add_argument("--iterations", type=int, default=2400)
+    parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 arithmetic, where the processor has it")
     given = parser.parse_args(argv)
@@ -405,6 +415,7 @@ def avatars_card(role: str) -> AttributeCard:
         phrases=AVATARS.phrases,
         hides=AVATARS.hides,
         kinds=AVATARS.kinds,
+        parts=AVATARS.parts,
         attribution=ATTRIBUTION,
     )
 

@@ -30,11 +30,13 @@ class Vocabulary:
         phrases: phrase -> attribute -> value.
         hides: value -> attributes that cannot be seen where a picture shows that value: eyes under a sleep mask.
         kinds: the attribute that says what kind of picture it is; the same words mean another thing in another kind.
+        parts: attributes that show at one place of all pictures of a kind; two together where one drawing says both.
     """
 
     phrases: Mapping[str, Mapping[str, str]]
     hides: Mapping[str, Sequence[str]]
     kinds: str
+    parts: Sequence[Sequence[str]] = ()
 
     @cached_property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -136,7 +138,9 @@ def _avatars() -> Vocabulary:
         for colour in ("blue", "green", "orange", "pink", "purple", "red", "turquoise"):
             article = "an" if colour == "orange" else "a"
             phrases[f"{article} {colour} {garment}"] = {"clothing": garment, "clothing colour": colour}
-    return Vocabulary(phrases, {"a sleep mask": ["eyes"], "a face mask": ["mouth"]}, "style")
+    hides = {"a sleep mask": ["eyes"], "a face mask": ["mouth"]}
+    parts = [["eyes"], ["mouth"], ["accessory"], ["facial hair"], ["clothing", "clothing colour"]]
+    return Vocabulary(phrases, hides, "style", parts)
 
 
 AVATARS = _avatars()

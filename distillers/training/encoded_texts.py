@@ -21,7 +21,7 @@ PROBED = 16  # texts whose encodings tell how large all will be
 
 
 class EncodedTexts:
-    """Data whose batches hold what a frozen encoder makes of their captions, in place of "caption".
+    """Data whose batches hold what a frozen encoder makes of their captions, beside "caption".
 
     What the encoder says of each different text is kept in bfloat16, without the positions that its mask leaves out,
     which networks do not attend to; the side without a prompt, for guidance, is kept once. `items` gives captions as
@@ -123,7 +123,7 @@ class EncodedTexts:
     def draw(self, n: int, rng: np.random.Generator, shape: int | None = None) -> Batch:
         """Draw the same items as the data themselves for these arguments."""
         batch = self.data.draw(n, rng, shape) if isinstance(self.data, OfShapes) else self.data.draw(n, rng)
-        texts = unpack(batch.pop("caption"))
+        texts = unpack(batch["caption"])
         rows = [self._whole(self.stored[self._place[text]]) for text in texts]
         batch |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         fixed = self.fixed[picture_size(batch, self.size)]

@@ -110,7 +110,7 @@ class Reward(nn.Module):
         super().__init__()
         self.reward, self.codec = reward, codec
         tried = x0.clone().requires_grad_()
-        if isinstance(reward, Adherence) and cond and "caption" in cond:
+        if isinstance(reward, Adherence) and cond and ("text" in cond or "tokens" in cond):
             cond = {**cond, "caption": pack([reward.example] * len(x0))}
         try:
             with torch.enable_grad():

@@ -1,0 +1,108 @@
+"""Exchange parts between training pictures that are drawn alike, so that a classifier sees every combination.
+
+Where two values never occur together, such as braids and cat ears, a classifier learns that one rules the other out,
+and would not find a pair that a model draws rightly. All pictures of one kind have their eyes at the same place; so a
+part of one can be put into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation, gaussian_filter
+
+Mask = NDArray[np.bool_]
+
+CLEAR = 12.0  # of 255: how far the mean of a value's pictures is off that of all where the value shows,
+CERTAIN = 5.0  # and in standard errors of that mean
+RIM = 3  # pixels around a part that go with it; then as many that should match
+LEAST = 10  # pictures of a value; a mean of fewer shows more than the value
+TRIED = 8  # pictures among which that is taken whose rim fits best
+COVERED = 0.2  # of another attribute's part: beyond it nobody knows which value is seen
+
+
+class PartExchange:
+    """Training pictures (N,H,W,3) and targets (N,A) as `Vocabulary.targets` gives them, with parts exchanged.
+
+    Args:
+        kind: the column whose value says what kind of picture it is; parts are exchanged within a kind.
+        parts: columns whose values are drawn at one place each; several columns together where one drawing says both.
+    """
+
+    def __init__(
+        self, pixels: NDArray[np.uint8], targets: NDArray[np.int64], kind: int, parts: Sequence[Sequence[int]]
+    ) -> None:
+        self.pixels, self.targets, self.parts = pixels, targets, parts
+        self.kinds = targets[:, kind]
+        self.members = {k: np.flatnonzero(self.kinds == k) for k in np.unique(self.kinds)}
+        self.moments = {k: self._moments(of) for k, of in self.members.items()}
+        self.place, self.places = cache(self._place), cache(self._places)
+
+    def _moments(self, index: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Compute mean and deviation (H,W,3) of pictures, some at a time."""
+        total, squares = np.zeros(self.pixels.shape[1:]), np.zeros(self.pixels.shape[1:])
+        for i in range(0, len(index), 500):
+            part = self.pixels[index[i : i + 500]].astype(np.float32)
+            total += part.sum(0)
+            squares += np.square(part).sum(0)
+        mean = total / len(index)
+        return mean.astype(np.float32), np.sqrt(np.maximum(squares / len(index) - mean**2, 0)).astype(np.float32)
+
+    def _place(self, kind: int, column: int, value: int) -> Mask | None:
+        """Find where a value shows, (H,W): where the mean of its pictures is off the mean of all; None if unknown."""
+        members = self.members[kind]
+        own = members[self.targets[members, column] == value]
+        if len(own) < LEAST or value < 0:
+            return None
+        mean, deviation = self.moments[kind]
+        off = np.abs(gaussian_filter(self._moments(own)[0] - mean, (1, 1, 0)))
+        clear = off > np.maximum(CLEAR, CERTAIN * deviation / np.sqrt(len(own)))
+        return binary_dilation(clear.any(2), iterations=RIM)
+
+    def _places(
+        self, kind: int, columns: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]
+    ) -> tuple[Mask, NDArray[np.int64]] | None:
+        """Find where two sets of values show, (H,W), and the rim around it, (2, positions)."""
+        found = [self.place(kind, c, v) for values in (one, other) for c, v in zip(columns, values, strict=True)]
+        masks = [mask for mask in found if mask is not None]
+        if len(masks) < len(found) or not (where := np.logical_or.reduce(masks)).any():
+            return None
+        return where, np.stack(np.nonzero(binary_dilation(where, iterations=RIM) & ~where))
+
+    def __call__(
+        self, index: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Take pictures and targets of these positions; half of them with a part of another picture."""
+        pixels, targets = self.pixels[index], self.targets[index]
+        for i in np.flatnonzero(rng.random(len(index)) < 0.5):
+            self._exchange(pixels[i], targets[i], int(self.kinds[index[i]]), rng)
+        return pixels, targets
+
+    def _exchange(
+        self, picture: NDArray[np.uint8], target: NDArray[np.int64], kind: int, rng: np.random.Generator
+    ) -> None:
+        """Put a part of another picture of the kind into a picture (H,W,3), and its values into the target (A,)."""
+        if not self.parts:
+            return
+        columns = tuple(self.parts[int(rng.integers(len(self.parts)))])
+        wanted = self.targets[rng.choice(self.members[kind])]
+        old, new = (tuple(int(v) for v in one[list(columns)]) for one in (target, wanted))
+        if old == new or (place := self.places(kind, columns, old, new)) is None:
+            return
+        (where, (down, across)), members = place, self.members[kind]
+        alike = members[(self.targets[members][:, columns] == new).all(1)]
+        tried = rng.choice(alike, min(TRIED, len(alike)), replace=False)
+        rims = self.pixels[tried[:, None], down, across].astype(np.int16)
+        off = np.abs(rims - picture[down, across]).sum((1, 2))
+        best = tried[int(off.argmin())]
+        for column in {c for part in self.parts for c in part} - set(columns):
+            own = self.place(kind, column, int(target[column]))
+            if target[column] != self.targets[best, column] and (
+                own is None or (own & where).sum() > COVERED * max(own.sum(), 1)
+            ):
+                target[column] = -1
+        picture[where] = self.pixels[best][where]
+        target[list(columns)] = new
