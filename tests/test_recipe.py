@@ -103,7 +103,7 @@ def test_names_that_look_like_numbers_are_names(student_table: dict[str, Any], t
 @pytest.mark.parametrize(
     ("override", "field", "allowed"),
     [
-        ("train.batches=3", "train.batches", "batch, betas, checkpoint_every"),
+        ("train.batches=3", "train.batches", "batch, betas, cache_gb"),
         ("train.batch=many", "train.batch", "integer"),
         ("train.batch='32'", "train.batch", "integer"),
         ("train.batch=true", "train.batch", "integer"),
@@ -132,7 +132,7 @@ def test_names_that_look_like_numbers_are_names(student_table: dict[str, Any], t
         ("method=alchemy", "method", "consistency, diffusion"),
         ("method=[1]", "method", "consistency, diffusion"),
         ("teacher=weights/tiny", "teacher", "absent"),
-        ("model.task=poetry", "model.task", "'class-to-image' or 'sar-to-optical'"),
+        ("model.task=poetry", "model.task", "'sar-to-optical' or 'text-to-image'"),
         ("model.patch=0", "model.patch", "1 or more"),
         ("model.schedule.name=trig", "model.schedule.name", "vp or edm, which diffusers"),
         ("model.schedule.name=edm", "model.prediction", "edm, edm-v with the schedule edm"),

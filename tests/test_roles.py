@@ -1,6 +1,7 @@
 """One base, many roles: adapters on a shared network learn what separate networks with the same adapters learn."""
 
 import copy
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -445,3 +446,37 @@ def test_what_cannot_be_recomputed_is_refused(tmp_path: Path) -> None:
     teacher = exact_teacher(ring())
     with pytest.raises(BadInput, match=r"train\.checkpointing"):
         trainer.begin(Consistency(), teacher, settings(checkpointing=True), tmp_path, device="cpu")
+
+
+# --- optimizers
+
+
+def test_an_optimizer_that_is_not_installed_is_named_with_what_installs_it(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(BadInput, match=r"train\.optimizer: got 'adam8bit'.*fewstep\[adam8bit\]"):
+        trained(Dmd2(critic_turns=1), tmp_path / "x", range(1), data, optimizer="adam8bit")
+
+
+def test_8_bit_adam_goes_on_where_it_was(data: ImageData, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra adam8bit is not installed")
+    method = Consistency(target_decay=0)
+    whole: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for k, name in enumerate(("adam8bit", "adam")):
+        teacher, place = teacher_for("class-to-image", data), tmp_path / name
+        place.mkdir()
+        run = trainer.begin(method, teacher, settings(iterations=4, optimizer=name, ema=0), place, device="cpu")
+        run.resume()
+        for i in range(4):
+            run.iteration(i, data)
+            if i == 1:
+                run.save(2)
+        whole[k].update({key: value.clone() for key, value in run.nets["student"].state_dict().items()})
+        run = trainer.begin(method, teacher, settings(iterations=4, optimizer=name, ema=0), place, device="cpu")
+        assert run.resume() == 2
+        for i in range(2, 4):
+            run.iteration(i, data)
+        assert all(torch.equal(value, whole[k][key]) for key, value in run.nets["student"].state_dict().items())
+    moved = max(float((whole[0][key] - whole[1][key]).abs().max()) for key in whole[1])
+    assert 0 < moved < 4e-4, "nearly Adam: four steps of 1e-4"

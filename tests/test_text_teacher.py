@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,39 @@ def test_a_student_is_a_stable_diffusion_pipeline_of_one_step(
     ).images  # fmt: skip
     ours = generator.sample([3], prompts=PROMPTS[:1], steps=1)
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - theirs).max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "method", ["consistency", "dmd2", "hyper_sd", "disback", "scm", "pso", "adversarial_consistency"]
+)
+def test_a_student_of_adapters_is_put_on_its_teacher_by_stock_diffusers(
+    folders: Path, teacher: Path, tmp_path: Path, method: str
+) -> None:
+    """By the very lines of its card."""
+    (tmp_path / "tiny").symlink_to(teacher)  # by its name
+    data = {"kind": "captions", "path": str(folders / "data"), "split": "train", "size": SIDE, "flip": False}
+    train = {**TRAIN, "learning_rate": 5e-2, "ema": 0.1, "iterations": 6, "checkpointing": True}
+    options = {"mode": "finetune", "steps": 1} if method == "pso" else {}
+    table = {
+        "name": "student", "method": method, "teacher": str(tmp_path / "tiny"), "data": data, "train": train,
+        "lora": {"rank": 4, "alpha": 8.0}, method: options,
+    }  # fmt: skip
+    distill(Recipe.from_table(table), tmp_path / "student", "cpu")
+    assert not any((tmp_path / "student" / part).exists() for part in ("unet", "vae", "text_encoder", "tokenizer"))
+    lines = (tmp_path / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = lines.replace('"a prompt"', f'["{PROMPTS[0]}"]').replace("steps = {", "steps = {**more, ")
+    lines = lines.replace('.images[0].save("sample.png")', ".images").replace("pipe([", "found = pipe([")
+    more = {"generator": [torch.Generator().manual_seed(3)], "output_type": "np", "height": SIDE, "width": SIDE}
+    said: dict[str, Any] = {"more": more}
+    with contextlib.chdir(tmp_path):
+        exec(lines, said)
+    generator = Generator.from_pretrained(tmp_path / "student")
+    ours = generator.sample([3], prompts=PROMPTS[:1])
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - said["found"]).max() < 2e-3
+    base = replace(generator.info, lora=None)
+    bare = Generator(Generator.from_pretrained(teacher).denoiser, generator.codec, base, generator.prompts)
+    bare.schedule = generator.schedule
+    assert (bare.sample([3], prompts=PROMPTS[:1]) - ours).abs().max() > 2e-3, "the adapter changes the picture"
 
 
 def test_the_shift_of_latents_moves_into_the_convolutions() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distillers.errors import BadInput
 from distillers.models.conditions import PROMPTS
-from distillers.weights.manifest import ADAPTER, AUTOENCODER, STUDENTS, Info, find, read_json
+from distillers.weights.manifest import ADAPTER, AUTOENCODER, COMFY, STUDENTS, Info, find, read_json
 
 ATTRIBUTION = {
     "avatars": "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0.",
@@ -86,7 +86,7 @@ def write_card(folder: Path) -> None:
         "## Use",
         "",
         "```python",
-        *_use(info, (folder / "model_index.json").is_file()),
+        *(_use_alone(info, folder) if info.alone else _use(info, (folder / "model_index.json").is_file())),
         "```",
         *_use_adapter(info, "transformer" if (folder / "transformer").is_dir() else "unet"),
         "",
@@ -178,12 +178,14 @@ def _use(info: Info, stock: bool) -> list[str]:
             labels = f", prompt={PROMPTS[2]!r}, guidance_scale={info.guidance_scale}"
         elif info.codec == "vae":  # DiTPipeline wants a list, and its default guidance is 4
             labels = f", class_labels=[{label}], guidance_scale={info.guidance_scale}"
+        labels = f", guidance_scale={info.guidance_scale}" if info.task == "text-to-image" else labels
+        prompt = '"a prompt", ' if info.task == "text-to-image" else ""
         return [
             "# plain diffusers, no line of ours",
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("{info.name}")',
-            f'pipe(num_inference_steps={info.default_steps}{labels}).images[0].save("sample.png")',
+            f'pipe({prompt}num_inference_steps={info.default_steps}{labels}).images[0].save("sample.png")',
         ]
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
     if info.codec == "vae":
@@ -215,8 +217,29 @@ def _use(info: Info, stock: bool) -> list[str]:
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 
 
+def _use_alone(info: Info, folder: Path) -> list[str]:
+    """Write Python that puts an adapter onto the pipeline of its base, with plain diffusers."""
+    assert info.lora is not None
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    return [
+        "# plain diffusers, no line of ours",
+        f"from diffusers import DiffusionPipeline, {scheduler}",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{info.lora.id or info.lora.base}")',
+        f'pipe.load_lora_weights("{info.name}", weight_name="{ADAPTER}")',
+        f'pipe.scheduler = {scheduler}.from_pretrained("{info.name}", subfolder="scheduler")',
+        f'steps = {{"num_inference_steps": {info.default_steps}, "guidance_scale": {info.guidance_scale}}}',
+        'pipe("a prompt", **steps).images[0].save("sample.png")',
+    ]
+
+
 def _use_adapter(info: Info, part: str) -> list[str]:
     """Write Python that puts the adapter onto the teacher's network: diffusers' pipelines for these networks cannot."""
+    if info.alone:
+        return [
+            "",
+            f"In ComfyUI: `{COMFY}` in `models/loras`, at strength 1 on the same base, without guidance (cfg 1).",
+        ]
     if not info.lora or not info.lora.base:
         return []
     kind = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}[part]

@@ -24,6 +24,7 @@ from distillers.training.latents import encoded_once, tell_unread
 from distillers.training.trainer import begin, train
 from distillers.training.watch import best_iteration
 from distillers.weights.manifest import MANIFEST
+from distillers.weights.read import origin
 from distillers.weights.write import check_target
 
 ENCODED = "encoded"  # the folder beside the checkpoints with what was encoded once
@@ -91,7 +92,7 @@ def with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, de
     """
     begun = _with_head(teacher, recipe, data, place, device)
     adapters = recipe.lora_settings()
-    return begun if adapters is None else on_one_base(begun, adapters)
+    return begun if adapters is None else on_one_base(begun, adapters, origin(str(recipe.teacher)))
 
 
 def _with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, device: str | None) -> Teacher:

@@ -12,11 +12,12 @@ weights.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from distillers.errors import BadInput
 from distillers.models.families import Family, family_of
 
 NAME = "default"  # peft's own name for the one adapter of a network
+KOHYA_NAMES = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}  # SDXL's own
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,7 +84,8 @@ def add_lora(network: nn.Module, settings: LoraSettings, name: str = NAME) -> nn
 def _targeted(network: nn.Module, settings: LoraSettings) -> list[str]:
     """Name the layers that the settings mean. Raises BadInput where there are none or the rank is above them."""
     own = {n.removesuffix(".base_layer"): m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    sizes = {n: min(_sides(m)) for n, m in own.items() if ".lora_" not in n}
+    # a convolution of groups is no one matrix
+    sizes = {n: min(_sides(m)) for n, m in own.items() if ".lora_" not in n and getattr(m, "groups", 1) == 1}
     ends = [target.strip(".") for target in settings.targets]
     for end in ends:
         if not any(f".{name}".endswith(f".{end}") for name in sizes):
@@ -101,7 +104,29 @@ def _sides(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
     """Return how many numbers a layer reads and writes at a place."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1] // layer.groups, layer.out_channels
+    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1], layer.out_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What base an adapter is for: its hub id and revision, where it has any, and its network's `network_digest`."""
+
+    id: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+def network_digest(network: nn.Module) -> str:
+    """Compute a SHA-256, in hexadecimal, of a network's weights at float16, without the adapters on it.
+
+    A network and its copy at half precision have the same.
+    """
+    own = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
+    digest = hashlib.sha256()
+    for name in sorted(own):
+        digest.update(name.encode())
+        digest.update(own[name].detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # --- roles on one base -----------------------------------------------------------------------------------------------
@@ -110,9 +135,11 @@ class AdapterBase:
 
     Args:
         network: changed in place: frozen, in evaluation mode (a base has no dropout), at `settings.base`'s precision.
+        origin: where others get it; its sha256 is computed here.
     """
 
-    def __init__(self, network: nn.Module, settings: LoraSettings) -> None:
+    def __init__(self, network: nn.Module, settings: LoraSettings, origin: Origin | None = None) -> None:
+        self.origin = replace(origin or Origin(), sha256=network_digest(network))
         self.network = network.eval().requires_grad_(False)
         if settings.base is not None:
             nn.Module.to(network, PRECISIONS[settings.base])  # diffusers' own warns of layers that it keeps in float32
@@ -245,6 +272,49 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
         state[f"{prefix}.{path}.lora_A.weight"] = layer.lora_A[name].weight.detach()
         state[f"{prefix}.{path}.lora_B.weight"] = layer.lora_B[name].weight.detach() * layer.scaling[name]
     return state
+
+
+def kohya_state(network: nn.Module) -> dict[str, Tensor]:
+    """Export the adapter for ComfyUI and Kohya's scripts: "lora_unet_<layer with _>.lora_down.weight", lora_up, alpha.
+
+    As `lora_state` it has the scale in B, which is lora_up, so that alpha is the rank.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in lora_state(network).items():
+        layer, _, kind = key.removesuffix(".weight").rpartition(".lora_")
+        name = "lora_" + layer.replace(".", "_")
+        for ours, theirs in KOHYA_NAMES.items():
+            name = name.replace(ours, theirs)
+        found[f"{name}.lora_{'down' if kind == 'A' else 'up'}.weight"] = value
+        found[f"{name}.alpha"] = torch.tensor(float(lora_rank(network)))
+    return found
+
+
+def origin_of(network: nn.Module) -> Origin:
+    """Tell what base a network's adapter is for."""
+    return network.base.origin if isinstance(network, Adapted) else Origin(sha256=network_digest(network))
+
+
+@torch.no_grad()
+def add_change(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Add an adapter in the form of `lora_state` to the weights of a plain network: W <- W + B A, in place.
+
+    Raises:
+        BadInput: an adapter of other layers, or of layers of other shapes; `where` names it.
+    """
+    layers = dict(network.named_modules())
+    for key in state:
+        path, _, kind = key.partition(".")[2].rpartition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise BadInput(f"{where}: {key}", "a tensor", "lora_A.weight and lora_B.weight of layers")
+        weight: Any = getattr(layers.get(path), "weight", None)
+        A, B = (state.get(f"{key.rpartition('.lora_')[0]}.lora_{x}.weight") for x in "AB")
+        if weight is None or A is None or B is None or (*B.shape[:1], *A[0].shape) != tuple(weight.shape):
+            allowed = f"an adapter of layers of this {type(network).__name__}"
+            raise BadInput(f"{where}: {key}", list(state[key].shape), allowed)
+        if kind.startswith("B"):
+            a, b = (matrix.to(weight.device, torch.float32).flatten(1) for matrix in (A, B))
+            weight.copy_(weight.float() + (b @ a).view_as(weight))
 
 
 def fused(network: nn.Module) -> nn.Module:

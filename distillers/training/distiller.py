@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
-from distillers.models.lora import Adapted, AdapterBase, LoraSettings
+from distillers.models.lora import Adapted, AdapterBase, LoraSettings, Origin
 from distillers.weights.read import read_pipeline
 
 if TYPE_CHECKING:
@@ -168,12 +168,13 @@ def trainable_copy(module: M) -> M:
     return learner.train().requires_grad_(True)
 
 
-def on_one_base(teacher: Teacher, settings: LoraSettings) -> Teacher:
+def on_one_base(teacher: Teacher, settings: LoraSettings, origin: Origin | None = None) -> Teacher:
     """Make a teacher's network the frozen base of a training: all that learns from it will be adapters on it.
 
     Methods ask for copies of the teacher as ever, and get roles. The network itself is changed: see `AdapterBase`.
+    `origin` is written into folders of adapters, for those who look for their base.
     """
-    base = AdapterBase(teacher.initial.network, settings)
+    base = AdapterBase(teacher.initial.network, settings, origin)
 
     def role(denoiser: Denoiser) -> Denoiser:
         assert denoiser.network is base.network, "a head of its own is another network"

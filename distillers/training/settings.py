@@ -20,7 +20,7 @@ class TrainSettings:
     accumulation: int = 1  # micro-batches that one iteration's batch is split into
     learning_rate: float = 1e-4
     learning_rates: dict[str, float] | None = None  # per player, where it differs
-    optimizer: str = "radam"  # radam | adamw | adam
+    optimizer: str = "radam"  # radam | adamw | adam | adam8bit, whose state takes a quarter (needs bitsandbytes)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup: int = 100  # iterations of linear rise
@@ -51,7 +51,7 @@ class TrainSettings:
             if not getattr(self, name) > 0:
                 raise BadInput(f"train.{name}", getattr(self, name), "a number above 0")
         for name, allowed in (
-            ("optimizer", ("radam", "adamw", "adam")),
+            ("optimizer", ("radam", "adamw", "adam", "adam8bit")),
             ("decay", ("constant", "cosine", "linear")),
             ("precision", ("no", "bf16", "fp16")),
         ):

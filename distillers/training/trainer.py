@@ -15,8 +15,9 @@ import time
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -166,6 +167,19 @@ def _tracker(name: str) -> str | None:
     return None if name == "none" else name
 
 
+def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Find an optimizer by the recipe's name. Raises BadInput for one that is not installed."""
+    if name == "adam8bit":
+        try:
+            from bitsandbytes.optim import Adam8bit
+        except ImportError:
+            allowed = "radam, adamw or adam; adam8bit once it is installed: pip install 'fewstep[adam8bit]'"
+            raise BadInput("train.optimizer", name, allowed) from None
+        return Adam8bit
+    kinds = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    return partial(kinds[name], foreach=True)
+
+
 class Run:
     """A run holds the state of one training: networks, optimizers, averages, counters."""
 
@@ -213,10 +227,9 @@ class Run:
     def _optimizer(self, name: str, net: nn.Module) -> torch.optim.Optimizer:
         """Build a player's optimizer; each of its groups remembers its peak learning rate."""
         s = self.settings
-        kind = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[s.optimizer]
         rate = (s.learning_rates or {}).get(name, s.learning_rate)
-        optimizer: torch.optim.Optimizer = kind(
-            net.parameters(), lr=rate, betas=s.betas, weight_decay=s.weight_decay, foreach=True
+        optimizer: torch.optim.Optimizer = _optimizer_class(s.optimizer)(
+            [p for p in net.parameters() if p.requires_grad], lr=rate, betas=s.betas, weight_decay=s.weight_decay
         )
         for group in optimizer.param_groups:
             group["peak"] = rate

@@ -17,6 +17,7 @@ from distillers.models.text import PromptEncoder
 
 MANIFEST = "fewstep.json"
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
+COMFY = "comfyui_lora.safetensors"  # the same, with the keys of ComfyUI and of Kohya's scripts
 AUTOENCODER = "autoencoder"
 TASKS = (*KINDS, AUTOENCODER)
 SAMPLERS = ("consistency", "ddim")
@@ -30,10 +31,16 @@ DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The adapter of a folder; its alpha equals its rank, whatever it was trained with: see `lora_state`."""
+    """The adapter of a folder; its alpha equals its rank, whatever it was trained with: see `lora_state`.
+
+    A folder without the network that it changes, as those of text to image are, says which that is by `sha256`.
+    """
 
     rank: int
     base: str | None  # name of the teacher whose network it changes
+    id: str | None = None  # the teacher's on the hub, if it comes from there
+    revision: str | None = None
+    sha256: str | None = None  # `network_digest` of the teacher's network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,11 @@ class Info:
         return hashlib.sha256(json.dumps(self.sha256, sort_keys=True).encode()).hexdigest()
 
     @property
+    def alone(self) -> bool:
+        """Tell whether the folder holds an adapter without the network that it changes."""
+        return self.lora is not None and self.lora.sha256 is not None
+
+    @property
     def classes(self) -> list[int]:
         """The labels that the model draws, ascending: all, or a lone student's share."""
         return sorted(label for share in self.shares for label in share) or list(range(len(self.labels)))
@@ -153,6 +165,8 @@ class Info:
                 del entries[name]
         if self.channels == 3:
             del entries["channels"]
+        if self.lora:
+            entries["lora"] = {k: v for k, v in entries["lora"].items() if v is not None or k == "base"}
         (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 
@@ -173,7 +187,7 @@ def draws(folder: Path) -> bool:
 def verify(folder: Path, info: Info) -> None:
     """Raise BadInput if a part listed in the manifest is missing or is not the file that was published."""
     parts = sorted(p for part in PARTS for p in folder.glob(f"{part}/**/*.safetensors"))
-    for path in (*parts, *folder.glob(ADAPTER)):
+    for path in (*parts, *folder.glob(ADAPTER), *folder.glob(COMFY)):
         if str(path.relative_to(folder)) not in info.sha256:
             raise BadInput(str(path), "a file that is not listed", "the files listed in fewstep.json")
     for name, digest in info.sha256.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,20 @@ from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.families import FAMILIES, NETWORKS, OLD_NAMES, PIPELINES, Family, family_of
+from distillers.models.lora import Origin, add_change, network_digest
 from distillers.models.schedule import NoiseSchedule, Prediction, RectifiedFlow, from_diffusers
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
     AUTOENCODER,
+    COMFY,
     DIFFUSERS_PREDICTIONS,
     EDM_PREDICTIONS,
     MANIFEST,
     PARTS,
     STUDENTS,
     Info,
+    Lora,
     read_json,
     verify,
 )
@@ -40,6 +44,7 @@ FILES = [
     "tokenizer*/*.txt",
     "tokenizer*/*.model",
     ADAPTER,
+    COMFY,
     *(f"{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*")),
 ]
 FP16_FILES = [f"{stem}.fp16*.safetensors" for stem in STEMS]
@@ -104,15 +109,11 @@ def read_pipeline(
         raise BadInput(f"{folder}: task", info.task, allowed)
     if info:
         verify(folder, info)
-    places = _networks(folder, index, info)
-    place = _part(folder, index, "scheduler")
-    scheduler = read_json(place / "scheduler_config.json")
-    networks = [_load(place, NETWORKS, dtype) for place in places]
+    if info and info.lora and info.alone:
+        return _adapted(folder, info, info.lora, device, dtype)
+    networks = [_load(place, NETWORKS, dtype) for place in _networks(folder, index, info)]
     family = _family(folder, networks[0])
-    options = _options(place, scheduler, family)
-    (schedule, clipping), prediction = _schedule(place, options), _prediction(place, options)
-    if isinstance(schedule, RectifiedFlow) and family.words:
-        schedule.stock = options
+    schedule, clipping, prediction = _sampling(_part(folder, index, "scheduler"), family)
     if prediction == "eps" and (ratio := float(schedule.noise_ratio(torch.tensor(schedule.t_max)))) > HOPELESS:
         warnings.warn(
             f"{folder.name} predicts noise (prediction_type epsilon) at a signal-to-noise ratio (SNR) of almost 0: at "
@@ -124,12 +125,60 @@ def read_pipeline(
     if family.words:
         prompts = _prompts(folder, index, family, networks[0], dtype).to(device)
     _check_autoencoder(folder, index)
-    info = info or _describe(folder, networks[0], codec, index)
+    info = info or _describe(folder, networks[0], codec, index, _name(path_or_hub_id, folder))
     for network in networks:
         _check_fit(folder, network, codec, info, prompts)
     denoisers = [Denoiser(network.to(device), schedule, prediction, clipping=clipping) for network in networks]
     denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
+
+
+def _adapted(folder: Path, info: Info, lora: Lora, device: str | torch.device, dtype: torch.dtype) -> Parts:
+    """Open the base of an adapter's folder, and put the adapter onto its network.
+
+    Raises:
+        BadInput: a base that is not found, or is another network than the adapter was trained on.
+    """
+    from safetensors.torch import load_file
+
+    place, revision = _base(folder, lora)
+    base = read_pipeline(_local(place, revision), device, dtype)
+    assert isinstance(base.denoiser, Denoiser)
+    network = base.denoiser.network
+    if (found := network_digest(network)) != lora.sha256:
+        given = f"{place}, whose network has sha256 {found[:12]}..."
+        allowed = f"{lora.id or lora.base}, the base of {info.name}, with sha256 {str(lora.sha256)[:12]}..."
+        raise BadInput(f"{folder}: base", given, allowed)
+    add_change(network, load_file(folder / ADAPTER), str(folder / ADAPTER))
+    schedule, clipping, prediction = _sampling(folder / "scheduler", _family(folder, network))
+    denoiser = Denoiser(network, schedule, prediction, clipping=clipping).eval().requires_grad_(False)
+    return Parts(denoiser, base.codec, info, base.prompts)
+
+
+def _base(folder: Path, lora: Lora) -> tuple[str, str | None]:
+    """Find the base of an adapter's folder: beside it by name, on the hub, or where its recipe says; and a revision."""
+    if lora.base and (beside := folder.absolute().parent / lora.base).is_dir():
+        return str(beside), None
+    if lora.id:
+        return lora.id, lora.revision
+    recipe = folder / "recipe.toml"
+    named = tomllib.loads(recipe.read_text()).get("teacher") if recipe.is_file() else None
+    if not named:
+        raise BadInput(f"{folder}: base", lora.base, f"a folder {lora.base} beside it: it holds an adapter alone")
+    return str(named), None
+
+
+def origin(path_or_hub_id: str) -> Origin:
+    """Tell the hub id of a pipeline and its revision; of a folder on this machine nothing."""
+    folder = _local(path_or_hub_id)
+    if Path(path_or_hub_id).exists():
+        return Origin()
+    return Origin(id=path_or_hub_id, revision=folder.name if folder.parent.name == "snapshots" else None)
+
+
+def _name(path_or_hub_id: str | Path, folder: Path) -> str:
+    """Return the name of a folder, or of a model on the hub, whose local copy is named by its revision."""
+    return folder.name if Path(path_or_hub_id).exists() else Path(path_or_hub_id).name
 
 
 def read_info(path_or_hub_id: str | Path) -> Info:
@@ -146,7 +195,7 @@ def read_info(path_or_hub_id: str | Path) -> Info:
     vaes = [folder / part for part in VAES if (folder / part / "config.json").is_file()]
     codec = Vae(_skeleton(vaes[0], AUTOENCODERS)) if vaes else PixelUnshuffle(1)
     _check_autoencoder(folder, index)
-    return _describe(folder, network, codec, index)
+    return _describe(folder, network, codec, index, _name(path_or_hub_id, folder))
 
 
 def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
@@ -177,7 +226,7 @@ def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Pa
     raise BadInput(str(folder), "no unet or transformer", "a diffusers pipeline with a unet or transformer")
 
 
-def _local(path_or_hub_id: str | Path) -> Path:
+def _local(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """Return a folder on disk: the given one, what a file of weights becomes, or the local copy of a hub id.
 
     Of the hub JSON and safetensors are read, never code.
@@ -193,10 +242,11 @@ def _local(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES))
+        found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES, revision=revision))
         parts = (*PARTS, "vqvae", ".")
         if any((found / part / "config.json").is_file() and not _has_weights(found / part) for part in parts):
-            found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[*FILES, *FP16_FILES]))
+            wanted = [*FILES, *FP16_FILES]
+            found = Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted, revision=revision))
         return found
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         raise BadInput(
@@ -315,6 +365,15 @@ def _options(folder: Path, scheduler: dict[str, Any], family: Family) -> dict[st
     return {"_class_name": kind, **options}
 
 
+def _sampling(folder: Path, family: Family) -> tuple[NoiseSchedule, Clipping | None, Prediction]:
+    """Read what a scheduler's folder says: the schedule, the bound on x0, what the network predicts."""
+    options = _options(folder, read_json(folder / "scheduler_config.json"), family)
+    (schedule, clipping), prediction = _schedule(folder, options), _prediction(folder, options)
+    if isinstance(schedule, RectifiedFlow) and family.words:
+        schedule.stock = options
+    return schedule, clipping, prediction
+
+
 def _schedule(folder: Path, options: dict[str, Any]) -> tuple[NoiseSchedule, Clipping | None]:
     try:
         return from_diffusers(options), Clipping.from_diffusers(options)
@@ -348,7 +407,7 @@ def _codec(
     return PixelUnshuffle(info.patch if info else 1)
 
 
-def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any]) -> Info:
+def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[str, Any], name: str) -> Info:
     """Make a manifest for a pipeline that has none, from its networks' configuration."""
     config: Any = network.config
     family = _family(folder, network)
@@ -367,11 +426,11 @@ def _describe(folder: Path, network: nn.Module, codec: ImageCodec, index: dict[s
     elif isinstance(codec, PixelUnshuffle) and extra > 0:
         task = "sar-to-optical"
     return Info(
-        name=folder.name,
+        name=name,
         task=task,
         method="diffusion",
         role="teacher",
-        data=folder.name,
+        data=name,
         sampler="ddim",
         size=(height * codec.factor, width * codec.factor),
         default_steps=50,

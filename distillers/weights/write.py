@@ -6,25 +6,26 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distillers.errors import BadInput, check_place
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
-from distillers.models.lora import fused, has_lora, lora_rank, lora_state
+from distillers.models.lora import fused, has_lora, kohya_state, lora_rank, lora_state, origin_of
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
     ADAPTER,
+    COMFY,
     DIFFUSERS_PREDICTIONS,
     EDM_PREDICTIONS,
     MANIFEST,
@@ -52,7 +53,8 @@ def write_pipeline(
 ) -> None:
     """Save a network (fp16 safetensors) and its manifest as a folder that stock diffusers opens.
 
-    A network with a LoRA stays as it is; its folder holds the adapter beside the fused network.
+    A network with a LoRA stays as it is. Of text to image, whose stock pipelines load adapters, its folder is the
+    adapter alone, in diffusers' form and in ComfyUI's; of other tasks it holds the adapter beside the fused network.
     """
     if _is_called_on_noise(denoiser, info):
         assert isinstance(denoiser, Denoiser)
@@ -60,6 +62,14 @@ def write_pipeline(
         info = replace(info, step_times={1: [denoiser.schedule.t_min]})
     scheduler = _scheduler(denoiser, info)
     lora, index = None, None
+    if isinstance(denoiser, Denoiser) and has_lora(denoiser.network) and info.task == "text-to-image":
+        with staged(folder) as new:
+            lora = Lora(rank=lora_rank(denoiser.network), base=info.teacher, **asdict(origin_of(denoiser.network)))
+            _save_adapter(lora_state(denoiser.network), new / ADAPTER)
+            _save_adapter(kohya_state(denoiser.network), new / COMFY)
+            scheduler.save_pretrained(new / "scheduler")
+            replace(info, sha256=digests(new), lora=lora).write(new)
+        return
     with staged(folder) as new:
         if isinstance(denoiser, Routed):  # no stock pipeline routes
             for k, student in enumerate(denoiser.students):
@@ -68,7 +78,7 @@ def write_pipeline(
             network = denoiser.network
             if has_lora(network):
                 lora = Lora(rank=lora_rank(network), base=info.teacher)
-                _save_adapter(network, new / ADAPTER)
+                _save_adapter(lora_state(network), new / ADAPTER)
                 network = fused(network)
             _save_half(network, new / (family_of(network) or UNET).part)
             index = _model_index(network, scheduler, codec, info, prompts)
@@ -122,7 +132,8 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield new
         folder.mkdir(exist_ok=True)
-        for name in (*PARTS, ADAPTER, "model_index.json", "report.json", "golden.json"):  # they tell of the old weights
+        of_the_old = (*PARTS, ADAPTER, COMFY, "model_index.json", "report.json", "golden.json")
+        for name in of_the_old:
             _remove(folder / name)
         for item in sorted(new.iterdir(), key=lambda item: item.name == MANIFEST):
             if item.is_dir():
@@ -155,10 +166,10 @@ def _save_half(network: nn.Module, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _save_adapter(network: nn.Module, file: Path) -> None:
+def _save_adapter(adapter: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
-    state = {key: value.to("cpu", torch.float16) for key, value in lora_state(network).items()}
+    state = {key: value.to("cpu", torch.float16) for key, value in adapter.items()}
     for key, value in state.items():
         if not bool(value.isfinite().all()):
             raise BadInput(f"{file.name}: {key}", "values that float16 does not hold", "finite weights up to 65504")
