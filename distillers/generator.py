@@ -23,7 +23,7 @@ from distillers.models.lora import plain
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import Info
 from distillers.weights.network import guided, size_multiple
-from distillers.weights.read import Parts, read_pipeline
+from distillers.weights.read import Base, Bases, Parts, read_pipeline
 from distillers.weights.write import write_pipeline
 
 MAX_SEED = 2**63 - 1
@@ -61,15 +61,25 @@ class Generator(nn.Module):
         super().__init__()
         self.denoiser, self.codec, self.info, self.prompts = denoiser, codec, info, prompts
         self.schedule = denoiser.schedule
+        self.base: Base | None = None
 
     # --- the folder --------------------------------------------------------------------------------------------------
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        bases: Bases | None = None,
     ) -> Generator:
-        """Open a published folder, or any supported diffusers pipeline as a many-step generator."""
-        parts: Parts = read_pipeline(folder, device, dtype)
-        return cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
+        """Open a published folder, or any supported diffusers pipeline as a many-step generator.
+
+        bases: lets several text-to-image generators share the weights of one base.
+        """
+        parts: Parts = read_pipeline(folder, device, dtype, bases)
+        made = cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
+        made.base = parts.base  # others find it for as long as this one has it
+        return made
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a weights folder: fp16 safetensors, scheduler, manifest."""

@@ -26,8 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distillers.models.families import TOLD, family_of
+from distillers.models.lora import fused, has_lora
 from distillers.runtime import usable_cores
 
 # x (B, C, H, W), time (B,) and what else a network may be told, in the order of `TOLD`; None for what it does not take.
@@ -182,7 +184,7 @@ def half(dtype: torch.dtype) -> Callable[[nn.Module], Prepare]:
     """Run a copy in NHWC with weights and activations in a type of 16 bits; the time stays float32."""
 
     def open_(network: nn.Module) -> Prepare:
-        own = plain(nn.Module.to(_nhwc(network), dtype))
+        own = plain(_nhwc(network, dtype))
 
         return lambda inputs: lambda *given: own(*given).float()
 
@@ -212,9 +214,25 @@ def compiled(network: nn.Module) -> Prepare:
     return prepare
 
 
-def _nhwc(network: nn.Module) -> nn.Module:
-    # nn.Module.to, not diffusers' own: that one warns about every cast, also where no module needs float32
-    return nn.Module.to(copy.deepcopy(network), memory_format=torch.channels_last)  # type: ignore[call-overload]
+_copies: Any = WeakIdKeyDictionary()  # of parameters: weak references to their copies in NHWC, by type
+
+
+def _nhwc(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy a network in NHWC. The copies of networks on the same weights, as adapters of one base are, share theirs."""
+    tensors = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network, {id(tensor): _copy_of(tensor, dtype) for tensor in tensors})
+
+
+def _copy_of(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+    known = _copies.setdefault(tensor, {})
+    if (copied := known[dtype]() if dtype in known else None) is None:
+        copied = tensor.detach().to(dtype)
+        if copied.ndim == 4:
+            copied = copied.contiguous(memory_format=torch.channels_last)
+        copied = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied.clone()
+        known[dtype] = weakref.ref(copied)
+    return copied
 
 
 def graph(open_: Callable[[nn.Module], Prepare]) -> Callable[[nn.Module], Prepare]:
@@ -291,7 +309,9 @@ def openvino(precision: str) -> Callable[[nn.Module], Prepare]:
                 warnings.filterwarnings("ignore", "Converting a tensor to a Python")  # constant for one shape
                 if network not in _converted:
                     taken = [part is not None for part in inputs]
-                    _converted[network] = ov.convert_model(_Positional(network, taken), example_input=tuple(given))
+                    # it holds a copy of the weights in any case, so an adapter may as well be added to them
+                    whole = _Positional(fused(network) if has_lora(network) else network, taken)
+                    _converted[network] = ov.convert_model(whole, example_input=tuple(given))
                 model, core = _converted[network].clone(), _openvino_core()
             shapes = zip(model.inputs, given, strict=True)
             model.reshape({port: ov.PartialShape(list(part.shape)) for port, part in shapes})

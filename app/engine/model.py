@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from app.engine.profile import Profile
     from distillers.generator import Generator
     from distillers.weights.manifest import Info
+    from distillers.weights.read import Bases
 
 
 MIN_CALLS = 8  # of a network with a shape before a function is prepared for it
@@ -90,11 +91,14 @@ class Model:
             self.dispatches.append(codec.decoder)
 
     @classmethod
-    def open(cls, name: str, folder: Path, device: str, max_steps: int) -> "Model":
-        """Read a folder onto a device. It is slow, and imports torch. BadInput for a folder that cannot be opened."""
+    def open(cls, name: str, folder: Path, device: str, max_steps: int, bases: "Bases | None" = None) -> "Model":
+        """Read a folder onto a device. It is slow, and imports torch. BadInput for a folder that cannot be opened.
+
+        bases: of the text-to-image folders that are open, so that adapters of one base share its weights.
+        """
         from distillers.generator import Generator
 
-        return cls(name, folder, Generator.from_pretrained(folder, device).eval(), device, max_steps)
+        return cls(name, folder, Generator.from_pretrained(folder, device, bases=bases), device, max_steps)
 
     # -- drawing: on the engine's thread ---------------------------------------------------------------------------
 
@@ -280,7 +284,12 @@ class Model:
     @property
     def bytes(self) -> int:
         """Return the memory of the parameters of all students. A backend's own copies are about as much again."""
-        return sum(p.numel() * p.element_size() for p in self.generator.parameters())
+        return sum(self.bytes_by_parameter.values())
+
+    @property
+    def bytes_by_parameter(self) -> dict[int, int]:
+        """Return the memory of each parameter by its identity, which adapters of one base have in common."""
+        return {id(p): p.numel() * p.element_size() for p in self.generator.parameters()}
 
     def check_steps(self, steps: int | None) -> int:
         """Return the steps to take. BadInput for a number that the model was not published with."""

@@ -51,6 +51,7 @@ class Store:
     def __init__(self, settings: Settings, workers: Sequence[Worker], metrics: Metrics) -> None:
         self.settings, self.workers, self.metrics = settings, workers, metrics
         self.slots: dict[str, Slot] = {}
+        self._bases: Any = None  # of text to image: `distillers.weights.read.Bases`, which imports torch
         self.opened = False  # every folder that was there at the start has been tried
         self.closed = False
         self._tasks: list[tuple[int, int, Callable[[], None]]] = []
@@ -103,6 +104,9 @@ class Store:
 
     def _run(self) -> None:
         try:
+            from distillers.weights.read import Bases
+
+            self._bases = Bases()
             for worker in self.workers:
                 worker.device = _device(worker.device)
             self._scan()
@@ -163,7 +167,7 @@ class Store:
             for worker in self.workers:
                 if self.closed:
                     return
-                model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps)
+                model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps, self._bases)
                 worker.run(model.warm_up)
                 fresh.append(model)
             for model in fresh:
@@ -249,8 +253,11 @@ class Store:
             self._close(min(others, key=lambda slot: max(model.used for model in slot.models)))
 
     def _held(self) -> int:
-        """Return the bytes of parameters on each device."""
-        return sum(slot.models[0].bytes for slot in self.slots.values() if slot.models)
+        """Return the bytes of parameters on each device; those of a base that adapters share count once."""
+        held = dict[int, int]()
+        for slot in self.slots.values():
+            held |= slot.models[0].bytes_by_parameter if slot.models else {}
+        return sum(held.values())
 
     def _fits(self, slot: Slot) -> bool:
         """Return whether a folder fits into the memory budget: its files are in half precision, opened in float32."""
@@ -268,9 +275,16 @@ def _device(name: str) -> str:
 
 
 def version(folder: Path) -> Any:
-    """Return the names, sizes and times of a folder's files, which show whether it changed; None for no folder."""
+    """Return the names, sizes and times of a folder's files, which show whether it changed; None for no folder.
+
+    Of an adapter's folder those of the base beside it too, where there is one: it may come later.
+    """
+    from distillers.weights.manifest import base_beside
+
     try:
-        files = [folder / "fewstep.json", *sorted(folder.rglob("*.safetensors"))]
+        base = base_beside(folder)
+        weights = [*sorted(folder.rglob("*.safetensors")), *sorted(base.rglob("*.safetensors") if base else ())]
+        files = [folder / "fewstep.json", *weights]
         return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()))
     except OSError:
         return None

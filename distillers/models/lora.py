@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -253,10 +253,13 @@ def lora_rank(network: nn.Module) -> int:
     return int(config[_name(network)].r)
 
 
-def set_lora_scale(network: nn.Module, scale: float) -> None:
-    """Set the factor of the trained change: 0 is exactly the teacher, 1 the student. It does not accumulate."""
+def set_lora_scale(network: nn.Module, scale: float, name: str | None = None) -> None:
+    """Set the factor of the trained change: 0 is exactly the teacher, 1 the student. It does not accumulate.
+
+    name: of the adapter, where it is not the network's only one.
+    """
     for _, layer in _layers(plain(network)):
-        layer.set_scale(_name(network), scale)
+        layer.set_scale(name or _name(network), scale)
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
@@ -302,7 +305,15 @@ def add_change(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     Raises:
         BadInput: an adapter of other layers, or of layers of other shapes; `where` names it.
     """
-    layers = dict(network.named_modules())
+    for path, A, B in _matched(network, state, where):
+        weight: Any = network.get_submodule(path).weight
+        a, b = (matrix.to(weight.device, torch.float32).flatten(1) for matrix in (A, B))
+        weight.copy_(weight.float() + (b @ a).view_as(weight))
+
+
+def _matched(network: nn.Module, state: Mapping[str, Tensor], where: str) -> list[tuple[str, Tensor, Tensor]]:
+    """List the layers of an adapter, each with its A and B; BadInput where a layer is not the network's."""
+    layers, found = dict(network.named_modules()), []
     for key in state:
         path, _, kind = key.partition(".")[2].rpartition(".lora_")
         if kind not in ("A.weight", "B.weight"):
@@ -313,8 +324,42 @@ def add_change(network: nn.Module, state: Mapping[str, Tensor], where: str) -> N
             allowed = f"an adapter of layers of this {type(network).__name__}"
             raise BadInput(f"{where}: {key}", list(state[key].shape), allowed)
         if kind.startswith("B"):
-            a, b = (matrix.to(weight.device, torch.float32).flatten(1) for matrix in (A, B))
-            weight.copy_(weight.float() + (b @ a).view_as(weight))
+            found.append((path, A, B))
+    return found
+
+
+def attach(network: nn.Module, state: Mapping[str, Tensor], name: str, where: str) -> None:
+    """Put an adapter in the form of `lora_state` beside a frozen network's weights, which stay as they are.
+
+    It acts at once, with the factor 1, together with those that were attached before: see `set_lora_scale`.
+
+    Raises:
+        BadInput: an adapter of other layers, or of layers of other shapes; `where` names it.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    matched = _matched(network, state, where)
+    pattern = "|".join(re.escape(path) for path, _, _ in matched)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=pattern), network, name)
+    for path, A, B in matched:
+        layer: Any = network.get_submodule(path)
+        weight = layer.get_base_layer().weight
+        for part, values in ((layer.lora_A[name], A), (layer.lora_B[name], B)):
+            part.weight = nn.Parameter(values.to(weight.device, weight.dtype), requires_grad=False)
+    names = list(network.peft_config)  # type: ignore[arg-type]
+    for _, layer in _layers(network):
+        layer._active_adapter = names
+    network.eval().requires_grad_(False)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def twin(module: M) -> M:
+    """Copy the structure of a module, with the very tensors of the module as weights: it costs next to no memory."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def fused(network: nn.Module) -> nn.Module:

@@ -176,6 +176,17 @@ def find(root: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
+def base_beside(folder: Path) -> Path | None:
+    """Find the base of a folder that holds an adapter alone in the folder of its name beside it, if it is there."""
+    try:
+        lora = read_json(folder / MANIFEST).get("lora") or {}
+    except BadInput:
+        return None
+    alone = isinstance(lora, dict) and lora.get("sha256") and isinstance(lora.get("base"), str)
+    place = folder.absolute().parent / lora["base"] if alone else None
+    return place if place and place.is_dir() else None
+
+
 def draws(folder: Path) -> bool:
     """Tell whether a published folder draws pictures. All but autoencoders do; `read_pipeline` refuses a broken one."""
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import tomllib
 import warnings
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from distillers.models.clipping import Clipping
 from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed
 from distillers.models.families import FAMILIES, NETWORKS, OLD_NAMES, PIPELINES, Family, family_of
-from distillers.models.lora import Origin, add_change, network_digest
+from distillers.models.lora import NAME, Origin, add_change, attach, network_digest, twin
 from distillers.models.schedule import NoiseSchedule, Prediction, RectifiedFlow, from_diffusers
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
@@ -31,6 +33,7 @@ from distillers.weights.manifest import (
     STUDENTS,
     Info,
     Lora,
+    base_beside,
     read_json,
     verify,
 )
@@ -61,6 +64,7 @@ OTHER_CLOCKS = {  # options of diffusers' schedulers that change the times or no
     "shift_terminal": None,
     "sigma_schedule": "karras",
 }
+READ = (MANIFEST, "model_index.json")  # of a folder's own JSON files, what its weights depend on
 STOCK_CLOCKS = ("use_flow_sigmas", "use_dynamic_shifting", "shift_terminal")  # of them, what text to image is read with
 HOPELESS = 1000.0  # sigma/alpha at t_max from which a prediction of noise says nothing of the picture
 
@@ -73,6 +77,43 @@ class Parts:
     codec: ImageCodec
     info: Info
     prompts: PromptEncoder | None = None  # of text-to-image
+    base: Base | None = None  # whose weights these are, where others may have them too
+
+
+@dataclass(eq=False)
+class Base:
+    """A text-to-image pipeline whose weights several adapters share."""
+
+    parts: Parts
+
+    @cached_property
+    def sha256(self) -> str:
+        """The `network_digest` of its network."""
+        return network_digest(self.parts.denoiser.network)
+
+    def twin(self) -> Parts:
+        """Return parts of their own structure, on these very weights."""
+        denoiser, codec, prompts, info = (getattr(self.parts, k) for k in ("denoiser", "codec", "prompts", "info"))
+        return Parts(twin(denoiser), twin(codec), info, prompts and twin(prompts), self)
+
+
+class Bases:
+    """Opens text-to-image pipelines once for all that share their weights, and forgets those that nobody has."""
+
+    def __init__(self) -> None:
+        self._open = weakref.WeakValueDictionary[Any, Base]()
+
+    def open(self, folder: Path, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Base:
+        """Open a folder, or return what is open of it, if its files are still the same. BadInput as `read_pipeline`."""
+        folder = folder.resolve()
+        files = [*folder.glob("*.json"), *folder.rglob("*.safetensors")]
+        stats = ((str(file), file.stat()) for file in sorted(files) if file.name in READ or file.suffix != ".json")
+        version = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        key = (folder, version, str(device), dtype)
+        found = self._open.get(key)
+        if found is None:
+            found = self._open[key] = Base(read_pipeline(folder, device, dtype))
+        return found
 
 
 def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> tuple[Vae, Info | None]:
@@ -92,9 +133,15 @@ def read_autoencoder(path_or_hub_id: str | Path, device: str | torch.device = "c
 
 
 def read_pipeline(
-    path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path_or_hub_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bases: Bases | None = None,
 ) -> Parts:
     """Open a weights folder or any supported diffusers pipeline: a folder, a hub id or a checkpoint of one file.
+
+    bases: where text-to-image folders get weights that others have too: an adapter then lies beside those of its
+        base, to which it is added otherwise.
 
     Raises:
         BadInput: no such folder, a pipeline or network class we do not know, missing or damaged weights.
@@ -110,7 +157,9 @@ def read_pipeline(
     if info:
         verify(folder, info)
     if info and info.lora and info.alone:
-        return _adapted(folder, info, info.lora, device, dtype)
+        return _adapted(folder, info, info.lora, device, dtype, bases)
+    if info and bases and info.task == "text-to-image":
+        return replace(bases.open(folder, device, dtype).twin(), info=info)
     networks = [_load(place, NETWORKS, dtype) for place in _networks(folder, index, info)]
     family = _family(folder, networks[0])
     schedule, clipping, prediction = _sampling(_part(folder, index, "scheduler"), family)
@@ -133,7 +182,9 @@ def read_pipeline(
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
 
 
-def _adapted(folder: Path, info: Info, lora: Lora, device: str | torch.device, dtype: torch.dtype) -> Parts:
+def _adapted(
+    folder: Path, info: Info, lora: Lora, device: str | torch.device, dtype: torch.dtype, bases: Bases | None
+) -> Parts:
     """Open the base of an adapter's folder, and put the adapter onto its network.
 
     Raises:
@@ -142,22 +193,27 @@ def _adapted(folder: Path, info: Info, lora: Lora, device: str | torch.device, d
     from safetensors.torch import load_file
 
     place, revision = _base(folder, lora)
-    base = read_pipeline(_local(place, revision), device, dtype)
-    assert isinstance(base.denoiser, Denoiser)
-    network = base.denoiser.network
-    if (found := network_digest(network)) != lora.sha256:
-        given = f"{place}, whose network has sha256 {found[:12]}..."
-        allowed = f"{lora.id or lora.base}, the base of {info.name}, with sha256 {str(lora.sha256)[:12]}..."
-        raise BadInput(f"{folder}: base", given, allowed)
-    add_change(network, load_file(folder / ADAPTER), str(folder / ADAPTER))
+    allowed = f"{lora.id or lora.base}, the base of {info.name}, with sha256 {str(lora.sha256)[:12]}..."
+    try:
+        shared = (bases or Bases()).open(_local(place, revision), device, dtype)
+    except BadInput as error:
+        raise BadInput(f"{folder}: base", f"{place} ({error})", allowed) from None
+    base = shared.twin() if bases else shared.parts
+    if not isinstance(base.denoiser, Denoiser) or shared.sha256 != lora.sha256:
+        raise BadInput(f"{folder}: base", f"{place}, whose network has sha256 {shared.sha256[:12]}...", allowed)
+    network, where = base.denoiser.network, str(folder / ADAPTER)
+    if bases:
+        attach(network, load_file(folder / ADAPTER), NAME, where)
+    else:
+        add_change(network, load_file(folder / ADAPTER), where)
     schedule, clipping, prediction = _sampling(folder / "scheduler", _family(folder, network))
     denoiser = Denoiser(network, schedule, prediction, clipping=clipping).eval().requires_grad_(False)
-    return Parts(denoiser, base.codec, info, base.prompts)
+    return replace(base, denoiser=denoiser, info=info)
 
 
 def _base(folder: Path, lora: Lora) -> tuple[str, str | None]:
     """Find the base of an adapter's folder: beside it by name, on the hub, or where its recipe says; and a revision."""
-    if lora.base and (beside := folder.absolute().parent / lora.base).is_dir():
+    if beside := base_beside(folder):
         return str(beside), None
     if lora.id:
         return lora.id, lora.revision

@@ -1,0 +1,196 @@
+"""The service with adapter folders: on their base, sharing its weights, beside styles, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from service import GENERATE, engine_held, engine_of, pictures, until, until_ready, wait_until_waiting
+from starlette.testclient import TestClient
+from stock_pipelines import build
+from test_adapter_folders import student
+from test_families import CLOSE
+
+from app.engine.backends import _nhwc, candidates, eager
+from app.engine.model import Model
+from app.main import create_app
+from app.settings import Settings
+from distillers.errors import BadInput
+from distillers.generator import Generator
+from distillers.models.lora import set_lora_scale
+from distillers.weights.manifest import ADAPTER
+from distillers.weights.read import Bases
+
+STEPS = (1, 2, 4)
+KIND = diffusers.StableDiffusionPipeline
+
+
+def adapter(base: Path, name: str, factor: float = 1) -> None:
+    """A folder beside the base of an adapter of it, all of whose weights are multiplied."""
+    made = student(base, *STEPS)
+    made.info = replace(made.info, name=name)
+    with torch.no_grad():
+        for parameter in made.denoiser.network.parameters():
+            parameter.mul_(factor)
+    made.save_pretrained(base.with_name(name))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion as a stock folder, not served, and two adapters of it; a third without its base."""
+    root = tmp_path_factory.mktemp("weights")
+    build("sd", root / "base")
+    adapter(root / "base", "one")
+    adapter(root / "base", "other", -1.2)
+    shutil.copytree(root / "one", root / "orphan")
+    manifest = json.loads((root / "orphan" / "fewstep.json").read_text())
+    manifest["lora"]["base"] = "gone"
+    (root / "orphan" / "fewstep.json").write_text(json.dumps(manifest))
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(weights: Path) -> Iterator[TestClient]:
+    settings = Settings(weights=weights, device="cpu", tune_seconds=0, rescan_seconds=0.05)
+    with TestClient(create_app(settings)) as client:
+        until_ready(lambda: client.get("/readyz"))
+        yield client
+
+
+def stock(root: Path, name: str) -> Any:
+    """The stock pipeline with the adapter."""
+    pipe = KIND.from_pretrained(root / "base", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_pretrained(root / name / "scheduler")
+    pipe.load_lora_weights(root / name, adapter_name="student")
+    return pipe
+
+
+def stock_picture(pipe: Any, steps: int, prompt: str = "a red barn", seed: int = 3) -> np.ndarray[Any, Any]:
+    given: Any = {"generator": torch.Generator().manual_seed(seed), "height": 16, "width": 16, "output_type": "np"}
+    found: np.ndarray[Any, Any] = pipe(prompt, num_inference_steps=steps, guidance_scale=1.0, **given).images[0]
+    return found
+
+
+def asked(client: TestClient, model: str, steps: int, **more: Any) -> Any:
+    body = {"model": model, "prompt": "a red barn", "seed": 3, "steps": steps, **more}
+    return client.post(GENERATE, json=body)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_an_adapter_on_a_shared_base_draws_what_stock_diffusers_draws(
+    weights: Path, client: TestClient, steps: int
+) -> None:
+    for name in ("one", "other"):
+        pipe = stock(weights, name)
+        theirs = stock_picture(pipe, steps)
+        (served,) = pictures(asked(client, name, steps))
+        assert np.abs(served / 255 - theirs).max() < CLOSE + 0.5 / 255
+        exact = engine_of(client).models[name].generator.sample([3], prompts=["a red barn"], steps=steps)
+        assert np.abs(exact[0].permute(1, 2, 0).numpy() / 2 + 0.5 - theirs).max() < CLOSE
+        pipe.set_adapters(["student"], [0.0])
+        assert np.abs(stock_picture(pipe, steps) - theirs).max() > 10 * CLOSE
+
+
+def test_adapters_of_one_base_hold_one_copy_of_its_weights(weights: Path, client: TestClient) -> None:
+    one, other = (engine_of(client).models[name] for name in ("one", "other"))
+    places = [{p.data_ptr(): p.nbytes for p in model.generator.parameters()} for model in (one, other)]
+    adapter = sum(value.nbytes for value in load_file(weights / "one" / ADAPTER).values()) * 2  # in float32
+    base = sum(p.nbytes for p in Generator.from_pretrained(weights / "base").parameters())
+    assert sum((places[0] | places[1]).values()) == base + 2 * adapter
+    assert engine_of(client).store._held() == base + 2 * adapter
+    assert sum(places[0].values()) == base + adapter == one.bytes
+
+
+def test_a_batch_never_mixes_adapters_and_each_draws_its_own_pictures(client: TestClient) -> None:
+    names = ["one", "other", "one", "other"]
+    alone = {name: pictures(asked(client, name, 1))[0] for name in names}
+    turns = engine_of(client).workers[0].turns
+    assert client.portal is not None
+    with engine_held(client):
+        waiting = [client.portal.start_task_soon(_ask, client, name) for name in names]
+        wait_until_waiting(client, 4)
+    found = [future.result() for future in waiting]
+    assert engine_of(client).workers[0].turns == turns + 2
+    for name, picture in zip(names, found, strict=True):
+        assert np.abs(picture.astype(int) - alone[name]).max() <= 1
+    assert np.abs(alone["one"] - alone["other"]).max() > 10
+
+
+async def _ask(client: TestClient, name: str) -> Any:
+    from app.engine.engine import Order
+
+    engine = engine_of(client)
+    (picture,) = await engine.draw(engine.models[name], 1, [Order(3, prompt="a red barn")], 16, 16)
+    return picture.pixels
+
+
+def test_a_base_that_is_missing_is_named_and_the_adapter_opens_when_it_comes(weights: Path, client: TestClient) -> None:
+    assert engine_of(client).failed == ["orphan"] and set(engine_of(client).models) == {"one", "other"}
+    with pytest.raises(BadInput, match="orphan: base: got 'gone'"):
+        engine_of(client).store.load("orphan").result()
+    (weights / "gone").symlink_to(weights / "base")
+    try:
+        until(lambda: "orphan" in engine_of(client).models)
+        mine, own = (pictures(asked(client, name, 1))[0] for name in ("orphan", "one"))
+        assert np.array_equal(mine, own)
+        # a link to the same folder is the same base
+        assert engine_of(client).models["orphan"].generator.base is engine_of(client).models["one"].generator.base
+    finally:
+        (weights / "gone").unlink()
+
+
+def test_another_base_is_refused_and_both_are_named(weights: Path, client: TestClient) -> None:
+    shutil.copytree(weights / "one", weights / "wrong")
+    path = weights / "wrong" / "fewstep.json"
+    manifest = json.loads(path.read_text())
+    manifest["lora"]["sha256"] = 64 * "0"
+    path.write_text(json.dumps(manifest))
+    try:
+        until(lambda: "wrong" in engine_of(client).failed)
+        with pytest.raises(BadInput, match=r"base, whose network.*the base of one, with sha256 000000000000"):
+            engine_of(client).store.load("wrong").result()
+        assert pictures(asked(client, "one", 1))
+    finally:
+        shutil.rmtree(weights / "wrong")
+
+
+def test_the_copies_of_backends_are_shared_too_and_go_when_nobody_has_them(weights: Path) -> None:
+    bases = Bases()
+    generators = [Generator.from_pretrained(weights / name, bases=bases) for name in ("one", "other")]
+    networks = [generator.denoiser.network for generator in generators]
+    for dtype in (None, torch.bfloat16):
+        copies = [_nhwc(network, dtype) for network in networks]
+        own, copied = ([{p.data_ptr() for p in one.parameters()} for one in many] for many in (networks, copies))
+        assert len(own[0] & own[1]) == len(copied[0] & copied[1]) > 50
+        assert {p.dtype for p in copies[0].parameters()} == {dtype or torch.float32}
+        gone = weakref.ref(next(copies[0].parameters()))
+        del copies
+        gc.collect()
+        assert gone() is None
+
+
+@pytest.mark.parametrize("backend", ["channels-last", "openvino"])
+def test_a_backend_with_its_own_copy_draws_the_adapters_pictures(weights: Path, backend: str) -> None:
+    model = Model.open("one", weights / "one", "cpu", 10, Bases())
+    found = next((one for one in candidates("cpu", slow=False) if one.name == backend), None)
+    if found is None:
+        pytest.skip("OpenVINO is not installed")
+    network = model.networks[0]
+    (inputs,) = model.inputs(2, 0)
+    with torch.inference_mode():
+        expected = eager(network)(inputs)(*inputs)
+        assert (found.open(network)(inputs)(*inputs) - expected).abs().max() < 1e-4
+        set_lora_scale(network, 0)
+        assert (eager(network)(inputs)(*inputs) - expected).abs().max() > 1e-2
