@@ -108,7 +108,10 @@ class ContentFields(Body):
 class OpenAIRequest(BatchFields, ContentFields):
     """Declares the fields of OpenAI's two requests."""
 
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" as the model draws it, or "auto".')
+    size: str | None = Field(
+        None,
+        description='"WIDTHxHEIGHT" as the model draws it, or "auto"; of text to image any shape of no more pixels.',
+    )
     stream: bool | None = Field(None, description="Server-sent events, as OpenAI sends them.")
     partial_images: int | None = Field(
         None, ge=0, le=3, description="With stream: views of the unfinished picture; fewer if there are fewer steps."

@@ -178,7 +178,7 @@ class Generator(nn.Module):
         """
         cond = self.encode_condition(len(seeds), size=size, **condition)
         height, width = self.condition.size(condition) or size or self.info.size
-        self._check_size("size", height, width)
+        self.check_size("size", height, width)
         shape = (self.codec.channels(self.info.channels), height // self.codec.factor, width // self.codec.factor)
         stream = seeded_noise(seeds, shape)
         x0 = self.forward(next(stream).to(self._weight.device), cond, steps, stream)
@@ -215,7 +215,7 @@ class Generator(nn.Module):
         own = self.condition
         own.check(condition, count)
         if own_size := own.size(condition):
-            self._check_size(own.argument, *own_size)
+            self.check_size(own.argument, *own_size)
         return own.encode(condition, self._weight.device, size)
 
     @property
@@ -228,7 +228,8 @@ class Generator(nn.Module):
         """What the model is conditioned on."""
         return self.info.condition(self.codec, self.prompts)
 
-    def _check_size(self, field: str, height: int, width: int) -> None:
+    def check_size(self, field: str, height: int, width: int) -> None:
+        """Refuse with BadInput, naming the field, a size in pixels that the network or its autoencoder cannot draw."""
         multiple, family = self.size_multiple, family_of(self.denoiser.network) or UNET
         positions = family.largest(self.denoiser.network.config)
         most = math.inf if positions is None else positions * self.codec.factor

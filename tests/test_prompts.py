@@ -202,6 +202,22 @@ def test_what_is_wrong_is_named(stock: tuple[Any, Path], tmp_path: Path) -> None
             adopt(folder, tmp_path / "out", steps, sampler, None)
 
 
+def test_the_command_leads_away_and_draws_other_shapes(stock: tuple[Any, Path], tmp_path: Path) -> None:
+    asked = ["generate", str(stock[1]), "--prompt", "a barn", "--steps", "2", "--out", str(tmp_path / "x.npy")]
+    for more, size, negative in (
+        (["--size", "24x16"], (16, 24), None), (["--negative-prompt", "fog"], (SIDE, SIDE), ["fog"]),
+    ):  # fmt: skip
+        done = CliRunner().invoke(cli, [*asked, *more])
+        assert done.exit_code == 0, done.output
+        drawn = Generator.from_pretrained(stock[1]).sample(
+            [0], prompts=["a barn"], negative_prompts=negative, steps=2, size=size
+        )
+        assert np.abs(np.load(tmp_path / "x.npy") - drawn.numpy()).max() < 1e-5
+    for wrong in ("24", "24x17", "axb"):
+        refused = CliRunner().invoke(cli, [*asked, "--size", wrong])
+        assert isinstance(refused.exception, BadInput) and refused.exception.field == "size"
+
+
 @pytest.mark.slow
 def test_backends_run_words_network_and_decoder(stock: tuple[Any, Path], tmp_path: Path) -> None:
     adopt(stock[1], tmp_path / "few", [1], "consistency", None)
@@ -242,6 +258,12 @@ def test_a_prompt_is_drawn_over_http(stock: tuple[Any, Path], tmp_path: Path) ->
         assert ask(prompt="a" * 18 + "bcd")["unread"]["text_encoder"] == "bcd"
         raw = client.post("/v1/images/generations", json={"prompt": "a" * 18 + "bé"}, headers={"Accept": "image/png"})
         assert raw.status_code == 200 and json.loads(unquote(raw.headers["x-fewstep-unread"]))["text_encoder"]
+        wide = Generator.from_pretrained(tmp_path / "weights" / "few").sample([3], prompts=["a"], steps=1, size=(8, 32))
+        levels = ((wide[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
+        assert np.abs(pixels(ask(prompt="a", size="32x8")) - levels).max() <= 1
+        for size in ("32x16", "31x8", "8", "wide"):  # too many pixels, no multiple, no size
+            assert ask(400, prompt="a", size=size)["error"]["param"] == "size"
+        assert ask(400, prompt="a", negative_prompt="b")["error"]["param"] == "negative_prompt"  # a student
         assert ask(400, prompt="a", label=1)["error"]["param"] == "label"
         assert ask(400, prompt="b" * 2001)["error"]["param"] == "prompt"
         start = io.BytesIO()

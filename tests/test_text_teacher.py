@@ -213,11 +213,12 @@ def test_the_shift_of_latents_moves_into_the_convolutions() -> None:
 
 
 def test_dropped_captions_become_the_empty_one() -> None:
-    cond = {"tokens": torch.ones(3, 4), "null_tokens": torch.zeros(1, 4).expand(3, 4)}
+    sizes = torch.tensor([[16.0, 24.0]] * 3)  # which stay, as all does that has no null
+    cond = {"tokens": torch.ones(3, 4), "null_tokens": torch.zeros(1, 4).expand(3, 4), "ids": sizes}
     found = without_condition(
         cond, torch.tensor([True, False, True]), Denoiser(torch.nn.Identity(), from_config({"name": "vp"}), "v")
     )
-    assert set(found) == {"tokens"}
+    assert set(found) == {"tokens", "ids"} and torch.equal(found["ids"], sizes)
     assert found["tokens"][:, 0].tolist() == [0, 1, 0]
 
 

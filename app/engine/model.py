@@ -39,6 +39,7 @@ class Order:
         label: the class, for models with classes.
         prompt: for text-to-image models.
         negative_prompt: what guidance leads away from, for those that are guided; None for what is usual.
+        size: (H, W) in pixels; None for the published size, or the SAR's.
         sar: (channels, H, W) in [-1, 1], for translators.
         start: (C, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
         on_partial: called on the engine's thread with a step's index and its estimate, (H, W, C) uint8.
@@ -49,6 +50,7 @@ class Order:
     label: int | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
     sar: NDArray[np.float32] | None = None
     start: NDArray[np.float32] | None = None
     on_partial: Callable[[int, Pixels], None] | None = None
@@ -121,10 +123,11 @@ class Model:
         for dispatch in self.dispatches:
             dispatch.strict = strict
         with torch.inference_mode():
-            cond = generator.encode_condition(len(orders), **gather(orders))
+            cond = generator.encode_condition(len(orders), size=orders[0].size, **gather(orders))
             start = _stacked([order.start for order in orders])
             factor, channels = generator.codec.factor, generator.codec.channels(generator.info.channels)
-            height, width = orders[0].sar.shape[-2:] if orders[0].sar is not None else self.info.size
+            sar, size = orders[0].sar, orders[0].size or self.info.size
+            height, width = size if sar is None else sar.shape[-2:]
             noises = seeded_noise([o.seed for o in orders], (channels, height // factor, width // factor))
 
             def watch(step: int, x0: "Tensor") -> None:

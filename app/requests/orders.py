@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +141,7 @@ def from_noise(plan: Plan, body: ContentFields, size: str | None = None) -> Work
     """Order pictures from noise, of a class or a prompt. BadInput for a model that translates."""
     model = check_task(plan.model, translates=False)
     height, width = check_size(model, size)
-    orders = orders_of(model, body, plan.seeds)
+    orders = [replace(order, size=(height, width)) for order in orders_of(model, body, plan.seeds)]
     prompts = model.generator.prompts
     unread = prompts.unread(body.prompt or "") if prompts is not None else None
     return Work(plan, orders, height, width, (height, width), label_names(model, orders), unread=unread or None)
@@ -164,10 +165,20 @@ def label_names(model: Model, orders: Sequence[Order]) -> list[str | None]:
 
 
 def check_size(model: Model, size: str | None) -> tuple[int, int]:
-    """Return the model's (height, width). BadInput for any other size."""
+    """Return the (height, width) to draw: the published one or, of a model that reads text, another shape as large.
+
+    Raises:
+        BadInput: a size that the model does not draw, or more pixels than the published size has.
+    """
     height, width = model.info.size
-    if size not in (None, "auto", f"{width}x{height}"):
-        raise BadInput("size", size, f"{width}x{height}, auto ({model.name})")
+    if size in (None, "auto", f"{width}x{height}"):
+        return height, width
+    given = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(size))
+    if model.generator.prompts is None or not given or int(given[1]) * int(given[2]) > height * width:
+        others = "" if model.generator.prompts is None else ", another shape of no more pixels"
+        raise BadInput("size", size, f"{width}x{height}{others}, auto ({model.name})")
+    width, height = int(given[1]), int(given[2])
+    model.generator.check_size("size", height, width)
     return height, width
 
 
@@ -233,7 +244,7 @@ async def from_picture(
     if body.bands is not None:
         raise BadInput("bands", body.bands, f"nothing: {plan.model.name} is no translator")
     height, width = check_size(plan.model, size)
-    orders = orders_of(plan.model, body, plan.seeds)
+    orders = [replace(order, size=(height, width)) for order in orders_of(plan.model, body, plan.seeds)]
     channels = plan.model.info.channels
     if channels not in (1, 3):
         raise BadInput("model", plan.model.name, f"a model of RGB or grey pictures; these have {channels} bands")

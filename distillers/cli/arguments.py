@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import Parameter
@@ -108,6 +109,14 @@ def step_counts(field: str, text: str) -> list[int]:
     except ValueError:
         raise BadInput(field, text, "whole numbers with commas, e.g. 1,2,4") from None
     return counts
+
+
+def size_of(given: str) -> tuple[int, int]:
+    """Read "WIDTHxHEIGHT" as (height, width). BadInput for anything else."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", given)
+    if not found:
+        raise BadInput("size", given, "WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(found[2]), int(found[1])
 
 
 def columns_of(n: int) -> int:

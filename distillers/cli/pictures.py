@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, with_options
+from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, size_of, with_options
 from distillers.errors import BadInput, Notice, check_file, check_place
 from distillers.sar.options import WARNING, SceneOptions
 
@@ -26,6 +26,7 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance leads away from; refused by models that draw without guidance.")
     ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the published size if left out.")] = None,
     steps: Steps = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -52,8 +53,9 @@ def generate(
         chosen = [classes[i % len(classes)] for i in range(n)]
     prompts = None if prompt is None and generator.prompts is None else [prompt or ""] * n
     negatives = None if negative_prompt is None else [negative_prompt] * n
+    given = None if size is None else size_of(size)
     pictures = generator.sample(
-        range(seed, seed + n), labels=chosen, prompts=prompts, negative_prompts=negatives, steps=steps
+        range(seed, seed + n), labels=chosen, prompts=prompts, negative_prompts=negatives, steps=steps, size=given
     )
     for encoder, end in (generator.prompts.unread(prompt or "") if generator.prompts else {}).items():
         warnings.warn(f"{encoder} does not read the end of the prompt: {end!r}", Notice, stacklevel=2)

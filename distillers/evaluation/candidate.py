@@ -28,6 +28,7 @@ from distillers.evaluation.report import Row
 from distillers.evaluation.shape_reader import read_shape, shares
 from distillers.models.captions import unpack
 from distillers.models.conditions import Condition
+from distillers.weights.network import calls_per_step
 
 if TYPE_CHECKING:
     from distillers.data import Batch
@@ -213,5 +214,5 @@ def measure_latency(candidates: Sequence[Candidate], item: Batch, repeats: int) 
 
 
 def evaluations(generator: Generator, steps: int) -> int:
-    """Count network evaluations per picture; guidance at sampling time doubles them."""
-    return steps if generator.info.guidance_scale == 1 else 2 * steps
+    """Count network evaluations per picture; guidance by a second pass doubles them."""
+    return steps * calls_per_step(generator.denoiser, generator.info)
