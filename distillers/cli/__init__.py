@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start here": (service.run, service.serve, service.key),
     "Make a model": (
         training.distill,
+        training.plan,
         training.methods,
         training.publish,
         training.merge,

@@ -1,4 +1,4 @@
-"""Commands that make weights folders: distill, publish, merge, adopt, suggest-student, methods."""
+"""Commands that make weights folders: distill, plan, publish, merge, adopt, suggest-student, methods."""
 
 from __future__ import annotations
 
@@ -48,6 +48,29 @@ def distill(
     if not is_main:
         return
     typer.echo(f"{folder}: {len(list(folder.rglob('*')))} files; samples in {folder / 'grid.png'}")
+
+
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe: a TOML file, or the name of a shipped one (`fewstep methods`).")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as for distill", metavar="[KEY=VALUE]...")
+    ] = None,
+    device_memory: Annotated[float | None, typer.Option(help="Of the device, in GB; says what to change.")] = None,
+) -> None:
+    """Tell what memory a training takes, for each network, before anything is loaded or downloaded.
+
+    Weights, gradients, the optimizer's state and averages are exact; activations are an estimate.
+
+    Example: `fewstep plan mine.toml teacher=stabilityai/stable-diffusion-xl-base-1.0 --device-memory 24`.
+    """
+    from distillers.jobs.plan import told_plan
+    from distillers.jobs.recipe import Recipe
+
+    if device_memory is not None and not device_memory > 0:
+        raise BadInput("device-memory", device_memory, "a number of GB above 0")
+    typer.echo(told_plan(Recipe.load(recipe, overrides), device_memory))
 
 
 def publish(

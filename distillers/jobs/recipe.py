@@ -13,8 +13,9 @@ teacher = "weights/eurosat-teacher" # folder or hub id; absent for methods that 
 
 from __future__ import annotations
 
+import copy
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -269,6 +270,14 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput("recipe", str(path), "a TOML file or one of " + ", ".join(shipped()))
     return read_toml(file)
+
+
+def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Copy a recipe's table with some `key=value` set; BadInput for what is none."""
+    changed = copy.deepcopy(table)
+    for override in overrides:
+        _override(changed, override)
+    return changed
 
 
 def _override(table: dict[str, Any], override: str) -> None:

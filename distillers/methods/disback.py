@@ -122,9 +122,10 @@ class DisBack(Distiller):
 class Path(nn.Module):
     """A path holds the states P_0 .. P_N of a network, and which of them is the target.
 
-    They stay on the CPU when the networks move to an accelerator: N + 1 times the parameters, float32.
+    They stay on the CPU (`on_cpu`) when the networks move to an accelerator: N + 1 times the parameters, float32.
     """
 
+    on_cpu = True
     states: Tensor  # (N + 1, parameters)
     recorded: Tensor  # nodes after P_0
     loaded: Tensor  # the node whose state the target network has
@@ -135,8 +136,8 @@ class Path(nn.Module):
 
     def __init__(self, nodes: int, network: nn.Module) -> None:
         super().__init__()
-        first = parameters_to_vector(network.parameters()).detach().cpu()
-        self.register_buffer("states", torch.zeros(nodes + 1, len(first)))
+        first = parameters_to_vector(network.parameters()).detach()
+        self.register_buffer("states", torch.zeros(nodes + 1, len(first), device="meta" if first.is_meta else "cpu"))
         self.states[0] = first
         self.register_buffer("recorded", torch.tensor(0))
         self.register_buffer("loaded", torch.tensor(0))

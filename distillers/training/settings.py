@@ -40,9 +40,7 @@ class TrainSettings:
     publish: Literal["last", "best"] = "last"  # best: the averages with the least Frechet distance in the watch
     log_every: int = 50
     workers: int = 0  # processes that draw batches; 0 = a thread, which is enough for a CPU and for cheap pictures
-    cache_gb: float = (
-        20.0  # most that latents and encoded texts take beside the run; 0 encodes them when they are drawn
-    )
+    cache_gb: float = 20.0  # most that latents and encoded texts may take on disk; 0 encodes them when drawn
     tracker: str = "tensorboard"  # any name accelerate knows, or "none"
 
     def __post_init__(self) -> None:

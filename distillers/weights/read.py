@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tomllib
 import warnings
@@ -252,6 +253,51 @@ def read_info(path_or_hub_id: str | Path) -> Info:
     codec = Vae(_skeleton(vaes[0], AUTOENCODERS)) if vaes else PixelUnshuffle(1)
     _check_autoencoder(folder, index)
     return _describe(folder, network, codec, index, _name(path_or_hub_id, folder))
+
+
+def configurations(path_or_hub_id: str | Path) -> Path:
+    """Return a folder that says how a pipeline's networks are built: its own, or of a hub id a copy without weights."""
+    if isinstance(path_or_hub_id, str) and path_or_hub_id.count("/") == 1 and not Path(path_or_hub_id).exists():
+        from huggingface_hub import snapshot_download
+
+        with contextlib.suppress(Exception):  # whatever it is, opening the folder says what is wrong
+            return Path(snapshot_download(path_or_hub_id, allow_patterns=["*.json"]))
+    return _local(path_or_hub_id)
+
+
+def read_skeleton(folder: Path) -> tuple[Parts, dict[str, nn.Module]]:
+    """Build a pipeline by its configurations on torch's meta device, where networks take no memory.
+
+    Returns:
+        What `read_pipeline` would, without the encoder of prompts, and the text encoders by their names.
+
+    Raises:
+        BadInput: as `read_info`, and several students in one folder.
+    """
+    import transformers
+
+    index = read_json(folder / "model_index.json")
+    info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    places = _networks(folder, index, info)
+    if len(places) > 1:
+        raise BadInput("teacher", str(folder), "a folder of one network, such as one of its students")
+    network = _skeleton(places[0], NETWORKS)
+    family, place = _family(folder, network), _part(folder, index, "scheduler")
+    options = _options(place, read_json(place / "scheduler_config.json"), family)
+    (schedule, clipping), prediction = _schedule(place, options), _prediction(place, options)
+    if isinstance(schedule, RectifiedFlow) and family.words:
+        schedule.stock = options
+    vaes = [folder / part for part in VAES if (folder / part / "config.json").is_file()]
+    codec = Vae(_skeleton(vaes[0], AUTOENCODERS)) if vaes else PixelUnshuffle(info.patch if info else 1)
+    encoders: dict[str, nn.Module] = {}
+    for name in family.words.encoders if family.words else ():
+        if (folder / name).is_dir():
+            config = transformers.AutoConfig.from_pretrained(folder / name)
+            with torch.device("meta"):
+                encoders[name] = getattr(transformers, config.architectures[0])(config)
+    info = info or _describe(folder, network, codec, index, folder.name)
+    denoiser = Denoiser(network, schedule, prediction, clipping=clipping).eval().requires_grad_(False)
+    return Parts(denoiser, codec, info), encoders
 
 
 def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
