@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import describe, transformer, untrained
+from stock_pipelines import build
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from trainings import digest, same, settings, teacher_for, values
@@ -29,6 +30,7 @@ from distillers.methods.multi_student import MultiStudent
 from distillers.methods.pso import Pso
 from distillers.methods.refine import Refine
 from distillers.methods.scm import ContinuousConsistency
+from distillers.models.captions import pack
 from distillers.models.checkpointing import checkpoint_gradients
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
@@ -96,7 +98,10 @@ def batch_for(teacher: Teacher, draws: int) -> Batch:
     count = 4 * draws
     shape = teacher.example()[0].shape[1:]
     batch = {"x0": torch.randn(count, *shape).clamp(-1, 1)}
-    if teacher.info.labels:
+    if teacher.prompts is not None:
+        texts = pack([f"a picture of {i}" for i in range(count)])
+        batch |= teacher.condition.encode_items({"caption": texts}, "cpu")
+    elif teacher.info.labels:
         batch["label"] = torch.arange(count) % len(teacher.info.labels)
     else:
         batch["sar"] = torch.randn(count, 1, *shape[1:]).clamp(-1, 1)
@@ -107,9 +112,9 @@ def roles(nets: nn.Module) -> list[Adapted]:
     return [module for module in nets.modules() if isinstance(module, Adapted)]
 
 
-def begin(kind: str, method: Distiller, settings: LoraSettings = RANK) -> tuple[Teacher, Networks]:
+def begin(stock: Teacher, method: Distiller, settings: LoraSettings = RANK) -> tuple[Teacher, Networks]:
     """A method's networks on one base, where every adapter has learnt something."""
-    teacher = on_one_base(teacher_of(kind, method), settings)
+    teacher = on_one_base(stock, settings)
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,8 +154,13 @@ def gradients(method: Distiller, nets: Networks, batch: Batch, progress: float) 
 
 def compare(kind: str, name: str, checkpointing: bool) -> None:
     method, progress = (UNET_METHODS if kind == "unet" else DIT_METHODS)[name]
-    network = teacher_of(kind, method).denoiser.network
-    teacher, nets = begin(kind, method)
+    agree(teacher_of(kind, method), method, progress, checkpointing)
+
+
+def agree(stock: Teacher, method: Distiller, progress: float, checkpointing: bool) -> None:
+    """Turns on a shared base are those of separate networks, and the base stays as it is."""
+    network = copy.deepcopy(stock.denoiser.network)
+    teacher, nets = begin(stock, method)
     assert {id(role.base.network) for role in roles(nets)} == {id(plain(teacher.denoiser.network))}
     batch, before = batch_for(teacher, method.draws(progress)), base_digest(teacher)
     expected = gradients(method, separate(nets, network), batch, progress)
@@ -175,6 +185,15 @@ def base_digest(teacher: Teacher) -> str:
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_shared_base_gives_the_gradients_of_separate_networks(kind: str, name: str, checkpointing: bool) -> None:
     compare(kind, name, checkpointing)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart", "sana"])
+def test_every_family_gives_the_gradients_of_separate_networks(family: str, tmp_path: Path) -> None:
+    """Whose blocks are called in other ways: recomputed, under the words of a prompt."""
+    build(family, tmp_path / family)
+    stock = Teacher.from_pretrained(tmp_path / family)
+    stock = replace(stock, info=replace(stock.info, size=(16, 16)))
+    agree(stock, Dmd2(critic_turns=1, gan_weight=0.01, guidance_scale=2), 0.5, checkpointing=True)
 
 
 @pytest.mark.parametrize("name", ["dmd2", "hyper-sd, last stage", "disback, on the path", "consistency"])
@@ -257,7 +276,7 @@ def test_a_role_is_a_network_with_pefts_own_adapter(kind: str) -> None:
 
 
 def test_copies_averages_and_states_are_of_adapters_alone() -> None:
-    teacher, nets = begin("unet", Dmd2())
+    teacher, nets = begin(teacher_of("unet", Dmd2()), Dmd2())
     student = nets["student"]
     learning = list(student.parameters())
     assert {id(p) for p in learning} == {id(p) for p in student.parameters() if p.requires_grad}
@@ -280,7 +299,7 @@ def test_copies_averages_and_states_are_of_adapters_alone() -> None:
 
 
 def test_a_half_precision_base_carries_adapters_of_full_precision() -> None:
-    teacher, nets = begin("unet", Dmd2(critic_turns=1), LoraSettings(rank=4, base="bf16"))
+    teacher, nets = begin(teacher_of("unet", Dmd2()), Dmd2(critic_turns=1), LoraSettings(rank=4, base="bf16"))
     base = plain(teacher.denoiser.network)
     assert {p.dtype for name, p in base.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     assert {p.dtype for p in nets["student"].parameters()} == {torch.float32}
