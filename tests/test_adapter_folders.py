@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from networks import contents
+from processes import run
 from safetensors.torch import load_file, save_file
 from stock_pipelines import build
 from test_families import CLOSE, STUDENTS, TOLD_THE_SCALE, consistency_pictures
@@ -72,10 +72,8 @@ def test_on_its_base_an_adapter_draws_in_stock_diffusers_what_it_draws_here(
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).parent / "load_adapters.py"
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(tmp_path / "jobs.json")],
-        capture_output=True, text=True, env=environment, cwd=tmp_path,
-    )  # fmt: skip
+    command = [sys.executable, str(script), str(tmp_path), str(tmp_path / "jobs.json")]
+    done = run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pipes = {str(base): build(name, tmp_path / "pipe") for name, base in bases.items()}
     apart = {}
