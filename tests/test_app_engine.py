@@ -202,6 +202,7 @@ def test_the_server_tunes_beside_its_work_and_draws_the_same_before_and_after(we
         assert levels([drawn.pixels for drawn in strict[:3]], expected) <= 1
 
 
+@pytest.mark.slow
 def test_shapes_that_come_again_and_again_are_prepared(weights: Path) -> None:
     alone_in(weights, "sar")
     with running(weights, tune_seconds=20, max_batch=2) as engine:
