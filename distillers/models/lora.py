@@ -119,13 +119,15 @@ class Origin:
 def network_digest(network: nn.Module) -> str:
     """Compute a SHA-256, in hexadecimal, of a network's weights at float16, without the adapters on it.
 
-    A network and its copy at half precision have the same.
+    A network and its copy at half precision have the same. Of a network on the meta device, which has no weights, it is
+    of their names alone.
     """
     own = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if ".lora_" not in k}
     digest = hashlib.sha256()
     for name in sorted(own):
         digest.update(name.encode())
-        digest.update(own[name].detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        if not own[name].is_meta:
+            digest.update(own[name].detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
