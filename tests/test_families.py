@@ -221,6 +221,18 @@ def test_networks_are_told_the_size_of_the_pictures_that_they_learn_from(stock: 
     assert teacher.encode_batch(latents, "cpu")["ids"].tolist() == [[12, 16, 0, 0, 12, 16]] * 2
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("sd3", 16), ("flux", 16), ("pixart", 16), ("sana", 64)])
+def test_the_middle_of_a_transformer_is_the_pictures_tokens(name: str, tokens: int, stock: Stock) -> None:
+    """Blocks of SD3 and FLUX.1 return the words' tokens, too, which are no features of the picture."""
+    generator = Generator.from_pretrained(stock[name][1])
+    cond = generator.encode_condition(2, size=(16, 16), prompts=WORDS)
+    x_t = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        (found,) = generator.denoiser.features(x_t, torch.tensor(0.5), cond)  # type: ignore[operator]
+        (other,) = generator.denoiser.features(x_t + 1, torch.tensor(0.5), cond)  # type: ignore[operator]
+    assert found.shape[:2] == (2, tokens) and not torch.equal(found, other)
+
+
 def test_a_transformer_opens_under_its_old_name(stock: Stock, tmp_path: Path) -> None:
     """PixArt-Alpha was published as a `Transformer2DModel`; its 1000 times are no classes."""
     folder = shutil.copytree(stock["pixart"][1], tmp_path / "old")

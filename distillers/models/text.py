@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +79,18 @@ class Tower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=both)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning, inside the block, that readers of pictures miss torchvision: none is used."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class PromptEncoder(nn.Module):
     """An encoder of prompts to the tensors that a family's network takes, by the stock pipeline's own `encode_prompt`.
 
@@ -99,6 +113,7 @@ class PromptEncoder(nn.Module):
         learns: bool = False,
     ) -> None:
         import diffusers
+        from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
 
         super().__init__()
         assert family.words is not None
@@ -109,7 +124,8 @@ class PromptEncoder(nn.Module):
             tokenizer = parts[name.replace("text_encoder", "tokenizer")]
             if self.clip(name) and length:
                 tokenizer.model_max_length = min(tokenizer.model_max_length, length)
-        kind = getattr(diffusers, pipeline)
+        with _quiet():
+            kind = getattr(diffusers, pipeline)
         taken = list(inspect.signature(kind.__init__).parameters.values())[1:]
         given: dict[str, Any] = {one.name: None for one in taken if one.default is inspect.Parameter.empty}
         given |= {one.name: options[one.name] for one in taken if type(options.get(one.name)) is bool}
@@ -122,6 +138,8 @@ class PromptEncoder(nn.Module):
         self.zeros_for_empty = bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))
         called, asked = (inspect.signature(f).parameters for f in (kind.__call__, kind.encode_prompt))
         self.arguments = {k: called[k].default for k in CHOICES if k in called and k in asked}
+        if "clean_caption" in self.arguments:  # asked for in vain, it warns at every prompt
+            self.arguments["clean_caption"] &= is_bs4_available() and is_ftfy_available()
         self.arguments |= self.words.arguments
 
     def clip(self, name: str) -> bool:
