@@ -118,6 +118,14 @@ def adopt(
         int | None,
         typer.Option(help="Of a U-Net with classes: the row that stands for none, for guidance.", show_default=False),
     ] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="A few-step LoRA of the pipeline; the folder is then its alone.", show_default=False),
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(help="Of a few-step model: the times of its steps, if they are its own.", show_default=False),
+    ] = None,
 ) -> None:
     """Make a folder that can be served out of a pipeline that others have trained, at float16 if that holds it.
 
@@ -125,8 +133,16 @@ def adopt(
     """
     from distillers.jobs.publish import adopt as make
 
-    name = make(pipeline, out, step_counts("steps", steps) if steps else [], sampler, guidance, null_class)
+    counts, own = step_counts("steps", steps) if steps else [], _times(times) if times else []
+    name = make(pipeline, out, counts, sampler, guidance, null_class, lora, own)
     typer.echo(f"{out}: {name}")
+
+
+def _times(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput("times", text, "numbers with commas, such as 999,749,499,249") from None
 
 
 def suggest_student(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from distillers.autoencoder import Autoencoder
@@ -19,12 +20,16 @@ from distillers.generator import Generator
 from distillers.jobs.card import write_card
 from distillers.jobs.inputs import held_out_data, load_data
 from distillers.jobs.recipe import Recipe
+from distillers.models.denoiser import Denoiser
+from distillers.models.lora import NAME, attach, network_digest
 from distillers.models.schedule import VariancePreserving
 from distillers.runtime import package_versions
 from distillers.teacher import Teacher
+from distillers.weights.lora_file import read_lora
 from distillers.weights.manifest import SAMPLERS, Info
 from distillers.weights.network import guided, null_class_last
-from distillers.weights.write import check_target, lcm_times, staged
+from distillers.weights.read import origin
+from distillers.weights.write import check_target, lcm_times, staged, write_pipeline
 
 COLUMNS = 10  # of grid.png
 PACKAGES = ("fewstep", "torch", "diffusers", "accelerate", "peft", "numpy")  # whose versions recipe.toml records
@@ -86,6 +91,8 @@ def adopt(
     sampler: str,
     guidance: float | None,
     null_class: int | None = None,
+    lora: Path | None = None,
+    times: Sequence[float] = (),
 ) -> str:
     """Make a folder that can be served out of a pipeline that others have trained; return what it draws, in words.
 
@@ -95,7 +102,16 @@ def adopt(
         guidance: None: 1 for a few-step model, else the pipeline's own.
         null_class: the row of a U-Net's class embedding that stands for no class, for guidance; the classes behind it
             are one less afterwards. None: all rows are classes.
+        lora: a few-step LoRA of the pipeline, as a file; the folder is then an adapter's, without its base.
+        times: those of one more number of steps, where they are not the stock scheduler's.
+
+    Raises:
+        BadInput: naming the argument; a LoRA that is not the pipeline's, or changes its text encoders too.
     """
+    if lora is not None and not (steps or times):
+        raise BadInput("steps", None, "with lora: the steps it was distilled for, such as 4")
+    if any(later >= earlier for earlier, later in pairwise(times)):
+        raise BadInput("times", list(times), "descending times")
     if len(set(steps)) < len(steps):
         raise BadInput("steps", steps, "different step counts")
     if sampler not in SAMPLERS:
@@ -108,16 +124,44 @@ def adopt(
         numbered, labels = info.labels == list(map(str, range(len(info.labels)))), list(info.labels)
         del labels[null_class]
         info = replace(info, labels=list(map(str, range(len(labels)))) if numbered else labels)
-    if steps:
+    if steps or times:
         lcm = sampler == "consistency" and isinstance(generator.schedule, VariancePreserving)
-        times = {n: lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
+        found = {n: lcm_times(generator.schedule, n) if lcm else generator.times(n) for n in steps}  # type: ignore[arg-type]
+        found |= {len(times): list(times)} if times else {}
+        if times and not generator.schedule.t_min <= min(times) <= max(times) <= generator.schedule.t_max:
+            raise BadInput("times", list(times), f"{generator.schedule.t_min:g} to {generator.schedule.t_max:g}")
         sampling = {"role": "student", "method": "adopted", "sampler": sampler, "guidance_scale": 1.0}
-        info = replace(info, **sampling, step_times=times, default_steps=min(steps))  # type: ignore[arg-type]
+        info = replace(info, **sampling, step_times=found, default_steps=min(found))  # type: ignore[arg-type]
     generator.info = info if guidance is None else replace(info, guidance_scale=guidance)
     guided(generator.denoiser, generator.info, generator.info.guidance_scale)  # refused here, not when served
-    generator.save_pretrained(folder)
+    if lora is None:
+        generator.save_pretrained(folder)
+    else:
+        _save_adapter(generator, pipeline, lora, folder)
     height, width = info.size
-    return f"{info.task}, {width}x{height}, " + (f"steps {', '.join(map(str, steps))}" if steps else "any steps")
+    counts = ", ".join(map(str, info.step_times))
+    return f"{info.task}, {width}x{height}, " + (f"steps {counts}" if counts else "any steps")
+
+
+def _save_adapter(generator: Generator, base: str | Path, lora: Path, folder: Path) -> None:
+    """Write the folder of an adapter out of a file of others, as `write_pipeline` does with one of ours."""
+    network = generator.denoiser.network
+    if generator.prompts is None or not isinstance(generator.denoiser, Denoiser):
+        raise BadInput("lora", str(lora), "nothing: adapters of others are for text to image")
+    if (place := Path(base)).exists() and not (
+        (beside := folder.absolute().parent / place.name).is_dir() and beside.samefile(place)
+    ):
+        raise BadInput(
+            "pipeline", str(base), f"with lora: a folder beside {folder}, where it is looked for, or a hub id"
+        )
+    origin_of_base = replace(origin(str(base)), sha256=network_digest(network))
+    state = read_lora(lora, network, generator.prompts)
+    part = generator.prompts.family.part
+    if set(state) != {part}:
+        raise BadInput(str(lora), f"layers of {', '.join(sorted(state))}", f"a few-step LoRA, of {part} alone")
+    attach(network, state[part], NAME, str(lora))
+    info = replace(generator.info, teacher=place.name)
+    write_pipeline(folder, generator.denoiser, generator.codec, info, origin=origin_of_base)
 
 
 def picture(generator: Generator, teacher: Generator | None, data: ImageData | None, folder: Path) -> None:

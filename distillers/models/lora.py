@@ -282,7 +282,7 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
 def kohya_state(network: nn.Module) -> dict[str, Tensor]:
     """Export the adapter for ComfyUI and Kohya's scripts: "lora_unet_<layer with _>.lora_down.weight", lora_up, alpha.
 
-    As `lora_state` it has the scale in B, which is lora_up, so that alpha is the rank.
+    As `lora_state` it has the scale in B, which is lora_up, so that alpha is a layer's rank.
     """
     found: dict[str, Tensor] = {}
     for key, value in lora_state(network).items():
@@ -291,7 +291,8 @@ def kohya_state(network: nn.Module) -> dict[str, Tensor]:
         for ours, theirs in KOHYA_NAMES.items():
             name = name.replace(ours, theirs)
         found[f"{name}.lora_{'down' if kind == 'A' else 'up'}.weight"] = value
-        found[f"{name}.alpha"] = torch.tensor(float(lora_rank(network)))
+        if kind == "A":
+            found[f"{name}.alpha"] = torch.tensor(float(len(value)))
     return found
 
 
@@ -341,10 +342,10 @@ def attach(network: nn.Module, state: Mapping[str, Tensor], name: str, where: st
     from peft import LoraConfig, inject_adapter_in_model
 
     matched = _matched(network, state, where)
-    pattern = "|".join(re.escape(path) for path, _, _ in matched)
+    pattern, rank = "|".join(re.escape(path) for path, _, _ in matched), max(len(A) for _, A, _ in matched)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=pattern), network, name)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), network, name)
     for path, A, B in matched:
         layer: Any = network.get_submodule(path)
         weight = layer.get_base_layer().weight

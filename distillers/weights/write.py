@@ -20,7 +20,7 @@ from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
-from distillers.models.lora import fused, has_lora, kohya_state, lora_rank, lora_state, origin_of
+from distillers.models.lora import Origin, fused, has_lora, kohya_state, lora_rank, lora_state, origin_of
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
@@ -49,12 +49,19 @@ def write_autoencoder(folder: Path, codec: Vae, info: Info) -> None:
 
 
 def write_pipeline(
-    folder: Path, denoiser: Denoiser | Routed, codec: ImageCodec, info: Info, prompts: PromptEncoder | None = None
+    folder: Path,
+    denoiser: Denoiser | Routed,
+    codec: ImageCodec,
+    info: Info,
+    prompts: PromptEncoder | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Save a network (fp16 safetensors) and its manifest as a folder that stock diffusers opens.
 
     A network with a LoRA stays as it is. Of text to image, whose stock pipelines load adapters, its folder is the
     adapter alone, in diffusers' form and in ComfyUI's; of other tasks it holds the adapter beside the fused network.
+
+    origin: of the base of an adapter, where the network does not know it.
     """
     if _is_called_on_noise(denoiser, info):
         assert isinstance(denoiser, Denoiser)
@@ -64,7 +71,9 @@ def write_pipeline(
     lora, index = None, None
     if isinstance(denoiser, Denoiser) and has_lora(denoiser.network) and info.task == "text-to-image":
         with staged(folder) as new:
-            lora = Lora(rank=lora_rank(denoiser.network), base=info.teacher, **asdict(origin_of(denoiser.network)))
+            lora = Lora(
+                rank=lora_rank(denoiser.network), base=info.teacher, **asdict(origin or origin_of(denoiser.network))
+            )
             _save_adapter(lora_state(denoiser.network), new / ADAPTER)
             _save_adapter(kohya_state(denoiser.network), new / COMFY)
             scheduler.save_pretrained(new / "scheduler")
