@@ -190,7 +190,7 @@ class Generator(nn.Module):
 
     def draw_items(self, items: dict[str, Tensor]) -> Tensor:
         """Sample one picture for each item of a data set, of seeds 0, 1, ..., under the item's condition."""
-        return self.sample(range(len(items["image"])), **self.condition.of_items(items))
+        return self.sample(range(len(next(iter(items.values())))), **self.condition.of_items(items))
 
     def translate(self, sar: Tensor, *, seed: int = 0, steps: int | None = None) -> Tensor:
         """Translate a SAR picture (1, C, H, W) in [-1, 1] of any size to optical (1, 3, H, W), with padding."""

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ from distillers.data import ImageData
 from distillers.data.captioned import CaptionedFolder, Prompts
 from distillers.errors import BadInput, Notice
 from distillers.generator import Generator
+from distillers.jobs.distill import distill
+from distillers.jobs.inputs import load_data
+from distillers.jobs.recipe import Recipe
 from distillers.models.codec import Vae
 from distillers.models.conditions import Prompt
+from distillers.models.denoiser import Denoiser
 from distillers.models.text import PromptEncoder
+from distillers.teacher import Teacher
 from distillers.training.encoded_texts import EncodedTexts
+from distillers.training.head import HeadFit
 from distillers.training.latents import Latents, encoded_once, tell_unread, texts_drawn
 from distillers.training.stored import Stored, check_room, name_of
+from distillers.training.trainer import begin
 
 TEXTS = ["a red barn", "two small cats", "a red barn", "sea"]
 
@@ -235,3 +243,73 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="delete it, and it is made again") as error:
         pickle.loads(pickle.dumps(kept))[2]
     assert error.value.field == str(file)
+
+
+# --- whole trainings
+
+
+@pytest.mark.parametrize(("method", "name"), [("boot", "sd"), ("dmd2", "sana")])
+def test_a_student_learns_from_prompts_alone(method: str, name: str, tmp_path: Path) -> None:
+    build(name, tmp_path / "teacher")
+    data = prompts(tmp_path)
+    table = {
+        "name": "x",
+        "method": method,
+        "teacher": str(tmp_path / "teacher"),
+        "data": {"kind": "prompts", "path": str(tmp_path / "prompts.txt")},
+        "train": {"iterations": 3, "batch": 2, "samples": 2, "compile": "never", "tracker": "none"},
+    }
+    distill(Recipe.from_table(table), tmp_path / "student", "cpu")
+    student = Generator.from_pretrained(tmp_path / "student")
+    assert student.sample([1], prompts=[data.texts[0]], steps=1).isfinite().all()
+    assert list((tmp_path / "student" / "training" / "encoded").rglob("*.safetensors"))
+    watched = {**table, "train": {**table["train"], "watch_every": 1}}  # type: ignore[dict-item]
+    with pytest.raises(BadInput, match=r"train.watch_every: .* no pictures to compare with"):
+        distill(Recipe.from_table(watched), tmp_path / "watched", "cpu")
+
+
+def test_a_head_is_learnt_on_the_teachers_own_samples_where_there_are_no_pictures(tmp_path: Path) -> None:
+    build("sdxl", tmp_path / "teacher")
+    teacher = Teacher.from_pretrained(tmp_path / "teacher")
+    teacher = replace(teacher, denoiser=Denoiser(teacher.denoiser.network, teacher.denoiser.schedule, "eps"))
+    batch = teacher.encode_batch(prompts(tmp_path, teacher.info.size[0]).items([0, 1]), "cpu")
+    assert not batch["x0"].any() and batch["x0"].shape[0] == 2
+
+    def loss(x0: torch.Tensor, pictures: bool) -> float:
+        torch.manual_seed(0)
+        fit = HeadFit(prediction="v", pictures=pictures)
+        nets = fit.networks(teacher)
+        torch.manual_seed(1)
+        ((_, found),) = fit.step(nets, {**batch, "x0": x0}, 0.0)
+        return float(found.detach())
+
+    assert loss(batch["x0"], False) == loss(torch.ones_like(batch["x0"]), False)  # it does not look at them
+    assert loss(batch["x0"], True) != loss(torch.ones_like(batch["x0"]), True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_training_on_texts_that_was_stopped_goes_on_to_the_same_bits(dropout: float, tmp_path: Path) -> None:
+    build("sd", tmp_path / "teacher")
+    write_captioned(tmp_path / "pictures", side=16)
+    table = {
+        "name": "x",
+        "method": "consistency",
+        "teacher": str(tmp_path / "teacher"),
+        "data": {"kind": "captions", "path": str(tmp_path / "pictures"), "flip": False, "clause_dropout": dropout},
+        "train": {"iterations": 4, "batch": 4, "samples": 1, "compile": "never", "tracker": "none"},
+    }
+    own = Recipe.from_table(table)
+    states = []
+    for stops in ((4,), (2, 4)):
+        out = tmp_path / str(len(stops))
+        for stop in stops:
+            data, teacher = load_data(own), Teacher.from_pretrained(tmp_path / "teacher")
+            drawn = encoded_once(data, teacher, out / "encoded", 1.0, "cpu")
+            run = begin(own.distiller(), teacher, own.settings(), out, device="cpu")
+            for i in range(run.resume(), stop):
+                run.iteration(i, drawn)
+            run.save(stop)
+            states.append(run.nets["student"].state_dict())
+            run.close()
+    whole, _, resumed = states
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
