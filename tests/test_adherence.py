@@ -31,6 +31,7 @@ from distillers.evaluation.clauses import AVATARS, UNSEEN
 from distillers.evaluation.evaluate import check_evaluation, evaluate
 from distillers.evaluation.features import FeatureCard, FeatureNet
 from distillers.evaluation.options import EvaluationOptions
+from distillers.evaluation.part_exchange import PartExchange
 from distillers.evaluation.report import Report
 from distillers.evaluation.scene_reader import parse_scene
 from distillers.generator import Generator
@@ -128,6 +129,73 @@ def test_what_cannot_be_read_is_refused(prompt: str, given: str) -> None:
     assert given in str(caught.value)
 
 
+# --- the published classifiers
+PUBLISHED = [role for role in ROLES if (WEIGHTS / f"{role}-avatars").is_dir()]
+judged = pytest.mark.skipif("judge" not in PUBLISHED, reason="weights/judge-avatars is not published yet")
+
+
+def published(role: str) -> AttributeNet:
+    return AttributeNet.load(WEIGHTS / f"{role}-avatars")
+
+
+@pytest.mark.parametrize("role", PUBLISHED)
+def test_a_published_classifier_is_small_and_passed_its_gate(role: str) -> None:
+    folder, card = WEIGHTS / f"{role}-avatars", published(role).card
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+    assert card.name == folder.name and card.n_test == 1160 and not published(role).training
+    for table in (card.accuracy, card.reconstructed):
+        assert set(table) == set(AVATARS.attributes) and min(table.values()) >= 0.98
+    assert "bigSmile" in card.attribution and "CC BY 4.0" in (folder / "README.md").read_text()
+
+
+def test_judge_and_reward_share_neither_body_nor_pictures() -> None:
+    judge, reward = avatars_card("judge"), avatars_card("reward")
+    for role, card in (("judge", judge), ("reward", reward)):
+        if role in PUBLISHED:
+            assert (published(role).card.body, published(role).card.part) == (card.body, card.part)
+    assert judge.body != reward.body and judge.part != reward.part
+
+
+@pytest.mark.parametrize("role", PUBLISHED)
+def test_a_published_classifier_finds_what_captions_say(role: str, avatars: CaptionedFolder) -> None:
+    shares, _ = shares_found(published(role), [avatars.items(range(24))["image"]], avatars.texts)
+    assert set(shares) == set(AVATARS.attributes) and np.mean(list(shares.values())) > 0.98
+
+
+def repainted(pictures: Tensor, captions: list[str]) -> Tensor:
+    """Give the pictures another background: white becomes mint, all others white."""
+    out = pictures.clone()
+    for i, caption in enumerate(captions):
+        ground = pictures[i, :, 0, 0]
+        where = (pictures[i] - ground[:, None, None]).abs().amax(0) < 0.06
+        other = torch.tensor([0.63, 0.91, 0.58]) if "white" in caption else torch.ones(3)
+        out[i, :, where] = other[:, None]
+    return out
+
+
+@judged
+def test_the_judge_notices_another_background_and_swapped_captions(avatars: CaptionedFolder) -> None:
+    judge, pictures, captions = load_judge("avatars"), avatars.items(range(24))["image"], avatars.texts
+    right = judge(pictures, captions)
+    assert right.followed.double().mean() >= 0.9
+    changed = judge(repainted(pictures, captions), captions)
+    column = judge.attributes.index("background")
+    assert right.found[:, column].all() and not changed.found[:, column].any() and not changed.followed.any()
+    others = [i for i in range(len(captions)) if i != column]
+    assert changed.found[:, others].sum() >= 0.9 * right.found[:, others].sum()  # what was not changed is still found
+    swapped = judge(pictures, captions[1:] + captions[:1])
+    assert not swapped.followed.any()
+
+
+@judged
+def test_a_short_prompt_asks_for_no_more_than_it_says(avatars: CaptionedFolder) -> None:
+    judge, picture = load_judge("avatars"), avatars.items([0])["image"]
+    clause = avatars.texts[0].split(", ")[-1]
+    verdict = judge(picture, [clause])
+    assert verdict.asked.sum() == 1 and bool(verdict.followed.all())
+    assert verdict.shares() == {"n": 1, "followed": 1.0, "background": 1.0}
+
+
 # --- training
 def tiny(part: int = 0) -> AttributeCard:
     return replace(avatars_card(ROLES[part]), name="tiny", size=16, widths=((8, 8, 16, 16), (8, 16))[part])
@@ -172,6 +240,29 @@ def test_only_one_half_of_the_pictures_is_learnt() -> None:
     pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     shares = [shares_found(net, [pictures[k::2]], captions[k::2])[0]["style"] for k in (0, 1)]
     assert shares == [1.0, 0.0] and net.card.n_train == 8
+
+
+def test_parts_are_exchanged_and_what_they_show_is_what_is_said() -> None:
+    """Two rows in which the place of a bright block is the value; both are never at the third place together."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 9, (600, 2))
+    values = values[(values != 3).any(1)]
+    targets = np.concatenate([np.ones((len(values), 1), np.int64), values], 1)
+    pixels = np.zeros((len(values), 40, 40, 3), np.uint8)
+    rows = (6, 26)
+    for i, pair in enumerate(values):
+        for row, value in zip(rows, pair, strict=True):
+            pixels[i, row : row + 4, 4 * value : 4 * value + 3] = 255
+    exchange = PartExchange(pixels, targets, 0, [[1], [2]])
+    place = exchange.place(1, 1, 2)
+    assert place is not None and place[6:10, 8:11].all() and not place[16:].any()
+    mixed, said = exchange(np.arange(len(values)), rng)
+    for column, row in enumerate(rows, 1):
+        for value in range(1, 9):
+            shows = mixed[:, row + 1, 4 * value + 1, 0] == 255
+            assert (shows == (said[:, column] == value)).all()
+    assert (said[:, 1:] == 3).all(1).any(), "a pair that the pictures never had"
+    assert 0.4 < (said == targets).all(1).mean() < 0.75 and (pixels[:, 16] == mixed[:, 16]).all()
 
 
 def test_bad_training_data_and_folders_are_refused(tmp_path: Path) -> None:
@@ -261,6 +352,19 @@ def test_a_verdict_counts_what_was_asked_for() -> None:
     groups = verdict.groups(torch.tensor([False, True, True]))
     assert groups["all"] == pytest.approx({"n": 3, "followed": 2 / 3, "a": 1.0, "b": 0.5})
     assert groups["seen"]["followed"] == 1 and groups["unseen"] == {"n": 2, "followed": 0.5, "a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("judge", [pytest.param("avatars", marks=judged), "shapes"])
+def test_pictures_that_cannot_be_judged_are_refused(judge: str) -> None:
+    opened, caption = load_judge(judge), {"avatars": "a cartoon head", "shapes": "a circle"}[judge]
+    for pictures, captions in (
+        (torch.zeros(2, 3, 32, 32), [caption]),
+        (torch.full((1, 3, 32, 32), torch.nan), [caption]),
+    ):
+        with pytest.raises(BadInput, match="pictures"):
+            opened(pictures, captions)
+    with pytest.raises(BadInput, match="prompt: got 'a hat'"):
+        opened(torch.zeros(1, 3, 32, 32), ["a hat"])
 
 
 def test_diversity_is_of_one_prompts_pictures() -> None:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ class AttributeCard:
 
     name: str
     data: str
-    body: Literal["residual", "patches"]
+    body: Literal["residual", "plain"]
     phrases: Mapping[str, Mapping[str, str]]  # as in `Vocabulary`, like the three below
     hides: Mapping[str, Sequence[str]]
     kinds: str
@@ -57,6 +58,7 @@ class AttributeCard:
     batch: int = 0
     seed: int = 0
     bf16: bool = False
+    begun: str = ""  # what its weights began with; empty for random ones
     n_test: int = 0
     accuracy: Mapping[str, float] = field(default_factory=dict)  # attribute -> share, with the weights as stored
     reconstructed: Mapping[str, float] = field(default_factory=dict)  # the same of an autoencoder's reconstructions
@@ -96,21 +98,17 @@ def _residual(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _patches(widths: Sequence[int]) -> nn.Sequential:
-    """Stack stages at a quarter, an eighth, ... of the side, of patches that do not overlap and plain convolutions."""
-    layers, before = list[nn.Module](), 3
-    for i, width in enumerate(widths):
-        patch = 2 if i else 4
-        layers += [nn.Conv2d(before, width, patch, patch)]
-        for _ in range(2 if i else 1):
-            layers += [*_conv(width, width), nn.SiLU()]
-        before = width
+def _plain(widths: Sequence[int]) -> nn.Sequential:
+    """Stack plain convolutions with pooling between stages (Simonyan and Zisserman 2015), without residual blocks."""
+    layers: list[nn.Module] = [*_conv(3, widths[0], 2), nn.SiLU()]
+    for before, width in pairwise(widths):
+        layers += [nn.MaxPool2d(2), *_conv(before, width), nn.SiLU(), *_conv(width, width), nn.SiLU()]
     return nn.Sequential(*layers)
 
 
-BODIES: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"residual": _residual, "patches": _patches}
-WIDTHS = {"residual": (32, 48, 96, 160), "patches": (48, 96, 160)}
-BODY_OF: tuple[Literal["residual", "patches"], ...] = ("residual", "patches")  # of judge and reward
+BODIES: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"residual": _residual, "plain": _plain}
+WIDTHS = {"residual": (32, 48, 96, 160), "plain": (32, 48, 96, 144)}
+BODY_OF: tuple[Literal["residual", "plain"], ...] = ("residual", "plain")  # of judge and reward
 BATCH = 64  # pictures measured at a time
 
 
@@ -236,7 +234,7 @@ def train_attributes(
 
     Args:
         bf16: autocast, worth it where the processor has bfloat16 arithmetic.
-        start: the network whose weights it begins with; its batches are counted with those of this training.
+        start: the network whose weights it begins with.
         progress: called with (iteration, loss, network).
 
     Raises:
@@ -285,6 +283,7 @@ def train_attributes(
         batch=batch,
         seed=seed,
         bf16=bf16,
+        begun="" if start is None else f"{start.card.name} after {start.card.iterations} batches of {start.card.batch}",
         date=datetime.now(UTC).date().isoformat(),
         torch=torch.__version__,
     )
@@ -361,11 +360,12 @@ Share of what captions name that was found on {card.n_test} held-out pictures, i
 {table}
 
 * Trained on the {("even", "odd")[card.part]} ones of the training pictures of {card.data}, {card.n_train}: \
-{card.iterations} batches of {card.batch}, seed {card.seed}, {card.date}, torch {card.torch}.
+{card.iterations} batches of {card.batch}, seed {card.seed}, {card.date}, torch {card.torch}\
+{f"; its weights began with {card.begun}" if card.begun else ""}.
 * Input: (B,3,H,W) in [-1,1], resized to {card.size} px.
 * Not asked for, since they cannot be seen: {hidden}.
 * Made again by: `python -m distillers.evaluation.attributes {role} --data PATH --out DIR \
---autoencoder weights/avatars-autoencoder --iterations {card.iterations} --seed {card.seed}\
+--autoencoder weights/avatars-autoencoder --iterations {card.iterations} --batch {card.batch} --seed {card.seed}\
 {" --bf16" if card.bf16 else ""}`.
 
 {card.attribution}
@@ -384,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--autoencoder", help="also measure on its reconstructions of the held-out pictures")
     parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--start", help="a folder of such a classifier, with whose weights it begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 arithmetic, where the processor has it")
     given = parser.parse_args(argv)
@@ -396,7 +398,15 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{iteration}/{given.iterations}  loss {loss:.3f}", flush=True)
 
     net = train_attributes(
-        train.pixels, train.texts, card, iterations=given.iterations, seed=given.seed, bf16=given.bf16, progress=show
+        train.pixels,
+        train.texts,
+        card,
+        iterations=given.iterations,
+        batch=given.batch,
+        seed=given.seed,
+        bf16=given.bf16,
+        start=AttributeNet.load(given.start) if given.start else None,
+        progress=show,
     )
     measured(net, test, autoencoder).save(given.out)
     print((Path(given.out) / "README.md").read_text())

@@ -75,19 +75,23 @@ class PartExchange:
     def __call__(
         self, index: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Take pictures and targets of these positions; half of them with a part of another picture."""
+        """Take pictures and targets of these positions; in half of them every second part is another picture's."""
         pixels, targets = self.pixels[index], self.targets[index]
         for i in np.flatnonzero(rng.random(len(index)) < 0.5):
-            self._exchange(pixels[i], targets[i], int(self.kinds[index[i]]), rng)
+            for k in rng.permutation(len(self.parts)):
+                if rng.random() < 0.5:
+                    self._exchange(pixels[i], targets[i], int(self.kinds[index[i]]), tuple(self.parts[k]), rng)
         return pixels, targets
 
     def _exchange(
-        self, picture: NDArray[np.uint8], target: NDArray[np.int64], kind: int, rng: np.random.Generator
+        self,
+        picture: NDArray[np.uint8],
+        target: NDArray[np.int64],
+        kind: int,
+        columns: tuple[int, ...],
+        rng: np.random.Generator,
     ) -> None:
         """Put a part of another picture of the kind into a picture (H,W,3), and its values into the target (A,)."""
-        if not self.parts:
-            return
-        columns = tuple(self.parts[int(rng.integers(len(self.parts)))])
         wanted = self.targets[rng.choice(self.members[kind])]
         old, new = (tuple(int(v) for v in one[list(columns)]) for one in (target, wanted))
         if old == new or (place := self.places(kind, columns, old, new)) is None:
