@@ -188,3 +188,40 @@ def test_a_model_of_the_hub_has_its_own_name_and_origin(
     assert read_info("someone/diffusion").name == "diffusion"
     assert origin("someone/diffusion") == Origin(id="someone/diffusion", revision="0123abc")
     assert origin(str(sd / "base")) == Origin()
+
+
+def test_an_adapter_that_is_tuned_further_leaves_as_one_of_the_same_base(sd: Path, tmp_path: Path) -> None:
+    """As by `pso`, whose teacher is a few-step student: stock pipelines need know of one adapter only."""
+    shutil.copytree(sd, tmp_path / "sd")
+    root = tmp_path / "sd"
+    opened = Generator.from_pretrained(root / "adapter")
+    teacher = Teacher(opened.denoiser, opened.codec, opened.info, opened.prompts)  # type: ignore[arg-type]
+    settings = LoraSettings(rank=2, alpha=3, targets=("to_q", "to_v"))
+    teacher = on_one_base(teacher, settings, origin(str(root / "adapter")))
+    tuned = trainable_copy(teacher.denoiser)
+    for parameter in tuned.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    made = Generator(tuned, opened.codec, replace(opened.info, name="tuned", teacher="student"), opened.prompts).eval()
+    made.save_pretrained(root / "tuned")
+    info = Info.read(root / "tuned")
+    before = Info.read(root / "adapter").lora
+    assert info.lora and before and info.lora == replace(before, rank=4 + 2)
+    state = load_file(root / "tuned" / ADAPTER)
+    assert {len(value) for key, value in state.items() if ".lora_A." in key} == {6}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(root / "base", safety_checker=None)
+    pipe.load_lora_weights(root / "tuned", weight_name=ADAPTER)
+    ours, again, student = (
+        generator.sample([0], prompts=["a barn"])
+        for generator in (made, Generator.from_pretrained(root / "tuned"), Generator.from_pretrained(root / "adapter"))
+    )
+    assert (ours - again).abs().max() < CLOSE < 10 * CLOSE < (ours - student).abs().max()
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        theirs = pipe.unet(x, 500, text).sample
+        assert (
+            theirs - Generator.from_pretrained(root / "tuned").denoiser.network(x, 500, text).sample
+        ).abs().max() < 1e-4
+    shutil.rmtree(root / "base")
+    (root / "tuned" / "recipe.toml").write_text(f'teacher = "{root / "adapter"}"')
+    (root / "adapter" / "recipe.toml").write_text(f'teacher = "{sd / "base"}"')
+    assert torch.equal(Generator.from_pretrained(root / "tuned").sample([0], prompts=["a barn"]), again)

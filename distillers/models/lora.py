@@ -109,11 +109,17 @@ def _sides(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What base an adapter is for: its hub id and revision, where it has any, and its network's `network_digest`."""
+    """What base an adapter is for: its hub id and revision, where it has any, and its network's `network_digest`.
+
+    Where an adapter learns on a network that is a base with another adapter added, `base` is that base's name and
+    `below` the other adapter, in the form of `lora_state`: both leave as one.
+    """
 
     id: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    base: str | None = None
+    below: Mapping[str, Tensor] | None = None
 
 
 def network_digest(network: nn.Module) -> str:
@@ -137,11 +143,12 @@ class AdapterBase:
 
     Args:
         network: changed in place: frozen, in evaluation mode (a base has no dropout), at `settings.base`'s precision.
-        origin: where others get it; its sha256 is computed here.
+        origin: where others get it; its sha256 is computed here, unless the network has an adapter added.
     """
 
     def __init__(self, network: nn.Module, settings: LoraSettings, origin: Origin | None = None) -> None:
-        self.origin = replace(origin or Origin(), sha256=network_digest(network))
+        origin = origin or Origin()
+        self.origin = origin if origin.below else replace(origin, sha256=network_digest(network))
         self.network = network.eval().requires_grad_(False)
         if settings.base is not None:
             nn.Module.to(network, PRECISIONS[settings.base])  # diffusers' own warns of layers that it keeps in float32
@@ -279,13 +286,32 @@ def lora_state(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def kohya_state(network: nn.Module) -> dict[str, Tensor]:
-    """Export the adapter for ComfyUI and Kohya's scripts: "lora_unet_<layer with _>.lora_down.weight", lora_up, alpha.
+def stacked(above: Mapping[str, Tensor], below: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join two adapters of one network, in the form of `lora_state`, into one that makes the changes of both.
 
-    As `lora_state` it has the scale in B, which is lora_up, so that alpha is a layer's rank.
+    B2 A2 + B1 A1 = [B2 B1] [A2; A1]: the rank is the sum of theirs, in layers, too, where one of them has less, for not
+    every reader knows adapters of several ranks.
+    """
+    ranks = [max(len(value) for key, value in one.items() if ".lora_A." in key) for one in (above, below)]
+    joined: dict[str, Tensor] = {}
+    for key in dict.fromkeys([*above, *below]):
+        side, some = 0 if ".lora_A." in key else 1, above[key] if key in above else below[key]
+        parts = []
+        for one, rank in zip((above, below), ranks, strict=True):
+            parts.append(torch.zeros([rank if i == side else length for i, length in enumerate(some.shape)]))
+            if key in one:
+                parts[-1].narrow(side, 0, one[key].shape[side]).copy_(one[key])
+        joined[key] = torch.cat(parts, side)
+    return joined
+
+
+def kohya_state(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name an adapter for ComfyUI and Kohya's scripts: "lora_unet_<layer with _>.lora_down.weight", lora_up, alpha.
+
+    adapter: in the form of `lora_state`, which has the scale in B, so that alpha is a layer's rank.
     """
     found: dict[str, Tensor] = {}
-    for key, value in lora_state(network).items():
+    for key, value in adapter.items():
         layer, _, kind = key.removesuffix(".weight").rpartition(".lora_")
         name = "lora_" + layer.replace(".", "_")
         for ours, theirs in KOHYA_NAMES.items():

@@ -222,12 +222,24 @@ def _base(folder: Path, lora: Lora) -> tuple[str, str | None]:
     named = tomllib.loads(recipe.read_text()).get("teacher") if recipe.is_file() else None
     if not named:
         raise BadInput(f"{folder}: base", lora.base, f"a folder {lora.base} beside it: it holds an adapter alone")
+    place = Path(named)
+    if (place / MANIFEST).is_file() and (below := Info.read(place)).alone and below.lora:
+        return _base(place, below.lora)  # what it was trained on is an adapter of the same base
     return str(named), None
 
 
 def origin(path_or_hub_id: str) -> Origin:
-    """Tell the hub id of a pipeline and its revision; of a folder on this machine nothing."""
+    """Tell the hub id of a pipeline and its revision; of a folder on this machine nothing.
+
+    Of a folder that holds an adapter alone: what that says of its base, and the adapter.
+    """
+    from safetensors.torch import load_file
+
     folder = _local(path_or_hub_id)
+    info = Info.read(folder) if (folder / MANIFEST).is_file() else None
+    if info and info.alone and (lora := info.lora):
+        below = load_file(folder / ADAPTER)
+        return Origin(id=lora.id, revision=lora.revision, sha256=lora.sha256, base=lora.base, below=below)
     if Path(path_or_hub_id).exists():
         return Origin()
     return Origin(id=path_or_hub_id, revision=folder.name if folder.parent.name == "snapshots" else None)

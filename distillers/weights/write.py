@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
-from distillers.models.lora import Origin, fused, has_lora, kohya_state, lora_rank, lora_state, origin_of
+from distillers.models.lora import Origin, fused, has_lora, kohya_state, lora_rank, lora_state, origin_of, stacked
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
@@ -71,11 +71,13 @@ def write_pipeline(
     lora, index = None, None
     if isinstance(denoiser, Denoiser) and has_lora(denoiser.network) and info.task == "text-to-image":
         with staged(folder) as new:
-            lora = Lora(
-                rank=lora_rank(denoiser.network), base=info.teacher, **asdict(origin or origin_of(denoiser.network))
-            )
-            _save_adapter(lora_state(denoiser.network), new / ADAPTER)
-            _save_adapter(kohya_state(denoiser.network), new / COMFY)
+            adapter, of = lora_state(denoiser.network), origin or origin_of(denoiser.network)
+            if of.below:
+                adapter = stacked(adapter, of.below)
+            rank, base = max(len(value) for key, value in adapter.items() if "lora_A" in key), of.base or info.teacher
+            lora = Lora(rank=rank, base=base, id=of.id, revision=of.revision, sha256=of.sha256)
+            _save_adapter(adapter, new / ADAPTER)
+            _save_adapter(kohya_state(adapter), new / COMFY)
             scheduler.save_pretrained(new / "scheduler")
             replace(info, sha256=digests(new), lora=lora).write(new)
         return
