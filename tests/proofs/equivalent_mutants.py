@@ -40,7 +40,7 @@ EQUIVALENT: dict[str, str] = {
     "hyper_sd.HyperSD.step: `x_b.detach()` -> `x_b`": "it stands in a block without gradients",
     "losses.score_matching: `with torch.no_grad(): x0_teacher = teacher(x_t, t, cond)` -> "
     "`if 1: x0_teacher = teacher(x_t, t, cond)`": NO_GRAPH,
-    "pso.Pso.offline: `with torch.no_grad(): won_ref, lost_ref = (error(reference, winner), error(reference, loser))` "
+    "pso.Pso.offline: `with torch.no_grad(): won_ref, lost_ref = (error(reference,  ...  error(reference, loser))` "
     "-> `if 1: won_ref, lost_ref = (error(reference, winner), error(reference, loser))`": NO_GRAPH,
     "pso.Pso.log_ratio: `with torch.no_grad(): least = squared(reference)` -> "
     "`if 1: least = squared(reference)`": NO_GRAPH,

@@ -85,14 +85,13 @@ class Mutation:
         torch.set_num_threads(1)
         self.items, PLUGIN = session.items, self
         fork, began = multiprocessing.get_context("fork"), time.monotonic()
-        gc.collect()
-        gc.freeze()  # a collection in a forked process would touch, and so copy, every page that it shares
-        with fork.Pool(1) as pool:
-            self.passages = pool.apply(_run_all)
+        self.passages = _run_all()  # here, so that forked processes find imported and cached what the tests need
         failing = [item.nodeid for item, passage in zip(self.items, self.passages, strict=True) if not passage.passed]
         if failing:
             raise SystemExit("these tests fail without any mutant: " + ", ".join(failing))
         say(f"{len(self.items)} tests in {time.monotonic() - began:.0f} s, {len(self.mutants)} mutants")
+        gc.collect()
+        gc.freeze()  # a collection in a forked process would touch, and so copy, every page that it shares
         # a process for each mutant, so that none inherits what another one spoilt
         with fork.Pool(self.jobs, maxtasksperchild=1) as pool:
             for i, outcome in enumerate(pool.imap(_judge, range(len(self.mutants)), chunksize=1), 1):
