@@ -16,6 +16,7 @@ from one_file import write_one_file
 from stock_pipelines import PIPELINES, build
 
 from distillers.errors import BadInput
+from distillers.evaluation.candidate import evaluations
 from distillers.generator import Generator, seeded_noise
 from distillers.jobs.publish import adopt
 from distillers.models.captions import pack
@@ -231,6 +232,25 @@ def test_the_middle_of_a_transformer_is_the_pictures_tokens(name: str, tokens: i
         (found,) = generator.denoiser.features(x_t, torch.tensor(0.5), cond)  # type: ignore[operator]
         (other,) = generator.denoiser.features(x_t + 1, torch.tensor(0.5), cond)  # type: ignore[operator]
     assert found.shape[:2] == (2, tokens) and not torch.equal(found, other)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("sd", 2), ("sd3", 2), ("flux", 1), ("flux schnell", 1), ("lcm", 1)])
+def test_guidance_that_is_an_input_costs_no_second_pass(name: str, passes: int, stock: Stock) -> None:
+    generator = Generator.from_pretrained(stock[name][1])
+    called = 0
+
+    def count(*_: object) -> None:
+        nonlocal called
+        called += 1
+
+    generator.denoiser.network.register_forward_pre_hook(lambda net, given, named: count(), with_kwargs=True)
+    sizes: list[int] = []
+    generator.denoiser.register_forward_pre_hook(lambda net, given: sizes.append(len(given[0])))
+    ours(generator, 3)
+    assert called == 3 and sizes == [2 * passes] * 3  # both sides of guidance go as one batch
+    assert evaluations(generator, 3) == 3 * passes
+    generator.info = replace(generator.info, guidance_scale=1.0)
+    assert evaluations(generator, 3) == 3
 
 
 def test_a_transformer_opens_under_its_old_name(stock: Stock, tmp_path: Path) -> None:
