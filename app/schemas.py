@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import from_json
 
 from app.errors import ErrorBody
 from distillers.errors import BadInput
@@ -91,6 +92,18 @@ class BatchFields(PictureFields):
     response_format: ResponseFormat | None = Field(None, description="For raw bytes: Accept: image/png and n = 1.")
 
 
+class LoraFields(Body):
+    """Names a LoRA of the server's folder, and how strongly it acts."""
+
+    name: str = Field(max_length=200)
+    weight: float = Field(1.0, ge=-2, le=2, description="0 is without it, 1 as it was trained.")
+
+
+def _from_text(value: object) -> object:
+    """Read the JSON in a form's field."""
+    return from_json(value) if isinstance(value, str) else value
+
+
 class ContentFields(Body):
     """Declares the fields that say what is in the picture."""
 
@@ -103,6 +116,11 @@ class ContentFields(Body):
         None, description="What guidance leads away from; refused by models that draw without guidance, as students do."
     )
     label: int | None = Field(None, ge=0, description="The class by its index, instead of the prompt.")
+    loras: Annotated[list[LoraFields], BeforeValidator(_from_text)] = Field(
+        [],
+        max_length=4,
+        description="LoRAs of the server's folder, laid over a text-to-image model; in a form as JSON.",
+    )
 
 
 class OpenAIRequest(BatchFields, ContentFields):
@@ -254,6 +272,7 @@ class ImagesAnswer(BaseModel):
     timings: Timings
     chosen: Chosen | None = Field(None, description="With latency_budget_ms.")
     scene: SceneData | None = None
+    loras: list[LoraFields] | None = Field(default=None, description="As they were asked for.")
     unread: dict[str, str] | None = Field(
         default=None, description="The end of the prompt that a text encoder does not read, by the encoder's name."
     )

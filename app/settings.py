@@ -15,6 +15,9 @@ class Settings(BaseSettings):
     weights: Path = Field(
         default=Path("weights"), description="folder of weights folders; each with a fewstep.json is served"
     )
+    loras: Path | None = Field(
+        default=None, description="folder of LoRAs that requests may lay over text-to-image models, by name"
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda:\d+))*)$",

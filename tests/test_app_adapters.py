@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from service import GENERATE, engine_held, engine_of, pictures, until, until_ready, wait_until_waiting
+from safetensors.torch import load_file, save_file
+from service import GENERATE, engine_held, engine_of, error_of, pictures, until, until_ready, wait_until_waiting
 from starlette.testclient import TestClient
 from stock_pipelines import build
 from test_adapter_folders import student
@@ -28,7 +29,7 @@ from app.main import create_app
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.models.lora import set_lora_scale
+from distillers.models.lora import lora_state, set_lora_scale
 from distillers.weights.manifest import ADAPTER
 from distillers.weights.read import Bases
 
@@ -194,3 +195,95 @@ def test_a_backend_with_its_own_copy_draws_the_adapters_pictures(weights: Path, 
         assert (found.open(network)(inputs)(*inputs) - expected).abs().max() < 1e-4
         set_lora_scale(network, 0)
         assert (eager(network)(inputs)(*inputs) - expected).abs().max() > 1e-2
+
+
+# --- styles
+
+
+@pytest.fixture(scope="module")
+def styled(weights: Path) -> Iterator[tuple[TestClient, Path]]:
+    """A server with two styles, of which one changes the text encoder too; a LoRA of SDXL, and a file that is none."""
+    loras = weights.parent / "loras"
+    loras.mkdir(exist_ok=True)
+    pipe = KIND.from_pretrained(weights / "base", safety_checker=None)
+    for name, only in (("ink", "attn"), ("oil", "conv")):
+        state = lora_state(student(weights / "base", 1).denoiser.network)
+        torch.manual_seed(len(name) + ord(name[0]))
+        kept = {k: torch.randn_like(v) * 0.05 for k, v in state.items() if only in k}
+        if name == "ink":
+            for part in ("self_attn.q_proj", "mlp.fc2"):
+                layer = pipe.text_encoder.get_submodule(f"encoder.layers.0.{part}")
+                key = f"text_encoder.encoder.layers.0.{part}"
+                kept[f"{key}.lora_A.weight"] = torch.randn(2, layer.in_features) * 0.3
+                kept[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, 2) * 0.3
+        save_file(kept, loras / f"{name}.safetensors")
+    wide = {k: torch.zeros(*v.shape[:1], 7) if "to_k.lora_A" in k else v for k, v in kept.items()}
+    wide["unet.conv_in.lora_A.weight"] = torch.zeros(4, 9, 3, 3)
+    save_file(wide, loras / "of-another-base.safetensors")
+    (loras / "broken.safetensors").write_bytes(b"no file")
+    settings = Settings(weights=weights, device="cpu", tune_seconds=0, loras=loras)
+    with TestClient(create_app(settings)) as client:
+        until_ready(lambda: client.get("/readyz"))
+        yield client, loras
+
+
+@pytest.mark.parametrize(
+    "asked_for", [[("ink", 0.8)], [("oil", -0.5)], [("oil", 1.0), ("ink", 0.5)]], ids=["ink", "oil", "both"]
+)
+def test_styles_on_a_student_are_what_set_adapters_makes_of_them(
+    styled: tuple[TestClient, Path], weights: Path, asked_for: list[tuple[str, float]]
+) -> None:
+    client, loras = styled
+    pipe = stock(weights, "one")
+    for name, _ in asked_for:
+        pipe.load_lora_weights(loras, weight_name=f"{name}.safetensors", adapter_name=name)
+    body = [{"name": name, "weight": weight} for name, weight in asked_for]
+    for steps in (1, 4):
+        pipe.set_adapters(["student", *(n for n, _ in asked_for)], [1.0, *(w for _, w in asked_for)])
+        theirs = stock_picture(pipe, steps)
+        answer = asked(client, "one", steps, loras=body)
+        (served,) = pictures(answer)
+        assert np.abs(served / 255 - theirs).max() < CLOSE + 0.5 / 255
+        assert sorted(lora["name"] for lora in answer.json()["loras"]) == sorted(name for name, _ in asked_for)
+        (bare,) = pictures(asked(client, "one", steps))
+        pipe.set_adapters(["student"], [1.0])
+        assert np.abs(bare / 255 - stock_picture(pipe, steps)).max() < CLOSE + 0.5 / 255, "it is gone again"
+        assert np.abs(served - bare).max() > 10
+
+
+def test_pictures_of_other_weights_are_no_batch_and_weights_hold_no_memory(styled: tuple[TestClient, Path]) -> None:
+    client, folder = styled
+    worker = engine_of(client).workers[0]
+    for weight in (0.25, 0.5, 0.75):
+        assert asked(client, "one", 1, loras=[{"name": "oil", "weight": weight}]).status_code == 200
+    costs = len(worker._costs)
+    assert asked(client, "one", 1, loras=[{"name": "oil", "weight": 0.125}]).status_code == 200
+    assert len(worker._costs) == costs
+    model = engine_of(client).models["one"]
+    one, other = (model.style([folder / f"{name}.safetensors"]) for name in ("oil", "ink"))
+    assert one.networks[0] is not None
+    own, with_style = ({p.data_ptr() for p in net.parameters()} for net in (model.networks[0], one.networks[0]))
+    assert own < with_style
+    assert other.networks[1] is not None and one.networks[1] is None, "ink changes the text encoder"
+
+
+@pytest.mark.parametrize(
+    ("loras", "named"),
+    [
+        ([{"name": "chalk"}], "loras: got 'chalk'; allowed: broken, ink, of-another-base, oil"),
+        ([{"name": "../loras/ink"}], "allowed: broken, ink"),
+        ([{"name": "ink", "weight": 9}], "weight: got 9; allowed: less than or equal to 2"),
+        ([{"name": "ink", "weight": -2.5}], "greater than or equal to -2"),
+        ([{"name": "ink"}, {"name": "ink"}], "each name once"),
+        ([{"name": "ink", "file": "x"}], "file"),
+        ([{"name": "of-another-base"}], "of-another-base.*an adapter of layers of this UNet2DConditionModel"),
+        ([{"name": "broken"}], "broken.*a LoRA of StableDiffusionPipeline"),
+        ([{"name": "ink"}] * 5, "loras"),
+    ],
+)
+def test_a_style_that_is_not_there_or_does_not_fit_is_refused(
+    styled: tuple[TestClient, Path], loras: Any, named: str
+) -> None:
+    client, folder = styled
+    message = error_of(asked(client, "one", 1, loras=loras), 400)["message"]
+    assert re.search(named, message) and str(folder) not in message

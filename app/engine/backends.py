@@ -84,9 +84,12 @@ class Dispatch(nn.Module):
         self.strict = False
         self.unprepared: dict[Any, tuple[int, Inputs]] = {}  # by shapes: number of calls, and an example
         self._recorded: list[Inputs] | None = None
+        self.style: nn.Module | None = None  # that is called instead, by no prepared function: see `app.engine.styles`
 
     def forward(self, *inputs: Tensor | None) -> Any:
         """Run the network on its inputs: x, time and `TOLD`, or all that an encoder or decoder takes."""
+        if self.style is not None:
+            return SimpleNamespace(sample=plain(self.style)(*inputs))
         if self._recorded is not None:
             self._recorded.append(inputs)
         forward = None if self.strict else self.prepared.get(shapes := shapes_of(inputs))

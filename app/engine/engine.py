@@ -18,6 +18,7 @@ from starlette.requests import HTTPConnection
 from app.engine.batcher import Closed, Expired, Full
 from app.engine.model import Model, Order
 from app.engine.store import Store
+from app.engine.styles import chosen
 from app.engine.worker import BatchKey, Call, Picture, Task, Worker, by_model, shutting_down
 from app.errors import ApiError, overloaded, unknown_model
 from app.media.image_files import Pixels
@@ -184,14 +185,20 @@ class Engine:
             finish: called with each picture, usually in a thread of the finishers.
 
         Raises:
+            BadInput: LoRAs that this server or this model does not have.
             ApiError: 503 for a full queue or a server that ends, 504 when the deadline passed, or surely will.
         """
         worker, own = self._least_loaded(model)
         model.used = time.monotonic()
-        from_picture, student_of = orders[0].start is not None, own.info.student_of
+        from_picture, student_of, loras = orders[0].start is not None, own.info.student_of, orders[0].loras
+        style = (
+            await self.decode(own.style, chosen(self.settings.loras, [name for name, _ in loras])) if loras else None
+        )
 
         def key(order: Order) -> BatchKey:
-            return BatchKey(own, steps, height, width, student_of(order.label), first, strict, from_picture)
+            return BatchKey(
+                own, steps, height, width, student_of(order.label), first, strict, from_picture, style, loras
+            )
 
         tasks = [(key(order), Task(order, finish)) for order in orders]
         if deadline is not None and time.perf_counter() + worker.backlog_s() > deadline:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.batch_cost import BatchCost
+from app.engine.styles import Style, Styles
 from app.media.image_files import Pixels
 from distillers.errors import BadInput
 from distillers.runtime import device_name
@@ -44,6 +45,7 @@ class Order:
         start: (C, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
         on_partial: called on the engine's thread with a step's index and its estimate, (H, W, C) uint8.
         partial_steps: the steps, all but the last, that it is called for.
+        loras: names and weights of what is laid over the model: see `app.engine.styles`.
     """
 
     seed: int
@@ -55,6 +57,7 @@ class Order:
     start: NDArray[np.float32] | None = None
     on_partial: Callable[[int, Pixels], None] | None = None
     partial_steps: Collection[int] = ()
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 class Model:
@@ -91,6 +94,8 @@ class Model:
         if hasattr(codec, "decoder"):
             codec.decoder = Dispatch(codec.decoder)
             self.dispatches.append(codec.decoder)
+        prompts = generator.prompts
+        self.styles = None if prompts is None else Styles(self.dispatches, self.students, prompts)
 
     @classmethod
     def open(cls, name: str, folder: Path, device: str, max_steps: int, bases: "Bases | None" = None) -> "Model":
@@ -104,13 +109,21 @@ class Model:
 
     # -- drawing: on the engine's thread ---------------------------------------------------------------------------
 
-    def draw(self, steps: int, orders: Sequence[Order], first: int = 0, strict: bool = False) -> Pixels:
+    def draw(
+        self,
+        steps: int,
+        orders: Sequence[Order],
+        first: int = 0,
+        strict: bool = False,
+        style: Style | None = None,
+    ) -> Pixels:
         """Draw the pictures of B orders of one shape, (B, H, W, C) uint8.
 
         Args:
             first: steps left out at the beginning.
             strict: by the reference backend with one thread, so that the bytes depend on nothing but the order, the
                 processor's kind and torch's version.
+            style: what the orders' `loras` are for this model.
         """
         import torch
 
@@ -122,7 +135,7 @@ class Model:
         self._set_threads(1 if strict or self.device != "cpu" else self.threads)
         for dispatch in self.dispatches:
             dispatch.strict = strict
-        with torch.inference_mode():
+        with self._in(style, [weight for _, weight in orders[0].loras]), torch.inference_mode():
             cond = generator.encode_condition(len(orders), size=orders[0].size, **gather(orders))
             start = _stacked([order.start for order in orders])
             factor, channels = generator.codec.factor, generator.codec.channels(generator.info.channels)
@@ -148,6 +161,19 @@ class Model:
             )
             return self._pixels(x0)
 
+    @contextmanager
+    def _in(self, style: Style | None, weights: Sequence[float]) -> Iterator[None]:
+        """Run the networks that a style changes by their twins for as long as the context lasts."""
+        if style is not None:
+            style.weigh(weights)
+        try:
+            for dispatch, network in zip(self.dispatches, style.networks if style else (), strict=False):
+                dispatch.style = network
+            yield
+        finally:
+            for dispatch in self.dispatches:
+                dispatch.style = None
+
     def _pixels(self, x0: "Tensor") -> Pixels:
         import torch
 
@@ -167,6 +193,12 @@ class Model:
 
         if threads and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+    def style(self, files: Sequence[Path]) -> Style:
+        """Return what LoRAs make of this model. BadInput for one without prompts, or a file that is no LoRA of it."""
+        if self.styles is None:
+            raise BadInput("loras", [file.stem for file in files], f"nothing: {self.name} draws no prompts")
+        return self.styles.of(files)
 
     # -- backends: for `tuning` ------------------------------------------------------------------------------------
 

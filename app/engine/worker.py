@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from app.engine.batch_cost import BatchCost
 from app.engine.batcher import Batcher, Closed, Full, QueueEntry
 from app.engine.model import Model, Order
+from app.engine.styles import Style
 from app.errors import ApiError, overloaded
 from app.media.image_files import Pixels
 from app.settings import Settings
@@ -37,6 +38,8 @@ class BatchKey:
     first: int = 0  # steps left out at the beginning
     strict: bool = False
     from_picture: bool = False  # not from noise alone
+    style: Style | None = None
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,8 @@ class Worker:
 
     def cost(self, key: BatchKey) -> BatchCost:
         """Return the costs of batches of a key on this device."""
+        if key.loras:  # of any LoRAs the same: callers choose their weights, and costs are kept
+            key = replace(key, style=None, loras=STYLED)
         if (cost := self._costs.get(key)) is None:
             cost = self._costs[key] = self._first_cost(key)
         return cost
@@ -180,7 +185,7 @@ class Worker:
             padded = (
                 orders if bucket == len(orders) else orders + [without_callback(orders[-1])] * (bucket - len(orders))
             )
-            pixels = key.model.draw(key.steps, padded, key.first, key.strict)[: len(orders)]
+            pixels = key.model.draw(key.steps, padded, key.first, key.strict, key.style)[: len(orders)]
         except BaseException as error:
             self._busy_since = None
             if _out_of_memory(error):
@@ -237,6 +242,7 @@ class Worker:
             entry.answer.set_exception(error)
 
 
+STYLED = (("", 1.0),)  # stands for all LoRAs among the costs
 CALL_S = 0.02  # a tile of a scene, for example
 TINY = 3 * 64 * 64  # bytes of pixels that the waiting caller encodes itself: a change of threads would cost more
 SMALL = 3 * 128 * 128  # bytes of pixels that are encoded in less than half a millisecond

@@ -156,7 +156,10 @@ def encoder(work: Work) -> Callable[[Pixels], bytes]:
     (height, width), output_format, quality, raw = work.crop, work.plan.output_format, work.plan.quality, work.plan.raw
     text = None
     if raw and output_format == "png":  # a lone file says itself how to draw it again
-        text = {"parameters": to_json({**facts_of(work), "label": work.labels[0]}).decode()}
+        parameters = {**facts_of(work), "label": work.labels[0]}
+        if loras := loras_of(work):
+            parameters["loras"] = loras
+        text = {"parameters": to_json(parameters).decode()}
 
     def finish(pixels: Pixels) -> bytes:
         file = encode(pixels[:height, :width], output_format, quality, text)
@@ -180,7 +183,7 @@ async def respond(request: Request, engine: Engine, work: Work) -> Response:
             headers.append((b"x-fewstep-unread", quoted(json.dumps(work.unread, ensure_ascii=False))))
         return RawResponse(pictures[0].file, CONTENT_TYPES[plan.output_format], headers)
     facts = {"created": int(time.time()), **facts_of(work), "timings": timings, "chosen": choice_of(plan)}
-    facts |= {"scene": None, "unread": work.unread}
+    facts |= {"scene": None, "loras": loras_of(work), "unread": work.unread}
     data = b",".join(
         b'{"b64_json":"%b","seed":%d,"label":%b}' % (picture.file, seed, to_json(label))
         for picture, seed, label in zip(pictures, plan.seeds, work.labels, strict=True)
@@ -199,6 +202,11 @@ def facts_of(work: Work) -> dict[str, Any]:
         "output_format": plan.output_format,
         "size": f"{work.crop[1]}x{work.crop[0]}",
     }
+
+
+def loras_of(work: Work) -> list[dict[str, Any]] | None:
+    """Return the answer's `loras`; None without any."""
+    return [{"name": name, "weight": weight} for name, weight in work.orders[0].loras] or None
 
 
 def choice_of(plan: Plan) -> dict[str, Any] | None:

@@ -150,13 +150,16 @@ def from_noise(plan: Plan, body: ContentFields, size: str | None = None) -> Work
 def orders_of(model: Model, body: ContentFields, seeds: Sequence[int]) -> list[Order]:
     """Return an order for every seed, with the content that the body describes."""
     if model.generator.prompts is None:
+        if body.loras:
+            raise BadInput("loras", [lora.name for lora in body.loras], f"nothing: {model.name} draws no prompts")
         model.generator.condition.check_negative([body.negative_prompt])
         return [Order(seed, label) for seed, label in zip(seeds, labels_of(model, body, seeds), strict=True)]
     if body.label is not None:
         raise BadInput("label", body.label, f"nothing: {model.name} draws what the prompt says")
     prompt, negative = body.prompt or "", body.negative_prompt
     model.generator.condition.check({"prompts": [prompt], "negative_prompts": [negative]})
-    return [Order(seed, prompt=prompt, negative_prompt=negative) for seed in seeds]
+    loras = tuple(sorted((lora.name, lora.weight) for lora in body.loras))  # in another sequence they share a batch
+    return [Order(seed, prompt=prompt, negative_prompt=negative, loras=loras) for seed in seeds]
 
 
 def label_names(model: Model, orders: Sequence[Order]) -> list[str | None]:
