@@ -1,5 +1,7 @@
 """Texts and pictures that are encoded once: what training draws of them, their files, and what is refused."""
 
+import multiprocessing
+import os
 import pickle
 import warnings
 from dataclasses import replace
@@ -235,7 +237,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     def make(rows: Any) -> list[dict[str, torch.Tensor]]:
         return [{"a": torch.full((i + 1, 2), float(i)), "b": torch.tensor(i)} for i in rows]
 
-    kept = Stored(tmp_path / "kept-1", 5, make, each=2, ragged=("a",))
+    kept = Stored(tmp_path / "kept-1", 5, make, each=2, ragged=("a",), on_cpu=True)
     assert [len(kept[i]["a"]) for i in range(5)] == [1, 2, 3, 4, 5]
     assert [int(kept[i]["b"]) for i in (4, 0, 3)] == [4, 0, 3] and torch.equal(kept[2]["a"], torch.full((3, 2), 2.0))
     file = tmp_path / "kept-1" / "00001.safetensors"
@@ -313,3 +315,42 @@ def test_a_training_on_texts_that_was_stopped_goes_on_to_the_same_bits(dropout: 
             run.close()
     whole, _, resumed = states
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+# --- several processes
+
+
+@pytest.mark.process
+def test_processes_make_files_in_turn_and_read_them_all(tmp_path: Path) -> None:
+    launcher = multiprocessing.get_context("forkserver").Process(target=two_processes, args=(str(tmp_path),))
+    launcher.start()
+    launcher.join(200)
+    if not (tmp_path / "began").exists():
+        pytest.skip(f"no group of two processes on this machine: {(tmp_path / 'log').read_text()[-500:]}")
+    assert launcher.exitcode == 0, (tmp_path / "log").read_text()
+    for rank in (0, 1):
+        made, read = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert made == [[0, 1, 4, 5], [2, 3, 6]][rank] and read == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def two_processes(folder: str) -> None:
+    from accelerate import debug_launcher
+
+    with open(f"{folder}/log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    debug_launcher(one_of_two_processes, args=(folder,), num_processes=2)
+
+
+def one_of_two_processes(folder: str) -> None:
+    made = list[int]()
+
+    def make(rows: Any) -> list[dict[str, torch.Tensor]]:
+        made.extend(rows)
+        return [{"a": torch.tensor(float(i))} for i in rows]
+
+    assert torch.distributed.get_world_size() == 2
+    Path(folder, "began").touch()
+    kept = Stored(Path(folder, "kept-1"), 7, make, each=2, on_cpu=True)
+    read = [float(kept[i]["a"]) for i in range(7)]
+    torch.save((made, read), Path(folder, f"rank{torch.distributed.get_rank()}.pt"))

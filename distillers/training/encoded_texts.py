@@ -104,7 +104,8 @@ class EncodedTexts:
         def make(places: Sequence[int]) -> list[dict[str, Tensor]]:
             return self._rows([self.texts[i] for i in places])
 
-        return Stored(self.folder / name, len(self.texts), make, ragged=self.ragged)
+        on_cpu = torch.device(self.device).type == "cpu"
+        return Stored(self.folder / name, len(self.texts), make, ragged=self.ragged, on_cpu=on_cpu)
 
     def encode(self) -> None:
         """Encode all texts that are not yet encoded, and leave the encoder on the CPU."""

@@ -63,7 +63,9 @@ class Latents:
             def make(rows: Sequence[int]) -> list[dict[str, Tensor]]:
                 return [{"latent": latent} for latent in encoded(places[list(rows)], operation)]
 
-            return Stored(folder / f"latents{shape}.{operation}-{own}", len(places), make, each=BATCH)
+            return Stored(
+                folder / f"latents{shape}.{operation}-{own}", len(places), make, each=BATCH, on_cpu=device.type == "cpu"
+            )
 
         shapes = range(len(self.sizes))
         if self.folder is None:

@@ -31,6 +31,7 @@ class Stored:
         count: rows.
         make: the rows of these positions.
         each: rows a file.
+        on_cpu: whether the training runs on the CPU, where its processes find each other in another way.
         ragged: names of the tensors (length, ...) whose length differs from row to row, one length for all of a row.
 
     Raises:
@@ -44,12 +45,14 @@ class Stored:
         make: Callable[[Sequence[int]], Sequence[Row]],
         each: int = 256,
         ragged: Collection[str] = (),
+        *,
+        on_cpu: bool,
     ) -> None:
         from accelerate import PartialState
 
         self.folder, self.count, self.each = folder, count, each
         self._opened: dict[int, tuple[dict[str, Tensor], list[int]]] = {}
-        state = PartialState()
+        state = PartialState(cpu=on_cpu)
         for number, first in enumerate(range(0, count, each)):
             if number % state.num_processes == state.process_index and not self._file(number).is_file():
                 _write(self._file(number), make(range(first, min(first + each, count))), ragged)
