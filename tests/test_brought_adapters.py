@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("sd", "sdxl"):
         build(name, root / name)
         network = student(root / name, 1).denoiser.network
-        kohya = {key: value.contiguous() for key, value in kohya_state(network).items()}
+        kohya = {key: value.contiguous() for key, value in kohya_state(lora_state(network)).items()}
         save_file(
             {k: torch.tensor(ALPHA) if k.endswith("alpha") else v for k, v in kohya.items()},
             root / f"{name}-kohya.safetensors",
@@ -145,7 +145,7 @@ def test_text_encoders_layers_are_read_with_their_scale_and_are_no_students(root
 def with_text(root: Path, pipe: Any) -> Path:
     """A LoRA of Kohya's keys that changes the text encoder too."""
     network = student(root / "sd", 1).denoiser.network
-    kohya = {key: value.contiguous() for key, value in kohya_state(network).items() if "attn" in key}
+    kohya = {key: value.contiguous() for key, value in kohya_state(lora_state(network)).items() if "attn" in key}
     torch.manual_seed(5)
     for layer in (
         "encoder_layers_0_self_attn_q_proj",
