@@ -48,7 +48,7 @@ def test_every_method_takes_the_family(family: str, pictures: Path, tmp_path: Pa
             table: dict[str, Any] = {
                 "name": "student", "method": method, "teacher": str(tmp_path / "teacher"), **lora,
                 "data": {"kind": "captions", "path": str(pictures), "flip": False},
-                "train": {"iterations": 1, "batch": 2, "warmup": 1, "samples": 1, "learning_rate": 1e-2},
+                "train": {"iterations": 2, "batch": 2, "warmup": 1, "samples": 1, "learning_rate": 1e-2},
             }  # fmt: skip
             recipe, out = Recipe.from_table(table), tmp_path / f"{method}-{len(lora)}"
             if method == "boot" and family in ("sd3", "flux", "sana"):
@@ -59,22 +59,19 @@ def test_every_method_takes_the_family(family: str, pictures: Path, tmp_path: Pa
             made.append(drawn(out))
             assert made[-1].isfinite().all() and made[-1].shape == (1, 3, SIDE, SIDE), (method, lora)
         if len(made) == 2:
-            assert not torch.equal(*made), "an adapter learns otherwise than a whole network"
+            assert not torch.equal(*made), f"{method}: an adapter learns otherwise than a whole network"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in shipped() if name.endswith("-lora")])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.partition("-")[0] in OF])
 def test_the_recipes_for_large_teachers_run_on_small_ones(name: str, pictures: Path, tmp_path: Path) -> None:
     build(OF[name.partition("-")[0]], tmp_path / "teacher")
-    layer = ["dmd2.layers=", "hyper_sd.layers="]
-    more = [f'{key}["transformer_blocks.0"]' for key in layer if name.startswith(("sd35", "flux1")) and key[:4] in name]
     table = [
         f"teacher={tmp_path / 'teacher'}",
         f"data.path={pictures}",
         f"data.size={SIDE}",
         "lora.rank=2",
         *TINY,
-        *more,
     ]
     distill(Recipe.load(name, table), tmp_path / "student", "cpu")
     assert drawn(tmp_path / "student").isfinite().all()
