@@ -19,7 +19,7 @@ from distillers.data.captioned import CaptionedFolder, Prompts
 from distillers.errors import BadInput, Notice
 from distillers.generator import Generator
 from distillers.jobs.distill import distill
-from distillers.jobs.inputs import load_data
+from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.recipe import Recipe
 from distillers.models.codec import Vae
 from distillers.models.conditions import Prompt
@@ -287,6 +287,24 @@ def test_a_head_is_learnt_on_the_teachers_own_samples_where_there_are_no_picture
 
     assert loss(batch["x0"], False) == loss(torch.ones_like(batch["x0"]), False)  # it does not look at them
     assert loss(batch["x0"], True) != loss(torch.ones_like(batch["x0"]), True)
+
+
+def test_shapes_that_the_network_cannot_halve_are_refused(tmp_path: Path) -> None:
+    build("sd", tmp_path / "teacher")  # of factor 2, halved once
+    write_captioned(tmp_path / "pictures", side=16)
+    for step, size, field in ((2, 16, "data.bucket_step"), (4, 18, "data.size")):
+        data = {"kind": "captions", "path": str(tmp_path / "pictures"), "size": size, "buckets": True}
+        save(tmp_path / "pictures" / "0.png", noise(0, 14, 18))
+        table = {
+            "name": "x",
+            "method": "boot",
+            "teacher": str(tmp_path / "teacher"),
+            "data": {**data, "bucket_step": step},
+        }
+        own = Recipe.from_table(table)
+        with pytest.raises(BadInput, match="a multiple of 4") as error:
+            load_teacher(own, load_data(own))
+        assert error.value.field == field
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -245,8 +245,8 @@ def _fitting(teacher: Teacher, data: ImageData) -> Teacher:
     if data.channels != teacher.info.channels:
         raise BadInput("data.channels", data.channels, f"{teacher.info.channels}, as the teacher's pictures have")
     multiple = size_multiple(teacher.denoiser.network, teacher.codec)
-    wrong = [size for size in getattr(data, "sizes", [data.size]) if any(side % multiple for side in size)]
+    wrong = [size for size in (data.size, *getattr(data, "sizes", ())) if any(side % multiple for side in size)]
     if wrong:
-        field = "data.size" if wrong == [data.size] else "data.bucket_step"
+        field = "data.size" if wrong[0] == data.size else "data.bucket_step"
         raise BadInput(field, wrong[0], f"a multiple of {multiple}: the patch times the network's downsampling")
     return teacher
