@@ -14,6 +14,7 @@ from torch import Tensor
 from trainings import teacher_for
 from typer.testing import CliRunner
 
+from distillers.autoencoder import Autoencoder
 from distillers.cli import app
 from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
@@ -509,3 +510,13 @@ def test_the_command_judges(models: Path, tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert [row["role"] for row in rows] == ["real", "teacher", "student"]
     assert all(row["adherence"]["all"]["n"] == 130 for row in rows) and all(row["diversity"] > 0 for row in rows[1:])
+
+
+def test_reconstructions_are_learnt_from_too(models: Path) -> None:
+    data, autoencoder = CaptionedFolder(models / "data", split="train", size=SIDE), models / "vae"
+    nets = [
+        train_attributes(data.pixels, data.texts, tiny(), iterations=3, batch=12, autoencoder=one)
+        for one in (None, Autoencoder.from_pretrained(autoencoder))
+    ]
+    assert nets[0].card.n_train == nets[1].card.n_train == 6  # pictures
+    assert not torch.equal(nets[0].look.weight, nets[1].look.weight)

@@ -33,6 +33,7 @@ from distillers.data.captioned import CaptionedFolder
 from distillers.errors import BadInput
 from distillers.evaluation.clauses import AVATARS, UNSEEN, Vocabulary
 from distillers.evaluation.part_exchange import PartExchange
+from distillers.evaluation.pictures import to_pixels
 from distillers.models.bands import as_rgb
 
 FOUND = 0.5  # of the probability: a value above it is seen, for no other can be as likely
@@ -225,6 +226,7 @@ def train_attributes(
     seed: int = 0,
     bf16: bool = False,
     start: AttributeNet | None = None,
+    autoencoder: Autoencoder | None = None,
     device: str = "cpu",
     progress: Callable[[int, float, AttributeNet], None] | None = None,
 ) -> AttributeNet:
@@ -235,6 +237,7 @@ def train_attributes(
     Args:
         bf16: autocast, worth it where the processor has bfloat16 arithmetic.
         start: the network whose weights it begins with.
+        autoencoder: whose reconstructions of the pictures are learnt from as well, for generated pictures look so.
         progress: called with (iteration, loss, network).
 
     Raises:
@@ -250,15 +253,19 @@ def train_attributes(
     chosen = np.arange(card.part, len(pixels), 2)
     columns = list(net.attributes)
     parts = [[columns.index(name) for name in part] for part in card.parts]
-    examples = PartExchange(
-        pixels[chosen], net.vocabulary.targets(captions).numpy()[chosen], columns.index(card.kinds), parts
-    )
+    learnt, said = pixels[chosen], net.vocabulary.targets(captions).numpy()[chosen]
+    if autoencoder is not None:
+        again = [
+            to_pixels(autoencoder.reconstruct(to_pictures(learnt[i : i + BATCH]))) for i in range(0, len(learnt), BATCH)
+        ]
+        learnt, said = np.concatenate([learnt, *again]), np.concatenate([said, said])
+    examples = PartExchange(learnt, said, columns.index(card.kinds), parts)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)
     order = np.empty(0, np.int64)
     for iteration in range(iterations):
         if len(order) < batch:
-            order = np.concatenate([order, rng.permutation(len(chosen))])
+            order = np.concatenate([order, rng.permutation(len(learnt))])
         index, order = order[:batch], order[batch:]
         mixed, targets = examples(index, rng)
         pictures, wanted = augmented(to_pictures(mixed), generator).to(device), torch.from_numpy(targets).to(device)
@@ -382,8 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("role", choices=ROLES, help="the two have other architectures and other halves of the pictures")
     parser.add_argument("--data", required=True, help="the folder of avatars, with train/ and test/")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--autoencoder", help="also measure on its reconstructions of the held-out pictures")
-    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--autoencoder", help="learn from its reconstructions as well, and measure on them too")
+    parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--start", help="a folder of such a classifier, with whose weights it begins")
     parser.add_argument("--seed", type=int, default=0)
@@ -406,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=given.seed,
         bf16=given.bf16,
         start=AttributeNet.load(given.start) if given.start else None,
+        autoencoder=autoencoder,
         progress=show,
     )
     measured(net, test, autoencoder).save(given.out)
