@@ -62,6 +62,7 @@ class Generator(nn.Module):
         self.denoiser, self.codec, self.info, self.prompts = denoiser, codec, info, prompts
         self.schedule = denoiser.schedule
         self.base: Base | None = None
+        self.safety: Path | None = None  # a folder with a safety checker: see `weights.safety`
 
     # --- the folder --------------------------------------------------------------------------------------------------
     @classmethod
@@ -78,12 +79,13 @@ class Generator(nn.Module):
         """
         parts: Parts = read_pipeline(folder, device, dtype, bases)
         made = cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
+        made.safety = parts.safety
         made.base = parts.base  # others find it for as long as this one has it
         return made
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a weights folder: fp16 safetensors, scheduler, manifest."""
-        write_pipeline(Path(folder), self.denoiser, self.codec, self.info, self.prompts)
+        write_pipeline(Path(folder), self.denoiser, self.codec, self.info, self.prompts, safety=self.safety)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
     def times(self, steps: int | None = None, size: tuple[int, int] | None = None) -> list[float]:

@@ -16,6 +16,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from service import GENERATE, engine_held, engine_of, error_of, pictures, until, until_ready, wait_until_waiting
 from starlette.testclient import TestClient
@@ -29,6 +32,7 @@ from app.main import create_app
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.publish import adopt
 from distillers.models.lora import lora_state, set_lora_scale
 from distillers.weights.manifest import ADAPTER
 from distillers.weights.read import Bases
@@ -287,3 +291,70 @@ def test_a_style_that_is_not_there_or_does_not_fit_is_refused(
     client, folder = styled
     message = error_of(asked(client, "one", 1, loras=loras), 400)["message"]
     assert re.search(named, message) and str(folder) not in message
+
+
+# --- the safety checker of a pipeline
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion with a checker that flags some pictures, adopted, and an adapter on it."""
+    root = tmp_path_factory.mktemp("checked")
+    pipe = build("sd", root / "base")
+    torch.manual_seed(1)
+    sides = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sides, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=sides, vision_config=vision, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        for embeds in (checker.concept_embeds, checker.special_care_embeds):
+            embeds.normal_()
+        checker.visual_projection.weight.normal_()
+        checker.vision_model.embeddings.patch_embedding.weight.mul_(50)
+        checker.special_care_embeds_weights.fill_(2)
+        checker.concept_embeds_weights.fill_(2)
+    extractor = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    pipe.register_modules(safety_checker=checker, feature_extractor=extractor)
+    pipe.register_to_config(requires_safety_checker=True)
+    pipe.save_pretrained(root / "base")
+    scores = []
+    generator = Generator.from_pretrained(root / "base")
+    pixels = ((generator.sample(range(12), prompts=["a barn"] * 12, steps=2) + 1) * 127.5).round().byte()
+    for picture in pixels.permute(0, 2, 3, 1).numpy():
+        seen = extractor(Image.fromarray(picture), return_tensors="pt").pixel_values
+        embeds = checker.visual_projection(checker.vision_model(seen)[1])
+        scores.append(float(torch.cosine_similarity(embeds, checker.concept_embeds).max()))
+    checker.concept_embeds_weights.data.fill_(float(np.median(scores)))
+    pipe.save_pretrained(root / "base")
+    adopt(root / "base", root / "served", [2], "ddim", 1.0)
+    return root
+
+
+def test_a_pipelines_safety_checker_is_asked_and_flagged_pictures_are_not_shown(checked: Path) -> None:
+    assert (checked / "served" / "safety_checker" / "model.safetensors").is_file()
+    assert Bases().open(checked / "served", "cpu").twin().safety == checked / "served", "an adapter has its base's"
+    pipe = KIND.from_pretrained(checked / "served")
+    pipe.set_progress_bar_config(disable=True)
+    shutil.copytree(checked / "served", checked / "weights" / "served")
+    settings = Settings(weights=checked / "weights", device="cpu", tune_seconds=0)
+    with TestClient(create_app(settings)) as client:
+        until_ready(lambda: client.get("/readyz"))
+        flagged = []
+        for seed in range(8):
+            rng = torch.Generator().manual_seed(seed)
+            found = pipe("a barn", num_inference_steps=2, guidance_scale=1.0, generator=rng, height=16, width=16)
+            answer = client.post(GENERATE, json={"model": "served", "prompt": "a barn", "seed": seed, "steps": 2})
+            flagged.append(found.nsfw_content_detected[0])
+            if flagged[-1]:
+                error = error_of(answer, 400)
+                assert error["code"] == "content_policy_violation" and "safety checker of served" in error["message"]
+            else:
+                assert np.abs(pictures(answer)[0] - np.asarray(found.images[0]).astype(int)).max() <= 1
+        assert {True, False} == set(flagged)
+
+
+def test_a_checker_that_is_named_and_missing_is_refused(checked: Path, tmp_path: Path) -> None:
+    shutil.copytree(checked / "base", tmp_path / "x")
+    (tmp_path / "x" / "safety_checker" / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"safety_checker/config\.json: got 'missing'"):
+        Generator.from_pretrained(tmp_path / "x")

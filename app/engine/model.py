@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distillers.generator import Generator
     from distillers.weights.manifest import Info
     from distillers.weights.read import Bases
+    from distillers.weights.safety import SafetyChecker
 
 
 MIN_CALLS = 8  # of a network with a shape before a function is prepared for it
@@ -95,6 +96,11 @@ class Model:
             codec.decoder = Dispatch(codec.decoder)
             self.dispatches.append(codec.decoder)
         prompts = generator.prompts
+        self.safety: SafetyChecker | None = None
+        if generator.safety is not None:
+            from distillers.weights import safety
+
+            self.safety = safety.SafetyChecker(generator.safety, device)
         self.styles = None if prompts is None else Styles(self.dispatches, self.students, prompts)
 
     @classmethod
@@ -146,8 +152,9 @@ class Model:
             def watch(step: int, x0: "Tensor") -> None:
                 if step not in partial_steps:
                     return
-                for order, picture in zip(orders, self._pixels(x0), strict=True):
-                    if order.on_partial and step in order.partial_steps:
+                pictures = self._pixels(x0)
+                for order, picture, flagged in zip(orders, pictures, self.flags(pictures), strict=True):
+                    if order.on_partial and not flagged and step in order.partial_steps:
                         order.on_partial(step, picture)
 
             x0 = generator.forward(
@@ -173,6 +180,10 @@ class Model:
         finally:
             for dispatch in self.dispatches:
                 dispatch.style = None
+
+    def flags(self, pictures: Pixels) -> list[bool]:
+        """Tell which pictures the folder's safety checker flags; none where the folder has none."""
+        return self.safety.flags(pictures) if self.safety else [False] * len(pictures)
 
     def _pixels(self, x0: "Tensor") -> Pixels:
         import torch

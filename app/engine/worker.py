@@ -186,6 +186,7 @@ class Worker:
                 orders if bucket == len(orders) else orders + [without_callback(orders[-1])] * (bucket - len(orders))
             )
             pixels = key.model.draw(key.steps, padded, key.first, key.strict, key.style)[: len(orders)]
+            flagged = key.model.flags(pixels)
         except BaseException as error:
             self._busy_since = None
             if _out_of_memory(error):
@@ -196,7 +197,10 @@ class Worker:
         self.turns += 1
         waits = [started - entry.arrived for entry in entries]
         alone = len(entries) == 1 and pixels.size <= SMALL and not len(self.batcher)
-        for entry, picture, wait in zip(entries, pixels, waits, strict=True):
+        for entry, picture, wait, bad in zip(entries, pixels, waits, flagged, strict=True):
+            if bad:
+                self._fail(not_shown(key.model.name), [entry])
+                continue
             facts = (wait, spent, self.turns, len(orders), bucket)
             if (finish := cast(Task, entry.order).finish) is None or (picture.size <= TINY and not alone):
                 entry.answer.set_result(_picture(picture, None, 0.0, facts))
@@ -281,6 +285,12 @@ def by_model(waiting: dict[Any, int]) -> dict[str, int]:
         if isinstance(key, BatchKey):
             counts[key.model.name] = counts.get(key.model.name, 0) + count
     return counts
+
+
+def not_shown(name: str) -> ApiError:
+    """Return OpenAI's answer for a picture that a model's safety checker flags."""
+    message = f"the safety checker of {name} flags this picture, and it is not shown: try another prompt or seed"
+    return ApiError(400, message, param="prompt", code="content_policy_violation")
 
 
 def shutting_down() -> ApiError:

@@ -24,7 +24,8 @@ SAMPLERS = ("consistency", "ddim")
 ROLES = ("teacher", "student")
 STUDENTS = "students"
 TEXT = tuple(f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3"))
-PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, "scheduler")  # the network first: see `staged`
+SAFETY = ("safety_checker", "feature_extractor")
+PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, *SAFETY, "scheduler")  # the network first: see `staged`
 EDM_PREDICTIONS: dict[str, Prediction] = {"epsilon": "edm", "v_prediction": "edm-v"}  # of diffusers' EDM schedulers
 DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 

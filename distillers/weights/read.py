@@ -39,10 +39,11 @@ from distillers.weights.manifest import (
     verify,
 )
 from distillers.weights.network import check_finite, class_rows
+from distillers.weights.safety import safety_of
 from distillers.weights.single_file import SUFFIX, as_folder
 
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a network's file
-STEMS = ("text_encoder*/model", f"*{WEIGHTS}")
+STEMS = ("text_encoder*/model", "safety_checker/model", f"*{WEIGHTS}")
 FILES = [
     "*.json",
     "tokenizer*/*.txt",
@@ -78,6 +79,7 @@ class Parts:
     codec: ImageCodec
     info: Info
     prompts: PromptEncoder | None = None  # of text-to-image
+    safety: Path | None = None  # the folder whose safety checker judges the pictures
     base: Base | None = None  # whose weights these are, where others may have them too
 
 
@@ -94,8 +96,9 @@ class Base:
 
     def twin(self) -> Parts:
         """Return parts of their own structure, on these very weights."""
-        denoiser, codec, prompts, info = (getattr(self.parts, k) for k in ("denoiser", "codec", "prompts", "info"))
-        return Parts(twin(denoiser), twin(codec), info, prompts and twin(prompts), self)
+        own = self.parts
+        prompts = own.prompts and twin(own.prompts)
+        return replace(own, denoiser=twin(own.denoiser), codec=twin(own.codec), prompts=prompts, base=self)
 
 
 class Bases:
@@ -180,7 +183,8 @@ def read_pipeline(
         _check_fit(folder, network, codec, info, prompts)
     denoisers = [Denoiser(network.to(device), schedule, prediction, clipping=clipping) for network in networks]
     denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
-    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts)
+    safety = safety_of(folder) if family.words else None
+    return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts, safety)
 
 
 def _adapted(

@@ -37,6 +37,7 @@ from distillers.weights.manifest import (
     read_json,
 )
 from distillers.weights.network import check_finite
+from distillers.weights.safety import copy_safety
 
 LCM_POINTS = 50  # LCMScheduler picks its times from this many points (Luo et al. 2023)
 
@@ -55,6 +56,7 @@ def write_pipeline(
     info: Info,
     prompts: PromptEncoder | None = None,
     origin: Origin | None = None,
+    safety: Path | None = None,
 ) -> None:
     """Save a network (fp16 safetensors) and its manifest as a folder that stock diffusers opens.
 
@@ -62,6 +64,7 @@ def write_pipeline(
     adapter alone, in diffusers' form and in ComfyUI's; of other tasks it holds the adapter beside the fused network.
 
     origin: of the base of an adapter, where the network does not know it.
+    safety: a pipeline's folder whose safety checker comes along; an adapter has its base's.
     """
     if _is_called_on_noise(denoiser, info):
         assert isinstance(denoiser, Denoiser)
@@ -101,6 +104,8 @@ def write_pipeline(
                 _save_half(encoder, new / name)
             for name, tokenizer in prompts.tokenizers.items():
                 tokenizer.save_pretrained(new / name)
+        if index and safety:
+            copy_safety(safety, new, index)
         if index:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         replace(info, sha256=digests(new), lora=lora).write(new)
