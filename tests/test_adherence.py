@@ -519,4 +519,4 @@ def test_reconstructions_are_learnt_from_too(models: Path) -> None:
         for one in (None, Autoencoder.from_pretrained(autoencoder))
     ]
     assert nets[0].card.n_train == nets[1].card.n_train == 6  # pictures
-    assert not torch.equal(nets[0].look.weight, nets[1].look.weight)
+    assert not torch.equal(nets[0].read[0].weight, nets[1].read[0].weight)
