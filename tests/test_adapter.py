@@ -256,7 +256,7 @@ def test_the_file_is_what_diffusers_own_loaders_read(tmp_path: Path) -> None:
     )  # fmt: skip
     net = learned(copy.deepcopy(base))
     state = lora_state(net)
-    _save_adapter(net, tmp_path / ADAPTER)
+    _save_adapter(state, tmp_path / ADAPTER)
 
     def ask(unet: nn.Module) -> Tensor:
         rng = torch.Generator().manual_seed(0)

@@ -605,8 +605,9 @@ SIGNALS = """
 import faulthandler, gc, signal, subprocess, sys, torch
 from app.engine.backends import openvino
 from diffusers import UNet2DModel
+from distillers.models.families import TOLD
 faulthandler.enable()
-inputs = (torch.zeros(1, 3, 8, 8), torch.zeros(1))
+inputs = (torch.zeros(1, 3, 8, 8), torch.zeros(1), *[None] * len(TOLD))
 def network():
     return UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
                        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)

@@ -437,7 +437,7 @@ def test_every_system_has_a_colour_of_its_own_and_one_more_is_drawn_too(tmp_path
 @linux
 def test_a_soak_reports_every_minute(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
-    command = ["benchmark", "soak", str(tiny), "--system", "fewstep-eager", "--minutes", "0.05", "--load", "20"]
+    command = ["benchmark", "soak", str(tiny), "--system", "fewstep-eager", "--minutes", "0.1", "--load", "20"]
     command += ["--unpinned", "--out", str(out)]
     done = CliRunner().invoke(app, command)
     found = json.loads(out.read_text())

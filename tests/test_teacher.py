@@ -637,8 +637,8 @@ def test_what_we_cannot_teach_from_is_refused_by_name(what: str, tmp_path: Path)
 def test_an_unknown_pipeline_is_refused_by_its_class(tmp_path: Path) -> None:
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(BadInput, match=r"FluxPipeline.*DDPMPipeline.*DiTPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
+    with pytest.raises(BadInput, match=r"KolorsPipeline.*DDPMPipeline.*DiTPipeline"):
         Teacher.from_pretrained(tmp_path)
 
 

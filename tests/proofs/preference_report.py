@@ -49,7 +49,7 @@ REWARDED: dict[str, Distiller] = {
 }
 # broken copies of the loss, by the line that is changed
 NOISE = "x_t = student.schedule.add_noise(x0, eps, t)"
-REFERENCE, MOVING = (f"won_ref, lost_ref = error({who}, winner)" for who in ("reference", "student"))
+REFERENCE, MOVING = (f"error({who}, winner), error({who}, loser)" for who in ("reference", "student"))
 LORA = LoraSettings(rank=16)
 WRONG = {
     "wrong sign": ("((won_ref - lost_ref) - (won - lost))", "((won - lost) - (won_ref - lost_ref))"),
