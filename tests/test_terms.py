@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from torch.nn.functional import logsigmoid, softplus
 from distillers.methods.adversarial_consistency import AdversarialConsistency
 from distillers.methods.boot import Boot
 from distillers.methods.consistency import Consistency
-from distillers.methods.diffusion import Diffusion
+from distillers.methods.diffusion import Diffusion, without_condition
 from distillers.methods.disback import DisBack, Path
 from distillers.methods.dmd2 import Dmd2, Pairs
 from distillers.methods.hyper_sd import HyperSD
@@ -1477,3 +1478,17 @@ def test_the_derivative_along_a_trajectory_passes_group_norms_and_leaves_nothing
         ahead, behind = (denoiser(*at(t + h)) for h in (1e-3, -1e-3))
         torch.testing.assert_close(value, denoiser(*at(t)), atol=1e-3, rtol=0)
     torch.testing.assert_close(slope, (ahead - behind) / 2e-3, atol=2e-3, rtol=1e-2)
+
+
+def test_dropped_conditions_become_their_null() -> None:
+    """Classes the network's last row; encoded prompts what stands behind "null_", in every tensor alone."""
+    drop = torch.tensor([True, False, True])
+    network = SimpleNamespace(config=SimpleNamespace(num_class_embeds=5))
+    labels = without_condition({"label": torch.tensor([0, 1, 2])}, drop, SimpleNamespace(network=network))  # type: ignore[arg-type]
+    assert labels["label"].tolist() == [4, 1, 4]
+    own = {"text": torch.ones(3, 2, 4), "pooled": torch.full((3, 4), 2.0)}
+    null = {"null_text": torch.zeros(3, 2, 4), "null_pooled": torch.full((3, 4), -1.0)}
+    found = without_condition(own | null, drop, SimpleNamespace(network=network))  # type: ignore[arg-type]
+    assert set(found) == {"text", "pooled"}
+    assert torch.equal(found["text"], torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand(3, 2, 4))
+    assert torch.equal(found["pooled"], torch.tensor([-1.0, 2.0, -1.0])[:, None].expand(3, 4))
