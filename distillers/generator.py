@@ -103,9 +103,10 @@ class Generator(nn.Module):
             if steps not in self.info.step_times:
                 raise BadInput("steps", steps, ", ".join(map(str, sorted(self.info.step_times))))
             return self.info.step_times[steps]
-        family, (height, width) = family_of(self.denoiser.network) or UNET, size or self.info.size
-        tokens = (height // self.size_multiple) * (width // self.size_multiple)
-        return family.times(self.schedule, steps, tokens)
+        family, (height, width) = family_of(self.denoiser.network), size or self.info.size
+        if family is None:  # no network of diffusers
+            return self.schedule.sampling_times(steps)
+        return family.times(self.schedule, steps, (height // self.size_multiple) * (width // self.size_multiple))
 
     def forward(
         self,
