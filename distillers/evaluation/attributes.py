@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distillers.autoencoder import Autoencoder
 from distillers.data.captioned import CaptionedFolder
 from distillers.errors import BadInput
 from distillers.evaluation.clauses import AVATARS, UNSEEN, Vocabulary
+from distillers.evaluation.features import write_network
 from distillers.evaluation.part_exchange import PartExchange
 from distillers.evaluation.pictures import to_pixels
 from distillers.models.bands import as_rgb
@@ -160,13 +161,7 @@ class AttributeNet(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` (the card), `model.safetensors` (float16) and a README.md."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone; a service runs as another
-        (folder / "config.json").write_text(json.dumps(asdict(self.card), indent=1) + "\n")
-        (folder / "README.md").write_text(_readme(self))
+        write_network(self, asdict(self.card), _readme(self), Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> AttributeNet:

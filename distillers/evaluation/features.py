@@ -131,13 +131,7 @@ class FeatureNet(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` (the card), `model.safetensors` (float16) and a README.md."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone; a service runs as another
-        (folder / "config.json").write_text(json.dumps(asdict(self.card), indent=2) + "\n")
-        (folder / "README.md").write_text(_readme(self))
+        write_network(self, asdict(self.card), _readme(self), Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "FeatureNet":
@@ -151,6 +145,16 @@ class FeatureNet(nn.Module):
             allowed = f"a folder with config.json and model.safetensors as `save` writes it ({error})"
             raise BadInput("features", str(folder), allowed) from error
         return net.to(device).eval().requires_grad_(False)
+
+
+def write_network(network: nn.Module, card: dict[str, Any], readme: str, folder: Path) -> None:
+    """Write a small network that measures pictures: config.json (its card), model.safetensors (float16), README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone; a service runs as another
+    (folder / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "README.md").write_text(readme)
 
 
 class InceptionFeatures(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distillers.data.shapes import ALONE, COLOURS, RELATIONS, SHADES, SHAPES, SIZES
 from distillers.errors import BadInput
-from distillers.evaluation.shape_reader import SECOND, TINT, read_shape
+from distillers.evaluation.shape_reader import SECOND, TINT, check_squares, read_shape
 
 COLOURED = 0.28  # of greatest minus least channel in [0,1]: half of the palest colour's
 GREY = 0.1  # off a shade's middle; they vary by 0.06, and lie 0.35 apart
@@ -76,11 +76,7 @@ def read_scenes(pictures: Tensor) -> list[Scene]:
     Raises:
         BadInput: pictures of another shape, or with a value that is not finite.
     """
-    shape = tuple(pictures.shape)
-    if len(shape) != 4 or not shape[0] or shape[1] != 3 or shape[2] != shape[3]:
-        raise BadInput("pictures", shape, "(B,3,H,H), one picture or more")
-    if not bool(pictures.isfinite().all()):
-        raise BadInput("pictures", "values that are not finite", "numbers in [-1,1]")
+    check_squares(pictures)
     p = (pictures.detach().float().cpu().numpy().clip(-1, 1) + 1) / 2
     cuts = [_cut(picture) for picture in p]
     by_side: dict[int, list[NDArray[np.floating]]] = {}

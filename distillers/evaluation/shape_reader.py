@@ -87,17 +87,22 @@ class Reading:
         return self.colour == labels // len(SHAPES), self.form == labels % len(SHAPES)
 
 
+def check_squares(pictures: Tensor) -> None:
+    """Raise BadInput unless pictures are (B,3,H,H), one or more, of finite values."""
+    shape = tuple(pictures.shape)
+    if len(shape) != 4 or not shape[0] or shape[1] != 3 or shape[2] != shape[3]:
+        raise BadInput("pictures", shape, "(B,3,H,H), one picture or more")
+    if not bool(pictures.isfinite().all()):
+        raise BadInput("pictures", "values that are not finite", "numbers in [-1,1]")
+
+
 def read_shape(pictures: Tensor) -> Reading:
     """Read colour and form of the one object of each picture, (B,3,H,H) in [-1,1]; values beyond are clipped.
 
     Raises:
         BadInput: pictures of another shape, or with a value that is not finite.
     """
-    shape = tuple(pictures.shape)
-    if len(shape) != 4 or not shape[0] or shape[1] != 3 or shape[2] != shape[3]:
-        raise BadInput("pictures", shape, "(B,3,H,H), one picture or more")
-    if not bool(pictures.isfinite().all()):
-        raise BadInput("pictures", "values that are not finite", "numbers in [-1,1]")
+    check_squares(pictures)
     parts = [_read(measure(part)) for part in pictures.split(128)]  # as much as a processor's cache holds
     colour, form, why = (np.concatenate([part[i] for part in parts]) for i in range(3))
     return Reading(torch.from_numpy(colour), torch.from_numpy(form), tuple(REASONS[i] for i in why))
