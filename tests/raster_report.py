@@ -19,6 +19,7 @@ from distillers.evaluation.report import markdown_table, setting
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.sar.options import SceneFacts, SceneOptions
+from distillers.sar.part import Part
 from distillers.sar.raster import Source, preview
 from distillers.sar.translate import translate, uncertainty_path
 
@@ -38,7 +39,7 @@ def shown(path: Path) -> torch.Tensor:
 def grey(path: Path) -> torch.Tensor:
     """The upper left of the first band in dB, 2 to 98 %, (3, SHOWN, SHOWN) in [-1, 1]."""
     source = Source(path, Radiometry())
-    values, _ = source.rows(0, min(SHOWN, source.shape[0]), 0, 0)
+    values, _ = source.rows(Part(0, 0, min(SHOWN, source.shape[0]), source.shape[1]))
     part = 20 * np.log10(np.maximum(values[0, :, :SHOWN] / 2 + 0.5, 1e-3))
     low, high = np.quantile(part, (0.02, 0.98))
     sheet = np.full((SHOWN, SHOWN), -1.0, np.float32)

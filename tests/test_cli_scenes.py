@@ -140,3 +140,19 @@ def test_any_pairs_are_measured(tmp_path: Path, models: dict[str, Path]) -> None
 def test_pairs_without_a_value_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     done = CliRunner().invoke(app, ["evaluate", str(models["db"]), "--pairs", str(tmp_path), "--pairs-option", "units"])
     assert done.exit_code != 0 and "pairs-option" in str(done.exception)
+
+
+def test_a_part_of_a_scene_is_asked_for_in_pixels_or_on_the_ground(tmp_path: Path, models: dict[str, Path]) -> None:
+    scene, runner = tmp_path / "s.tif", CliRunner()
+    runner.invoke(app, ["demonstration", str(scene), "--side", "96"])
+    with rasterio.open(scene) as raster:
+        west, south, east, north = raster.window_bounds(((5, 35), (10, 60)))
+    made = []
+    for asked in (["--window", "10", "5", "50", "30"], ["--bbox", *map(str, (west, south, east, north))]):
+        out = tmp_path / f"{len(made)}.tif"
+        done = runner.invoke(app, ["translate", str(scene), str(out), "--model", str(models["db"]), *asked])
+        assert done.exit_code == 0 and "50x30 px" in done.stdout, (done.output, done.exception)
+        made.append(out.read_bytes())
+    assert made[0] == made[1]
+    southern = ["translate", str(scene), str(out), "--model", str(models["db"]), "--bbox", "-70.5", "-34", "-70", "-33"]
+    assert "meets the scene" in str(runner.invoke(app, southern).exception)

@@ -29,6 +29,7 @@ from distillers.models.radiometry import SENTINEL1_DB
 from distillers.models.schedule import VariancePreserving
 from distillers.sar.demonstration import demonstration
 from distillers.sar.options import SceneOptions
+from distillers.sar.part import Part, find_part
 from distillers.sar.tiles import Axis, NoiseField, axis
 from distillers.sar.translate import HOLE, SCALE, STATISTICS, translate, uncertainty_path
 from distillers.teacher import Teacher
@@ -36,6 +37,7 @@ from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
 
 rasterio = pytest.importorskip("rasterio", reason="scenes need rasterio: pip install 'fewstep[raster]'")
+from rasterio import warp, windows  # noqa: E402
 from rasterio.transform import Affine, from_gcps, from_origin  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "geotiff"
@@ -262,6 +264,105 @@ def test_a_part_of_a_scene_is_drawn_from_the_same_noise(tmp_path: Path, local: G
         pixels(tmp_path / "whole.tif")[:, :64, :150].astype(int) - pixels(tmp_path / "part.tif")[:, :64, :150]
     )
     assert apart.max() <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(8, 900), st.integers(2, 12), st.data())
+def test_a_part_of_an_axis_has_the_tiles_that_reach_into_it(length: int, half: int, data: st.DataObject) -> None:
+    tile = 4 * half
+    overlap = data.draw(st.integers(half, 2 * half))
+    whole = Axis(length, tile, overlap) if length > tile else Axis(length, length, 0)
+    first = data.draw(st.integers(0, length - 1))
+    wanted = data.draw(st.integers(1, length - first))
+    part = whole.part(first, wanted)
+    starts = [part.start + i * part.stride for i in range(part.count)]
+    assert set(starts) <= set(range(0, whole.count * whole.stride, whole.stride)) and part.start + part.length <= length
+    reach = [i * whole.stride for i in range(whole.count) if i * whole.stride < first + wanted]
+    assert [s for s in reach if s + whole.tile > first] == [s for s in starts if s + whole.tile > first]
+    assert part.count <= wanted // whole.stride + 3  # no more than two that only touch it
+    beyond = part.start + part.covered - length
+    assert beyond <= 0 or part.count == whole.count or part.length > beyond  # enough to reflect
+
+
+WINDOWS = {
+    "inside": (70, 100, 90, 33),
+    "one pixel": (200, 111, 1, 1),
+    "upper left": (0, 0, 64, 64),
+    "lower right": (325, 195, 5, 5),
+    "last column": (0, 0, 330, 200),
+    "between tiles": (50, 50, 13, 13),
+}
+
+
+@pytest.mark.parametrize("where", WINDOWS)
+def test_a_window_has_the_pixels_of_the_whole(tmp_path: Path, generator: Generator, where: str) -> None:
+    left, top, width, height = window = WINDOWS[where]
+    values = backscatter(200, 330)
+    values[:, 120:135, 80:120] = np.nan
+    scene, options = write(tmp_path / "s.tif", values), SceneOptions(tile=64, samples=2, seed=3)
+    translate(generator, scene, tmp_path / "whole.tif", options)
+    shown = []
+    facts = translate(
+        generator, scene, tmp_path / "part.tif", replace(options, window=window), progress=lambda *n: shown.append(n)
+    )
+    assert (facts.width, facts.height, facts.window) == (width, height, window) and shown[-1] == (width * height,) * 2
+    for whole, part in ((p, p.with_name(p.name.replace("whole", "part"))) for p in tmp_path.glob("whole*.tif")):
+        inside = pixels(whole)[:, top : top + height, left : left + width]
+        assert np.array_equal(pixels(part), inside)
+        with rasterio.open(whole) as one, rasterio.open(part) as other:
+            assert other.transform == one.window_transform(windows.Window(*window)) and other.crs == one.crs
+    with rasterio.open(tmp_path / "part.tif") as part:
+        assert part.tags()["FEWSTEP_WINDOW"] == " ".join(map(str, window))
+        assert facts.valid_share == pytest.approx((part.dataset_mask() > 0).mean())
+
+
+def test_a_window_draws_the_tiles_that_it_meets(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(400, 400))
+    facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(tile=64, window=(200, 200, 10, 10)))
+    assert facts.tiles <= 4
+
+
+def test_a_box_is_in_the_scenes_coordinates_or_in_degrees(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(100, 120))
+    west, north = UTM.c + 200, UTM.f - 100
+    own = (west, north - 300, west + 400, north)
+    degrees = warp.transform_bounds("EPSG:32632", "EPSG:4326", *own)
+    wanted = (20, 10, 40, 30)
+
+    def found(*box: float) -> tuple[int, ...]:
+        facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(bbox=box))
+        with rasterio.open(tmp_path / "o.tif") as made:
+            assert made.bounds == pytest.approx(
+                (UTM.c + 10 * facts.window[0], UTM.f - 10 * (facts.window[1] + facts.window[3]),
+                 UTM.c + 10 * (facts.window[0] + facts.window[2]), UTM.f - 10 * facts.window[1])
+            )  # fmt: skip
+        return facts.window
+
+    assert found(*own) == wanted
+    around = found(*degrees)  # a box in degrees stands askew: it holds the whole box and a little more
+    assert all(abs(a - b) <= 3 for a, b in zip(around, wanted, strict=True)) and around[2] >= 40 and around[3] >= 30
+    assert found(UTM.c - 1e4, UTM.f - 100, UTM.c + 55, UTM.f + 1e4) == (0, 0, 6, 10)  # what lies in the scene
+    for box in ((0, 0, 1, 1), (UTM.c + 1e5, 0, UTM.c + 2e5, 1)):
+        with pytest.raises(BadInput, match=r"bbox: .* meets the scene"):
+            found(*box)
+
+
+def test_a_box_meets_scenes_across_the_antimeridian_and_of_0_to_360_degrees(tmp_path: Path) -> None:
+    at = {}
+    for name, west in (("around", 179.99), ("west", -180.01), ("east", 190.0)):
+        scene = write(
+            tmp_path / f"{name}.tif", backscatter(40, 200), crs="EPSG:4326", transform=from_origin(west, 48, 1e-4, 1e-4)
+        )
+        with rasterio.open(scene) as raster:
+            box = (-169.995, 47.997, -169.99, 47.999) if name == "east" else (179.995, 47.997, -179.995, 47.999)
+            at[name] = find_part(raster, SceneOptions(bbox=box))
+    assert at["around"] == at["west"] == Part(10, 50, 20, 100) and at["east"] == Part(10, 50, 20, 50)
+
+
+def test_a_box_needs_a_place(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(64, 64), crs=None, transform=Affine.identity())
+    with pytest.raises(BadInput, match=r"bbox: .*window"):
+        translate(generator, scene, tmp_path / "o.tif", SceneOptions(bbox=(0, 0, 9, 9)))
 
 
 # --- holes
@@ -491,7 +592,9 @@ def test_bad_scenes_are_refused_by_name_and_leave_nothing(tmp_path: Path, genera
         ({"units": "dB"}, "units"), ({"units": "linear"}, "units"), ({"samples": 0}, "samples"),
         ({"samples": 65}, "samples"), ({"seed": -1}, "seed"), ({"batch": 0}, "batch"), ({"steps": 3}, "steps"),
         ({"tile": 30}, "tile"), ({"overlap": 8, "tile": 64}, "overlap"), ({"overlap": 40, "tile": 64}, "overlap"),
-        ({"bands": "HH"}, "bands"), ({"bands": "VV=3"}, "bands"),
+        ({"bands": "HH"}, "bands"), ({"bands": "VV=3"}, "bands"), ({"window": (0, 0, 81, 80)}, "window"),
+        ({"window": (-1, 0, 8, 8)}, "window"), ({"window": (0, 0, 0, 8)}, "window"), ({"bbox": (0, 2, 1, 1)}, "bbox"),
+        ({"bbox": (0, 0, np.inf, 1)}, "bbox"), ({"bbox": (0, 0, 1, 1), "window": (0, 0, 8, 8)}, "bbox"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(tmp_path: Path, generator: Generator, options, field: str) -> None:

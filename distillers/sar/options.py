@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from distillers.errors import BadInput
@@ -30,7 +31,7 @@ class SceneOptions:
     """How a scene is translated. None leaves the choice to the model or the raster; sizes are pixels.
 
     Raises:
-        BadInput: a seed, a number of samples, units or a batch that are not allowed.
+        BadInput: a seed, a number of samples, units, a batch, a window or a box that are not allowed.
     """
 
     steps: int | None = _option(None, "Network calls per picture; the folder's default if left out.", ge=1)
@@ -48,6 +49,12 @@ class SceneOptions:
         None, '"VV,VH", "2,1" or "VH=1"; by descriptions or the file\'s name if left out.', max_length=80
     )
     nodata: float | None = _option(None, "A number without data, beside NaN and the file's own.")
+    window: tuple[int, int, int, int] | None = _option(
+        None, "LEFT TOP WIDTH HEIGHT in pixels: translate this part alone, to the same pixels as in the whole."
+    )
+    bbox: tuple[float, float, float, float] | None = _option(
+        None, "WEST SOUTH EAST NORTH, in the scene's coordinates or in degrees: the same, of the pixels that it meets."
+    )
     tile: int | None = _option(None, "Pixels a side of the tiles; 256 if left out.", ge=1)
     overlap: int | None = _option(None, "Pixels; a quarter of a tile if left out, at most half.", ge=0)
     batch: int | None = _option(None, "Tiles at a time; cores on a CPU, 16 on a GPU if left out.", ge=1)
@@ -63,6 +70,12 @@ class SceneOptions:
             raise BadInput("units", self.units, " | ".join(("auto", *UNITS)))
         if self.batch is not None and self.batch < 1:
             raise BadInput("batch", self.batch, "1 or more")
+        if self.window and not (min(self.window[:2]) >= 0 and min(self.window[2:]) >= 1):
+            raise BadInput("window", self.window, "left and top of 0 or more, width and height of 1 or more pixels")
+        if self.bbox and not (all(map(isfinite, self.bbox)) and self.bbox[1] < self.bbox[3]):
+            raise BadInput("bbox", self.bbox, "four finite numbers, west south east north, with south below north")
+        if self.window and self.bbox:
+            raise BadInput("bbox", self.bbox, "nothing beside window: one of both says which part")
 
 
 @dataclass
@@ -80,12 +93,15 @@ class SceneFacts:
     bands_how: str
     sar: dict[str, Any]
     white_shift_db: dict[str, float]
-    width: int
+    width: int  # of the result
     height: int
     tile: tuple[int, int]  # down, across
     overlap: tuple[int, int]
     tiles: int = _option(0, "Tiles drawn, over all samples.")
     skipped: int = _option(0, "Tiles without data.")
+    window: tuple[int, int, int, int] | None = _option(
+        None, "Left, top, width and height in the scene's pixels, where a part alone was asked for."
+    )
     valid_share: float = 0.0
     mean_deviation: float | None = _option(None, "Of the samples, in levels of 255; null for one sample.")
     seconds: float = 0.0
@@ -107,4 +123,5 @@ class SceneFacts:
             "FEWSTEP_BANDS": ", ".join(f"{band} = band {i}" for band, i in self.bands.items()) + f" ({self.bands_how})",
             "FEWSTEP_SAR": json.dumps(self.sar),
             "FEWSTEP_VERSION": self.version,
+            **({"FEWSTEP_WINDOW": " ".join(map(str, self.window))} if self.window else {}),
         }

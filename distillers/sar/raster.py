@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from distillers.errors import BadInput, check_file
 from distillers.models import radiometry
 from distillers.models.radiometry import Radiometry
+from distillers.sar.part import Part
 
 MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a header lies
 LEAST_SIDE = 8  # px; below it there is nothing to translate
@@ -182,16 +183,16 @@ class Source:
             allowed = f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})"
             raise BadInput("scene", given, allowed) from None
 
-    def rows(self, top: int, height: int, below: int, right: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Read rows from `top` as the model takes them.
+    def rows(self, part: Part, below: int = 0, right: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Read a part of the scene as the model takes it.
 
         Returns:
-            (channels, height + below, W + right) in [-1, 1], reflected beyond the scene, any number in invalid pixels;
-            and (height + below, W + right), where they are valid.
+            (channels, height + below, width + right) in [-1, 1], reflected below and to the right, any number in
+            invalid pixels; and (height + below, width + right), where they are valid.
         """
         from rasterio.windows import Window
 
-        values, valid = self._read(Window(0, top, self.raster.width, height))
+        values, valid = self._read(Window(part.left, part.top, part.width, part.height))
         levels = {
             band: radiometry.decibels(numbers, self.units) + np.float32(self.shift[band])
             for band, numbers in zip(self.bands, values, strict=True)
@@ -237,8 +238,8 @@ class Product:
 
 
 @contextmanager
-def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]) -> Iterator[list[Any]]:
-    """Open rasters to write rows into; on leaving all of them become COGs under their names, or none does.
+def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str], part: Part) -> Iterator[list[Any]]:
+    """Open rasters of a part to write rows into; on leaving all of them become COGs under their names, or none does.
 
     Raises:
         BadInput: the disk is full, the place cannot be written.
@@ -250,7 +251,8 @@ def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]
     try:
         with ExitStack() as stack:
             opened = [
-                stack.enter_context(_open(source, p, plain)) for p, (plain, _) in zip(products, beside, strict=True)
+                stack.enter_context(_open(source, p, plain, part))
+                for p, (plain, _) in zip(products, beside, strict=True)
             ]
             for raster in opened:
                 raster.update_tags(**{k: v for k, v in source.raster.tags().items() if k in KEPT_TAGS}, **tags)
@@ -268,13 +270,13 @@ def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]
                 path.unlink(missing_ok=True)
 
 
-def _open(source: Source, product: Product, path: Path) -> Any:
+def _open(source: Source, product: Product, path: Path, part: Part) -> Any:
     rasterio = import_rasterio()
     raster, colours = source.raster, len(product.names) == 3
     profile = {
         "driver": "GTiff",
-        "width": raster.width,
-        "height": raster.height,
+        "width": part.width,
+        "height": part.height,
         "count": len(product.names),
         "dtype": product.dtype,
         "nodata": product.nodata,
@@ -285,7 +287,7 @@ def _open(source: Source, product: Product, path: Path) -> Any:
         "bigtiff": "if_safer",
     }
     if source.georeferenced:
-        profile |= {"crs": raster.crs, "transform": raster.transform}
+        profile |= {"crs": raster.crs, "transform": part.moved(raster.transform)}
     opened = rasterio.open(path, "w", **profile)
     opened.descriptions = list(product.names)
     opened.scales = [product.scale] * len(product.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -61,11 +61,12 @@ class NoiseField:
 # --- the tiles -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Axis:
-    """One side of a scene, cut into tiles that start at multiples of `stride`; the last may reach beyond the scene."""
+    """One side of a scene or a part, cut into tiles at multiples of `stride`; the last may reach beyond the scene."""
 
     length: int
     tile: int
     overlap: int
+    start: int = 0  # the scene's pixel where the first tile begins
 
     @property
     def stride(self) -> int:
@@ -81,6 +82,19 @@ class Axis:
     def covered(self) -> int:
         """The pixels from the first tile's start to the last one's end."""
         return (self.count - 1) * self.stride + self.tile
+
+    def part(self, first: int, length: int) -> Axis:
+        """Keep the tiles that reach into `length` pixels from `first` on, which stay there what they are in the whole.
+
+        No tile that is left out has a weight in these pixels. The scene's last tile is kept with the one before it, for
+        what is reflected beyond the scene may come from there.
+        """
+        begin = max(0, (first - self.tile) // self.stride + 1)
+        end = min(self.count, ceil((first + length) / self.stride))
+        if end == self.count:
+            begin = min(begin, max(0, end - 2))
+        covered = self.length if end == self.count else (end - 1) * self.stride + self.tile
+        return replace(self, length=covered - begin * self.stride, start=begin * self.stride)
 
     def weight(self, index: int) -> NDArray[np.float32]:
         """Compute the blending weights (tile,) of a tile; those of all tiles add up to 1.

@@ -27,6 +27,7 @@ from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
+from distillers.sar.part import Part, find_part
 from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, writing
 from distillers.sar.stac import write_stac
 from distillers.sar.tiles import Axis, NoiseField, Tile, axis
@@ -78,8 +79,9 @@ def translate(
         stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False))
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
-        height, width = source.shape
-        down, across = axis(height, options, generator.size_multiple), axis(width, options, generator.size_multiple)
+        part = find_part(source.raster, options)
+        down, across = (axis(length, options, generator.size_multiple) for length in source.shape)
+        down, across = down.part(part.top, part.height), across.part(part.left, part.width)
         facts = SceneFacts(
             model=info.name,
             model_sha256=generator.info.digest,
@@ -92,10 +94,11 @@ def translate(
             bands_how=source.bands_how,
             sar=seen.to_dict(),
             white_shift_db=source.shift,
-            width=width,
-            height=height,
+            width=part.width,
+            height=part.height,
             tile=(down.tile, across.tile),
             overlap=(down.overlap, across.overlap),
+            window=(part.left, part.top, part.width, part.height) if options.window or options.bbox else None,
             version=package_versions("fewstep").get("fewstep", "unknown"),
             warnings=[WARNING, *source.notes],
         )
@@ -103,11 +106,11 @@ def translate(
         if options.samples > 1:
             names = [f"{what} {colour}" for what in STATISTICS for colour in COLOURS]
             products.append(Product(uncertainty_path(out), names, "uint16", HOLE, SCALE))
-        with writing(source, products, facts.tags()) as rasters:
-            work = _Work(generator, source, down, across, options, steps, facts, forward or _call)
+        with writing(source, products, facts.tags(), part) as rasters:
+            work = _Work(generator, source, part, down, across, options, steps, facts, forward or _call)
             work.run(rasters, progress)
     facts.seconds = time.perf_counter() - started
-    facts.megapixels_per_second = height * width / facts.seconds / 1e6
+    facts.megapixels_per_second = part.height * part.width / facts.seconds / 1e6
     if facts.mean_deviation is not None and facts.mean_deviation < COLLAPSED:
         facts.warnings.append(
             f"The student has collapsed to a point: {options.samples} samples differ by {facts.mean_deviation:.2f} "
@@ -131,6 +134,7 @@ class _Work:
 
     generator: Generator
     source: Source
+    part: Part  # to write; the tiles of `down` and `across` reach beyond it
     down: Axis
     across: Axis
     options: SceneOptions
@@ -163,13 +167,14 @@ class _Work:
 
     def _tiles(self, reader: Executor) -> Iterator[Tile]:
         """Yield the tiles row by row, in a row sample by sample; the next row is read while this one is sampled."""
-        (height, width), down, across = self.source.shape, self.down, self.across
-        right = across.covered - width
+        down, across = self.down, self.across
+        right = across.covered - across.length
 
         def read(row: int) -> Future[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
             top = row * down.stride
-            rows = min(down.tile, height - top)
-            return reader.submit(self.source.rows, top, rows, down.tile - rows, right)
+            rows = min(down.tile, down.length - top)
+            strip = Part(down.start + top, across.start, rows, across.length)
+            return reader.submit(self.source.rows, strip, down.tile - rows, right)
 
         coming = read(0)
         for row in range(down.count):
@@ -193,7 +198,8 @@ class _Work:
         def field(step: int) -> Tensor:
             crops = []
             for i in work:
-                top, left = tiles[i].row * self.down.stride, tiles[i].column * self.across.stride
+                top = self.down.start + tiles[i].row * self.down.stride
+                left = self.across.start + tiles[i].column * self.across.stride
                 place = (n // factor for n in (top, left, self.down.tile, self.across.tile))
                 crops.append(noise.crop(self.options.seed + tiles[i].sample, step, *place))
             return torch.from_numpy(np.stack(crops)).to(device)
@@ -213,7 +219,9 @@ class _Work:
         progress: Progress | None,
     ) -> None:
         """Add up the weighted tiles, in one order, and write the rows that no later tile reaches."""
-        (height, width), down, across, facts = self.source.shape, self.down, self.across, self.facts
+        part, down, across, facts = self.part, self.down, self.across, self.facts
+        height, width = down.length, across.length
+        columns = slice(part.left - across.start, part.left - across.start + part.width)
         samples = self.options.samples
         canvas = np.zeros((3, down.tile, across.covered), dtype=np.float32)
         carried = [np.zeros((3, down.overlap, width), dtype=np.float32) for _ in range(samples)]
@@ -232,26 +240,32 @@ class _Work:
             body[:, : down.overlap] += carried[tile.sample]
             top = tile.row * down.stride
             end = down.stride if tile.row < down.count - 1 else height - top
-            finished.append(_levels(body[:, :end]))
+            row = down.start + top - part.top  # of the part, where this row of tiles begins
+            wanted = slice(min(max(-row, 0), end), max(min(part.height - row, end), 0))
+            finished.append(_levels(body[:, wanted, columns]))
             carried[tile.sample] = body[:, down.stride :][:, : down.overlap].copy()
             canvas[:] = 0
             if tile.sample < samples - 1:
                 continue
-            valid = tile.valid[:end, :width]
+            valid = tile.valid[wanted, columns]
             while len(written) > 1:  # a slow disk holds the work up, instead of filling the memory
                 written.popleft().result()
-            written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), top))
+            if not valid.size:
+                finished = []
+                continue
+            row = max(row, 0)
+            written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), row))
             if samples > 1:
                 statistics, total = _statistics(finished, valid)
                 deviations += total
-                written.append(writer.submit(_write, rasters[1], statistics, top))
+                written.append(writer.submit(_write, rasters[1], statistics, row))
             pixels += int(valid.sum())
             finished = []
             if progress is not None:
-                progress((top + end) * width, height * width)
+                progress((row + valid.shape[0]) * part.width, part.height * part.width)
         for future in written:
             future.result()
-        facts.valid_share = pixels / (height * width)
+        facts.valid_share = pixels / (part.height * part.width)
         if samples > 1:
             facts.mean_deviation = deviations / max(pixels, 1)
 
