@@ -46,7 +46,7 @@ def test_what_does_not_fit_a_tensor_is_refused() -> None:
 
 @pytest.mark.parametrize("jsonl", [True, False])
 def test_every_picture_has_its_own_text(jsonl: bool, tmp_path: Path) -> None:
-    data = CaptionedFolder(write_captioned(tmp_path / "noise", jsonl=jsonl), size=16, flip=False)
+    data = CaptionedFolder(write_captioned(tmp_path / "noise", jsonl=jsonl), size=16)  # nothing is mirrored
     assert (data.name, len(data), data.labels, data.captioned) == ("noise", 5, (), True)
     for batch in (data.items(range(5)), data.draw(20, rng())):
         for picture, text in zip(batch["image"], unpack(batch["caption"]), strict=True):
@@ -232,7 +232,7 @@ def test_tars_of_webdataset(kept: bool, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(captioned, "KEPT_BYTES", 100)
     write_tar(tmp_path / "some" / "a-0.tar", samples(0, 1, 2))
     write_tar(tmp_path / "some" / "a-1.tar", samples(3, 4))
-    data = CaptionedFolder(tmp_path / "some", size=16, flip=False)
+    data = CaptionedFolder(tmp_path / "some", size=16)
     assert len(data) == 5 and (data._kept is not None) == kept
     shows_what_it_says(data, set(range(5)))
     again = pickle.loads(pickle.dumps(data))
@@ -293,7 +293,7 @@ def write_shapes(root: Path) -> dict[str, tuple[int, int]]:
 
 def test_buckets_keep_shapes_and_every_batch_has_one(tmp_path: Path) -> None:
     given = write_shapes(tmp_path)
-    data = CaptionedFolder(tmp_path, size=64, flip=False, buckets=True, bucket_step=16)
+    data = CaptionedFolder(tmp_path, size=64, buckets=True, bucket_step=16)
     assert all(h * w <= 64 * 64 and h % 16 == w % 16 == 0 and max(h, w) <= 2 * min(h, w) for h, w in data.sizes)
     seen = dict[str, tuple[int, ...]]()
     for seed in range(60):

@@ -41,6 +41,8 @@ class CaptionedFolder(PicturesInMemory):
     divides them. Decoded pictures stay in memory up to `KEPT_BYTES`; more are decoded whenever they are drawn.
 
     Args:
+        flip: mirror half of the drawn pictures left-right. It is off, unlike for other pictures: texts say left and
+            right, and a picture that is never flipped is encoded once.
         clause_dropout: the probability with which `draw` leaves each clause of a text out, a clause being what ", "
             separates; one clause stays at least. A model that has seen parts of texts answers short prompts.
         limit: keeps an evenly spaced part of so many pictures.
@@ -58,7 +60,7 @@ class CaptionedFolder(PicturesInMemory):
         path: str | Path,
         split: str | None = None,
         size: int | Sequence[int] = 64,
-        flip: bool = True,
+        flip: bool = False,
         dihedral: bool = False,
         limit: int | None = None,
         channels: int = 3,
