@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from networks import contents
+from PIL import Image
 from processes import run
 from safetensors.torch import load_file, save_file
 from stock_pipelines import build
@@ -21,6 +22,7 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.jobs.card import write_card
 from distillers.models.lora import LoraSettings, Origin, network_digest
 from distillers.teacher import Teacher
 from distillers.training.distiller import on_one_base, trainable_copy
@@ -83,6 +85,18 @@ def test_on_its_base_an_adapter_draws_in_stock_diffusers_what_it_draws_here(
         apart[job["name"]] = float(np.abs(ours - stock).max()), float(np.abs(stock - bare).max())
     wrong = {name: found for name, found in apart.items() if not found[0] < CLOSE < 10 * CLOSE < found[1]}
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart"])  # whose pipelines load adapters, and do not
+def test_the_code_on_the_card_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(name, tmp_path / "base")
+    student(tmp_path / "base", 1).save_pretrained(tmp_path / "student")
+    write_card(tmp_path / "student")
+    code = (tmp_path / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "distillers" not in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"a prompt"', '"a prompt", height=32, width=32'), {"__name__": "card"})
+    assert Image.open("sample.png").size == (32, 32)
 
 
 # --- its base

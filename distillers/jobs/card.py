@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillers.errors import BadInput
-from distillers.models.conditions import PROMPTS
+from distillers.models.families import FAMILIES
 from distillers.weights.manifest import ADAPTER, AUTOENCODER, COMFY, STUDENTS, Info, find, read_json
 
 ATTRIBUTION = {
@@ -173,13 +173,11 @@ def _use(info: Info, stock: bool) -> list[str]:
         ]
     label = info.classes[0] if info.classes else None
     if stock:
-        labels = f", class_labels={label}" if info.task == "class-to-image" else ""
+        prompt, labels = "", f", class_labels={label}" if info.task == "class-to-image" else ""
         if info.task == "text-to-image":  # its default guidance is 7.5
-            labels = f", prompt={PROMPTS[2]!r}, guidance_scale={info.guidance_scale}"
+            prompt, labels = '"a prompt", ', f", guidance_scale={info.guidance_scale}"
         elif info.codec == "vae":  # DiTPipeline wants a list, and its default guidance is 4
             labels = f", class_labels=[{label}], guidance_scale={info.guidance_scale}"
-        labels = f", guidance_scale={info.guidance_scale}" if info.task == "text-to-image" else labels
-        prompt = '"a prompt", ' if info.task == "text-to-image" else ""
         return [
             "# plain diffusers, no line of ours",
             "from diffusers import DiffusionPipeline",
@@ -221,16 +219,35 @@ def _use_alone(info: Info, folder: Path) -> list[str]:
     """Write Python that puts an adapter onto the pipeline of its base, with plain diffusers."""
     assert info.lora is not None
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    base, kind = info.lora.id or info.lora.base, info.lora.network
+    names, onto = ["DiffusionPipeline", scheduler], [f'pipe.load_lora_weights("{info.name}", weight_name="{ADAPTER}")']
+    if kind and not _loads_adapters(kind):
+        names.append(kind)
+        onto = [
+            f"class Network({kind}, PeftAdapterMixin): ...  # this pipeline itself loads no adapters",
+            "",
+            f'pipe.transformer = Network.from_pretrained("{base}", subfolder="transformer")',
+            f'pipe.transformer.load_lora_adapter("{info.name}", weight_name="{ADAPTER}", prefix="transformer")',
+        ]
     return [
         "# plain diffusers, no line of ours",
-        f"from diffusers import DiffusionPipeline, {scheduler}",
+        f"from diffusers import {', '.join(names)}",
+        *(["from diffusers.loaders import PeftAdapterMixin"] if kind in names else []),
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{info.lora.id or info.lora.base}")',
-        f'pipe.load_lora_weights("{info.name}", weight_name="{ADAPTER}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+        *onto,
         f'pipe.scheduler = {scheduler}.from_pretrained("{info.name}", subfolder="scheduler")',
         f'steps = {{"num_inference_steps": {info.default_steps}, "guidance_scale": {info.guidance_scale}}}',
         'pipe("a prompt", **steps).images[0].save("sample.png")',
     ]
+
+
+def _loads_adapters(network: str) -> bool:
+    """Say whether the stock pipelines of a class of networks have `load_lora_weights`: PixArt's have not."""
+    import diffusers
+
+    pipelines = [name for family in FAMILIES if family.network == network for name in family.pipelines]
+    return any(hasattr(getattr(diffusers, name), "load_lora_weights") for name in pipelines)
 
 
 def _use_adapter(info: Info, part: str) -> list[str]:

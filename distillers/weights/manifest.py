@@ -42,6 +42,7 @@ class Lora:
     id: str | None = None  # the teacher's on the hub, if it comes from there
     revision: str | None = None
     sha256: str | None = None  # `network_digest` of the teacher's network
+    network: str | None = None  # the class of the teacher's network in diffusers
 
 
 @dataclass(frozen=True, kw_only=True)

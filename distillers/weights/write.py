@@ -20,7 +20,17 @@ from distillers.models.codec import ImageCodec, PixelUnshuffle, Vae
 from distillers.models.denoiser import Denoiser, Routed, clipping_of
 from distillers.models.families import UNET, family_of
 from distillers.models.fixed_time import as_first_timestep
-from distillers.models.lora import Origin, fused, has_lora, kohya_state, lora_rank, lora_state, origin_of, stacked
+from distillers.models.lora import (
+    Origin,
+    fused,
+    has_lora,
+    kohya_state,
+    lora_rank,
+    lora_state,
+    origin_of,
+    plain,
+    stacked,
+)
 from distillers.models.schedule import EDM, RectifiedFlow, VariancePreserving, stock_scheduler
 from distillers.models.text import PromptEncoder
 from distillers.weights.manifest import (
@@ -78,7 +88,8 @@ def write_pipeline(
             if of.below:
                 adapter = stacked(adapter, of.below)
             rank, base = max(len(value) for key, value in adapter.items() if "lora_A" in key), of.base or info.teacher
-            lora = Lora(rank=rank, base=base, id=of.id, revision=of.revision, sha256=of.sha256)
+            kind = type(plain(denoiser.network)).__name__
+            lora = Lora(rank=rank, base=base, id=of.id, revision=of.revision, sha256=of.sha256, network=kind)
             _save_adapter(adapter, new / ADAPTER)
             _save_adapter(kohya_state(adapter), new / COMFY)
             scheduler.save_pretrained(new / "scheduler")
