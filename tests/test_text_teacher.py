@@ -16,6 +16,7 @@ from PIL import Image
 
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
+from distillers.evaluation.adherence import ShapesJudge
 from distillers.generator import Generator
 from distillers.jobs.distill import distill
 from distillers.jobs.inputs import load_data, load_teacher
@@ -195,6 +196,20 @@ def test_a_student_of_adapters_is_put_on_its_teacher_by_stock_diffusers(
     bare = Generator(Generator.from_pretrained(teacher).denoiser, generator.codec, base, generator.prompts)
     bare.schedule = generator.schedule
     assert (bare.sample([3], prompts=PROMPTS[:1]) - ours).abs().max() > 2e-3, "the adapter changes the picture"
+
+
+def test_the_recipes_of_captioned_shapes_run_at_tiny_size(tmp_path: Path) -> None:
+    tiny = ["train.iterations=2", "train.batch=2", "train.warmup=1", "train.samples=1", "train.precision=no"]
+    network = ["autoencoder.channels=[8, 8, 8]", "autoencoder.discriminator_channels=8", "data.size=16"]
+    distill(Recipe.load("shapes-autoencoder", [*tiny, *network]), tmp_path / "vae", "cpu")
+    widths = ["model.network.block_out_channels=[16, 32]", "model.text.width=16", "model.text.layers=1"]
+    own = Recipe.load("shapes-sd-teacher", [*tiny, *widths, "data.size=16", f"model.autoencoder={tmp_path / 'vae'}"])
+    distill(own, tmp_path / "teacher", "cpu")
+    data = load_data(own, "test")
+    assert isinstance(data, CaptionedShapes)
+    captions, opened = data.captions(range(200)), Generator.from_pretrained(tmp_path / "teacher")
+    assert opened.prompts is not None and not any(map(opened.prompts.unread, captions))
+    assert ShapesJudge()(opened.sample([0, 1], prompts=captions[:2], steps=2), captions[:2]).asked.any()
 
 
 def test_the_shift_of_latents_moves_into_the_convolutions() -> None:

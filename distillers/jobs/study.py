@@ -10,6 +10,8 @@ seed = 0
 features = "eurosat-landcover"
 pace = 250                          # speed-ups are over the teacher at so many steps; absent: its most
 mean_of = 0                         # translators: also the mean of so many samples of each tile
+judge = "avatars"                   # text to image: who says whether pictures show what prompts name; absent: nobody
+seeds_per_prompt = 4                # with a judge: pictures of one prompt whose diversity is measured
 [train]                             # for every student
 iterations = 1000
 batch = 32
@@ -37,10 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillers.data import ImageData
 from distillers.errors import BadInput, check_place, checked
+from distillers.evaluation.adherence import load_judge
 from distillers.evaluation.evaluate import check_evaluation, evaluate
 from distillers.evaluation.features import Features, load_features
 from distillers.evaluation.latency import latencies_of
@@ -51,6 +54,7 @@ from distillers.evaluation.report import (
     Column,
     Report,
     Row,
+    attribute_table,
     class_table,
     markdown_table,
     region_table,
@@ -63,9 +67,9 @@ from distillers.jobs.publish import draw_rows
 from distillers.jobs.recipe import Recipe, read_toml
 from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
-from distillers.training.reward import load_reward
+from distillers.training.reward import judges_of, load_reward
 from distillers.training.settings import BESIDE
-from distillers.weights.manifest import read_json
+from distillers.weights.manifest import ADAPTER, read_json
 from distillers.weights.write import check_target
 
 Say = Callable[[str], None]
@@ -85,6 +89,8 @@ class Study:
     features: str = "eurosat-landcover"
     pace: int | None = None
     mean_of: int = EvaluationOptions.mean_of
+    judge: str | None = None
+    seeds_per_prompt: int = EvaluationOptions.seeds_per_prompt
     train: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -179,20 +185,32 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
     teacher = Generator.from_pretrained(study.teacher, device)
     space = load_features(study.features, Path(study.teacher).parent)
     rewards = {name: load_reward(which) for name, which in study.rewards.items()}
-    options = EvaluationOptions(n=study.n, seed=study.seed, mean_of=study.mean_of, rewards=rewards, latency_repeats=0)
+    judge = load_judge(study.judge, Path(study.teacher).parent, device) if study.judge else None
+    options = EvaluationOptions(
+        n=study.n,
+        seed=study.seed,
+        mean_of=study.mean_of,
+        rewards=rewards,
+        judge=judge,
+        seeds_per_prompt=study.seeds_per_prompt,
+        latency_repeats=0,
+    )
     check_evaluation(teacher, test, space, options)
     for steps in (*study.teacher_steps, *([study.pace] if study.pace is not None else [])):
         teacher.times(steps)
     for _, plan in plans.values():
         load_teacher(plan, train)
+        if judge is not None and judge.name in _learns_from(plan):
+            allowed = f"another than the network whose reward {plan.name} learns from"
+            raise BadInput("study.judge", study.judge, allowed)
         check_target(runs / plan.name, plan.inputs())
         _check_folder(runs / plan.name, plan)
 
     failed = _train_missing(study, plans, runs, device, jobs, say)
-    measure = _Measuring(study, teacher, test, space, options, device)
+    measure = _Measuring(study, teacher, test, train, space, options, device)
     teacher_steps = tuple(sorted(study.teacher_steps))
     pace = study.pace or teacher_steps[-1]
-    report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", train=train)
+    report = measure.report(teacher, teacher_steps, runs / f"{teacher.info.name}.report.json", floor=True)
     students = {name: Generator.from_pretrained(runs / name, device) for name in plans if name not in failed}
     reports = {
         name: measure.report(
@@ -206,7 +224,7 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
     }
     costs = {name: read_json(runs / name / "training" / "cost.json") for name in students}
     paced = _pace([(teacher, report), *((students[name], reports[name]) for name in students)], pace, test)
-    lines = _lines(study, report, reports, costs, paced)
+    lines = _lines(study, report, reports, costs, paced, runs)
     _write(file, study, report, reports, lines, costs, failed)
     before = "teacher" if teacher.info.role == "teacher" else Path(study.teacher).name
     shown = {f"{before}, {_count(teacher_steps[-1])}": (teacher, teacher_steps[-1])}
@@ -215,6 +233,13 @@ def run_study(file: Path, *, runs: Path, device: str = "cpu", jobs: int = 1, say
         shown |= {f"{_label(study, name)}, {_count(k)}": (student, k) for k in (counts[0], counts[-1])}
     draw_rows(shown, test, file.with_suffix(".png"))
     return failed
+
+
+def _learns_from(plan: Recipe) -> set[str]:
+    """Name the classifiers of attributes whose rewards a recipe's student learns from."""
+    named = getattr(plan.distiller(), "reward", None) or ()
+    rewards = [load_reward(name) for name in ((named,) if isinstance(named, str) else named)]
+    return judges_of(part for reward in rewards if isinstance(reward, nn.Module) for part in reward.modules())
 
 
 # --- training
@@ -269,6 +294,7 @@ class _Measuring:
     study: Study
     teacher: Generator
     data: ImageData
+    learnt: ImageData  # the training split
     features: Features
     options: EvaluationOptions
     device: str
@@ -286,11 +312,14 @@ class _Measuring:
         steps: tuple[int, ...],
         kept: Path,
         *,
-        train: ImageData | None = None,
+        floor: bool = False,
         mean_of: int = 0,
         history: Path | None = None,
     ) -> Report:
-        """Read a report from `kept` if it was measured in the same way on the same weights; measure it otherwise."""
+        """Read a report from `kept` if it was measured in the same way on the same weights; measure it otherwise.
+
+        floor: measure the training split too, against the reference.
+        """
         s = self.study
         way = {
             "n": s.n,
@@ -303,6 +332,8 @@ class _Measuring:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
         }
+        if (judge := self.options.judge) is not None:
+            way |= {"judge": judge.describe(), "seeds_per_prompt": s.seeds_per_prompt}
         stored = _read_report(kept)
         if stored.get("measured") == way:
             return Report.from_dict(stored)
@@ -310,6 +341,7 @@ class _Measuring:
             history = None
         with drawing_bar() as show:
             options = replace(self.options, steps=steps, mean_of=mean_of)
+            train = self.learnt if floor or judge is not None else None  # a judge asks which pairs were never learnt
             report = evaluate(generator, self.data, self.features, options, train=train, progress=show)
         if history is not None:
             real, _ = real_pictures(self.data, s.n)
@@ -357,13 +389,14 @@ def _steps(student: Generator, study: Study) -> tuple[int, ...]:
 # --- the table
 @dataclass(frozen=True)
 class _Line:
-    """A line of the table: a model's label, its measurements, speed-up over the teacher and training cost."""
+    """A line of the table: a model's label, its measurements, speed-up over the teacher, training cost, adapter."""
 
     label: str
     recipe: str | None
     row: Row
     speed_up: float | None
     cost: dict[str, Any] | None
+    adapter_mb: float | None = None
 
     @property
     def seconds_per_iteration(self) -> float | None:
@@ -379,11 +412,18 @@ class _Line:
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
         measured = {k: v for k, v in asdict(self.row).items() if v is not None}
-        return {**measured, "label": self.label, "recipe": self.recipe, "speed_up": self.speed_up}
+        adapter = {} if self.adapter_mb is None else {"adapter_mb": self.adapter_mb}
+        return {**measured, "label": self.label, "recipe": self.recipe, "speed_up": self.speed_up, **adapter}
+
+
+def _adapter_mb(folder: Path) -> float | None:
+    """Return the size of a folder's adapter in MB, None where it holds none."""
+    file = folder / ADAPTER
+    return file.stat().st_size / 1e6 if file.is_file() else None
 
 
 def _lines(
-    study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any], paced: float
+    study: Study, teacher: Report, students: dict[str, Report], costs: dict[str, Any], paced: float, runs: Path
 ) -> list[_Line]:
     """Build the lines: real, baselines, teacher, students in the study's order; speed-ups are over `paced` ms."""
 
@@ -395,8 +435,9 @@ def _lines(
     return [
         *(_Line(row.name.replace("student", few, 1), None, row, None, None) for row in own),
         *(
-            _Line(row.name.replace("student", _label(study, name), 1), name, row, speed_up(row), costs[name])
+            _Line(row.name.replace("student", _label(study, name), 1), name, row, speed_up(row), costs[name], size)
             for name, report in students.items()
+            for size in [_adapter_mb(runs / name)]
             for row in report.rows
             if row.role == "student"
         ),
@@ -439,11 +480,14 @@ def _write(
         *((head, _of_row(value), form) for head, value, form in reward_columns([line.row for line in lines])),
         ("p50 ms", lambda line: line.row.latency_ms and line.row.latency_ms["p50"], ".1f"),
         (pace, lambda line: line.speed_up, ".1f"),
+        ("adapter MB", lambda line: line.adapter_mb, ".2f"),
         ("s per iteration", lambda line: line.seconds_per_iteration, ".3f"),
         ("peak MB", lambda line: line.cost and line.cost["peak_memory_mb"], ".0f"),
         ("compute s", lambda line: line.compute, ".0f"),
     ]
     parts = [f"# {study.title}", f"![samples]({file.with_suffix('.png').name})", markdown_table(columns, lines)]
+    if by_attribute := attribute_table([(line.label, line.row) for line in lines]):
+        parts += ["Found of what prompts name, %:", by_attribute]
     if by_region := region_table([(line.label, line.row) for line in lines], "method"):
         parts += ["By region:", by_region]
     if by_class := class_table([(line.label, line.row) for line in lines]):
