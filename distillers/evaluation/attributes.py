@@ -112,6 +112,7 @@ BODIES: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"residual": _resi
 WIDTHS = {"residual": (32, 48, 96, 160), "plain": (32, 48, 96, 144)}
 BODY_OF: tuple[Literal["residual", "plain"], ...] = ("residual", "plain")  # of judge and reward
 BATCH = 64  # pictures measured at a time
+REBUILT = 8  # pictures that an autoencoder is given at a time: twice as fast as 64, for they fit a processor's cache
 
 
 class AttributeNet(nn.Module):
@@ -232,7 +233,7 @@ def train_attributes(
     Args:
         bf16: autocast, worth it where the processor has bfloat16 arithmetic.
         start: the network whose weights it begins with.
-        autoencoder: whose reconstructions of the pictures are learnt from as well, for generated pictures look so.
+        autoencoder: whose reconstructions of every second picture are learnt from as well: generated ones look so.
         progress: called with (iteration, loss, network).
 
     Raises:
@@ -250,10 +251,12 @@ def train_attributes(
     parts = [[columns.index(name) for name in part] for part in card.parts]
     learnt, said = pixels[chosen], net.vocabulary.targets(captions).numpy()[chosen]
     if autoencoder is not None:
-        again = [
-            to_pixels(autoencoder.reconstruct(to_pictures(learnt[i : i + BATCH]))) for i in range(0, len(learnt), BATCH)
-        ]
-        learnt, said = np.concatenate([learnt, *again]), np.concatenate([said, said])
+        again = learnt[::2].copy()
+        for i in range(0, len(again), REBUILT):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                rebuilt = autoencoder.reconstruct(to_pictures(again[i : i + REBUILT]))
+            again[i : i + REBUILT] = to_pixels(rebuilt)
+        learnt, said = np.concatenate([learnt, again]), np.concatenate([said, said[::2]])
     examples = PartExchange(learnt, said, columns.index(card.kinds), parts)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)

@@ -138,7 +138,12 @@ def _avatars() -> Vocabulary:
         for colour in ("blue", "green", "orange", "pink", "purple", "red", "turquoise"):
             article = "an" if colour == "orange" else "a"
             phrases[f"{article} {colour} {garment}"] = {"clothing": garment, "clothing colour": colour}
-    hides = {"a sleep mask": ["eyes"], "a face mask": ["mouth"]}
+    hides = {
+        "a sleep mask": ["eyes"],
+        "sunglasses": ["eyes"],  # dark glasses over brows and pupils: no eye can be told from another on dark skin
+        "a face mask": ["mouth"],
+        "a buzz cut": ["hair colour"],  # a tint of the skin: a silver one cannot be seen on a pale head
+    }
     parts = [["eyes"], ["mouth"], ["accessory"], ["facial hair"], ["clothing", "clothing colour"]]
     return Vocabulary(phrases, hides, "style", parts)
 

@@ -39,7 +39,7 @@ class PartExchange:
         self.kinds = targets[:, kind]
         self.members = {k: np.flatnonzero(self.kinds == k) for k in np.unique(self.kinds)}
         self.moments = {k: self._moments(of) for k, of in self.members.items()}
-        self.place, self.places = cache(self._place), cache(self._places)
+        self.place, self.places, self.together = cache(self._place), cache(self._places), cache(self._together)
 
     def _moments(self, index: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Compute mean and deviation (H,W,3) of pictures, some at a time."""
@@ -72,6 +72,23 @@ class PartExchange:
             return None
         return where, np.stack(np.nonzero(binary_dilation(where, iterations=RIM) & ~where))
 
+    def _together(self, kind: int, columns: tuple[int, ...]) -> tuple[NDArray[np.int64], list[NDArray[np.bool_]]]:
+        """List a part's values (M, columns), and of every column which of its values (M, values) they occur with."""
+        own = self.targets[self.members[kind]]
+        values, which = np.unique(own[:, columns], axis=0, return_inverse=True)
+        met = [np.zeros((len(values), 1 + int(self.targets[:, c].max(initial=0))), bool) for c in range(own.shape[1])]
+        for c, table in enumerate(met):
+            known = own[:, c] >= 0
+            table[which.reshape(-1)[known], own[known, c]] = True
+        return values, met
+
+    def _never(self, kind: int, columns: tuple[int, ...], target: NDArray[np.int64]) -> NDArray[np.int64]:
+        """List a part's values (M, columns) that never occur with one of the other values of a target (A,)."""
+        values, met = self.together(kind, columns)
+        others = [c for c in range(len(target)) if c not in columns and target[c] >= 0]
+        never = ~np.logical_and.reduce([met[c][:, target[c]] for c in others])
+        return values[never & (values >= 0).all(1)]
+
     def __call__(
         self, index: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -91,9 +108,14 @@ class PartExchange:
         columns: tuple[int, ...],
         rng: np.random.Generator,
     ) -> None:
-        """Put a part of another picture of the kind into a picture (H,W,3), and its values into the target (A,)."""
-        wanted = self.targets[rng.choice(self.members[kind])]
-        old, new = (tuple(int(v) for v in one[list(columns)]) for one in (target, wanted))
+        """Put a part of another picture of the kind into a picture (H,W,3), and its values into the target (A,).
+
+        In every second case one is taken, where there is any, that never occurs together with what is there.
+        """
+        wanted = self.targets[rng.choice(self.members[kind])][list(columns)]
+        if rng.random() < 0.5 and len(never := self._never(kind, columns, target)):
+            wanted = rng.choice(never)
+        old, new = (tuple(int(v) for v in one) for one in (target[list(columns)], wanted))
         if old == new or (place := self.places(kind, columns, old, new)) is None:
             return
         (where, (down, across)), members = place, self.members[kind]
