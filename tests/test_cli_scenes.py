@@ -1,22 +1,33 @@
 """The commands about scenes, as a user types them: what is written, what is printed, how they end."""
 
 import json
+import re
 import sys
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
+from folders import noise, save
 from PIL import Image
 from processes import run
 from typer.testing import CliRunner
 
+from app.media.image_files import decode_sar
 from distillers.cli import app
+from distillers.data import read_sar
 from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1_DB, Radiometry
 from distillers.models.schedule import VariancePreserving
+from distillers.sar.address import gdal_name
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
@@ -94,6 +105,7 @@ def test_a_picture_is_translated_by_the_polarisation_its_name_has(tmp_path: Path
         (["s.tif", "o.tif", "--units", "decibel"], "units"),
         (["s.tif", "o.tif", "--steps", "5"], "steps"),
         (["s.tif", "o.tif", "--preview", "p.jpg"], "out"),
+        (["s.tif", "o.tif", "--preview", "none/p.png"], "preview"),
     ],
 )
 def test_wrong_requests_end_with_one_line_and_two(
@@ -156,3 +168,257 @@ def test_a_part_of_a_scene_is_asked_for_in_pixels_or_on_the_ground(tmp_path: Pat
     assert made[0] == made[1]
     southern = ["translate", str(scene), str(out), "--model", str(models["db"]), "--bbox", "-70.5", "-34", "-70", "-33"]
     assert "meets the scene" in str(runner.invoke(app, southern).exception)
+
+
+# --- many scenes
+
+
+def raster(path: Path, seed: int = 0, side: int = 48, **profile: Any) -> Path:
+    """VV and VH of noise in dB, on a grid of UTM."""
+    values = np.random.default_rng(seed).normal(0, 2, (2, side, side)) + np.array([-12.0, -19.0])[:, None, None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {
+        "driver": "GTiff", "crs": "EPSG:32632", "transform": rasterio.transform.from_origin(5e5, 5e6, 10, 10),
+        "count": 2, "height": side, "width": side, "dtype": "float32",
+    } | profile  # fmt: skip
+    with rasterio.open(path, "w", **options) as opened:
+        opened.write(values.astype(np.float32))
+        opened.descriptions = ("VV", "VH")
+    return path
+
+
+def translate(*words: Any, model: Path) -> Result:
+    return CliRunner().invoke(app, ["translate", *map(str, words), "--model", str(model)])
+
+
+def test_a_folder_is_translated_with_one_model_and_what_is_there_is_left(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, name in enumerate("abc"):
+        raster(tmp_path / "in" / f"{name}.tif", i)
+    (tmp_path / "in" / "b.tif").write_text("no raster")
+    for other in ("notes.txt", "a.uncertainty.tif", ".hidden.tif", "quicklook.png"):
+        (tmp_path / "in" / other).write_text("no scene")
+    opened, load = [], Generator.from_pretrained
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *given: opened.append(given) or load(*given))
+    words = tmp_path / "in", tmp_path / "new" / "out"
+    first = translate(*words, "--samples", 2, "--preview", tmp_path / "small", model=models["db"])
+    assert first.exit_code == 1 and len(opened) == 1, (first.output, first.exception)
+    out = {path.name for path in words[1].iterdir()}
+    assert out == {"a.tif", "c.tif", "a.uncertainty.tif", "c.uncertainty.tif"}
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"a.png", "c.png"}
+    lines = first.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["a.tif", "translated"],
+        ["b.tif", "failed"],
+        ["c.tif", "translated"],
+    ]
+    assert "48x48" in lines[1] and "db VV,VH" in lines[1] and lines[4] == "3 scenes: 2 translated, 1 failed"
+    assert "failed: " in (last := first.stderr.splitlines()[-1]) and "b.tif" in last and "raster that opens" in last
+
+    raster(tmp_path / "in" / "b.tif", 1)
+    before = (words[1] / "a.tif").read_bytes()
+    second = translate(*words, "--seed", 7, model=models["db"])
+    assert second.exit_code == 0 and "3 scenes: 1 translated, 2 there already" in second.stdout
+    assert (words[1] / "a.tif").read_bytes() == before and "with 0 seed" in second.stderr
+    third = translate(*words, "--seed", 7, "--overwrite", "--json", model=models["db"])
+    told = json.loads(third.stdout)
+    assert [row["result"] for row in told] == ["translated"] * 3 and told[0]["facts"]["seed"] == 7
+    assert (words[1] / "a.tif").read_bytes() != before
+
+
+@pytest.mark.parametrize("words", [["*.tif"], ["a.tif", "b.tif"], ["**/*.tif"]])
+def test_patterns_and_lists_are_many_scenes(
+    tmp_path: Path, models: dict[str, Path], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, name in enumerate("ab"):
+        raster(tmp_path / "in" / f"{name}.tif", i)
+    monkeypatch.chdir(tmp_path if "**" in words[0] else tmp_path / "in")
+    done = translate(*words, tmp_path / "out", model=models["db"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.tif", "b.tif"}
+
+
+def test_a_folder_to_write_takes_the_name_of_one_scene(tmp_path: Path, models: dict[str, Path]) -> None:
+    scene = raster(tmp_path / "scene.tif")
+    for out in (f"{tmp_path}/new/", f"{tmp_path}/new"):
+        assert translate(scene, out, "--overwrite", model=models["db"]).exit_code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scene.tif"]
+
+
+def test_a_folder_of_pictures_and_rasters_is_translated_together(tmp_path: Path, models: dict[str, Path]) -> None:
+    raster(tmp_path / "in" / "a.tif")
+    save(tmp_path / "in" / "p_VH.png", noise(0, 40, 40, 1))
+    done = translate(tmp_path / "in" / "*", tmp_path / "out", model=models["db"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.tif", "p_VH.png"}
+    done = translate(tmp_path / "in" / "*", tmp_path / "new", "--samples", 2, model=models["db"])
+    assert done.exception.field == "samples" and not (tmp_path / "new").exists()
+
+
+def test_many_scenes_that_cannot_be_are_refused_before_the_work(tmp_path: Path, models: dict[str, Path]) -> None:
+    for place in ("a", "b"):
+        raster(tmp_path / place / "s.tif")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    out, model = tmp_path / "out", models["db"]
+    for words, field, message in (
+        ([tmp_path / "*" / "s.tif", out], "sar", "both would become"),
+        ([tmp_path / "empty", out], "sar", "a folder with rasters in it"),
+        ([tmp_path / "none*.tif", out], "sar", "existing files match"),
+        ([tmp_path / "a", tmp_path / "a"], "out", "which is read"),
+        ([tmp_path / "a", tmp_path / "file"], "out", "a folder that can be written"),
+        ([tmp_path / "a", out, "--preview", "p.png"], "preview", "a folder"),
+        ([tmp_path / "a", out, "--steps", 3], "steps", "1"),
+        ([tmp_path / "a", out, "--tile", 30], "tile", "multiple"),
+    ):
+        error = translate(*words, model=model).exception
+        assert isinstance(error, BadInput) and error.field == field and message in str(error), (words, error)
+    assert not out.exists() or not list(out.iterdir())
+
+
+# --- other formats and places
+
+
+@pytest.mark.parametrize(("name", "driver"), [("s.vrt", "VRT"), ("s.img", "HFA"), ("s.dat", "ENVI"), ("s", "GTiff")])
+def test_what_gdal_reads_is_a_scene_whatever_its_name(
+    tmp_path: Path, models: dict[str, Path], name: str, driver: str
+) -> None:
+    scene = raster(tmp_path / "scene.tif")
+    from rasterio.shutil import copy
+
+    copy(str(scene), str(tmp_path / name), driver=driver)
+    made = []
+    for file in ("scene.tif", name):
+        done = translate(tmp_path / file, tmp_path / "o.tif", "--bands", "1,2", model=models["db"])
+        assert done.exit_code == 0, (done.output, done.exception)
+        with rasterio.open(tmp_path / "o.tif") as opened:
+            made.append(opened.read())
+    assert np.array_equal(*made)
+
+
+def test_a_zip_of_one_raster_is_read_and_products_are_named(tmp_path: Path, models: dict[str, Path]) -> None:
+    scene = raster(tmp_path / "scene.tif")
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive:
+        archive.write(scene, "folder/scene_rtc.tif")
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.write(scene, "a.tif")
+        archive.write(scene, "b.tif")
+    with zipfile.ZipFile(tmp_path / "S1A.zip", "w") as archive:
+        archive.writestr("S1A.SAFE/manifest.safe", "")
+    (tmp_path / "S1B.SAFE").mkdir()
+    (tmp_path / "broken.zip").write_text("no archive")
+    assert translate(tmp_path / "one.zip", tmp_path / "o.tif", model=models["db"]).exit_code == 0
+    inside = f"/vsizip/{tmp_path}/two.zip/b.tif"
+    for name, message in (
+        ("two.zip", inside), ("S1A.zip", "terrain-corrected"), ("S1B.SAFE", "SNAP"), ("broken.zip", "whole ZIP"),
+    ):  # fmt: skip
+        error = translate(tmp_path / name, tmp_path / "o.tif", model=models["db"]).exception
+        assert isinstance(error, BadInput) and error.field == "scene" and name in str(error) and message in str(error)
+    assert translate(inside, tmp_path / "o.tif", model=models["db"]).exit_code == 0
+
+
+def test_a_netcdf_of_two_variables_says_how_to_name_one(tmp_path: Path, models: dict[str, Path]) -> None:
+    from scipy.io import netcdf_file
+
+    with netcdf_file(tmp_path / "s.nc", "w") as file:
+        for axis in ("y", "x"):
+            file.createDimension(axis, 48)
+        for i, name in enumerate(("VV", "VH")):
+            band = file.createVariable(name, "f4", ("y", "x"))
+            band[:] = np.random.default_rng(i).normal(-12 - 7 * i, 2, (48, 48))
+    error = translate(tmp_path / "s.nc", tmp_path / "o.tif", model=models["db"]).exception
+    assert isinstance(error, BadInput) and "s.nc" in str(error) and ":VV" in str(error)
+    done = translate(f"NETCDF:{tmp_path}/s.nc:VH", tmp_path / "o.tif", "--bands", "VH=1", model=models["db"])
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves parts of files, as object stores do, and notes what was asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        file = Path(self.directory) / self.path.split("?")[0].lstrip("/")
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data = file.read_bytes()
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(found[1]), min(int(found[2]), len(data) - 1)) if found else (0, len(data) - 1)
+        self.send_response(206 if found else 200)
+        self.send_header("Content-Length", str(last - first + 1))
+        if found:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[first : last + 1])
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_addresses_are_read_over_the_network(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raster(tmp_path / "bucket" / "s.tif")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    environment = {
+        "AWS_S3_ENDPOINT": host,
+        "AWS_HTTPS": "NO",
+        "AWS_VIRTUAL_HOSTING": "FALSE",
+        "AWS_NO_SIGN_REQUEST": "YES",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Ranges.asked.clear()
+    try:
+        made = []
+        for scene in (tmp_path / "bucket" / "s.tif", f"http://{host}/bucket/s.tif", "s3://bucket/s.tif"):
+            done = translate(scene, tmp_path / "o.tif", "--stac", model=models["db"])
+            assert done.exit_code == 0, (done.output, done.exception)
+            made.append((tmp_path / "o.tif").read_bytes())
+            link = json.loads((tmp_path / "o.json").read_text())["links"][0]["href"]
+            assert link == ("bucket/s.tif" if isinstance(scene, Path) else scene)
+        assert made[0] == made[1] == made[2] and set(Ranges.asked) == {"/bucket/s.tif"}  # and no sidecar
+        done = translate(f"http://{host}/bucket/s.tif?key=1", f"{tmp_path}/out/", model=models["db"])
+        assert done.exit_code == 0 and (tmp_path / "out" / "s.tif").is_file()
+        error = translate(f"http://{host}/bucket/none.tif", tmp_path / "o.tif", model=models["db"]).exception
+        assert isinstance(error, BadInput) and "none.tif" in str(error)
+    finally:
+        server.shutdown()
+
+
+def test_a_path_is_never_an_address(tmp_path: Path) -> None:
+    """What the service hands over is a path of its own."""
+    for name in ("https:/host/s.tif", "/vsicurl/http://host/s.tif", "s3:/bucket/s.tif"):
+        with pytest.raises(BadInput, match="an existing file"):
+            gdal_name(Path(name))
+
+
+# --- pictures
+
+
+def test_options_that_a_picture_cannot_honour_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
+    save(tmp_path / "p.png", noise(0, 40, 40, 1))
+    for option, *value in (
+        ["--samples", "8"], ["--stac"], ["--json"], ["--preview", str(tmp_path / "s.png")], ["--units", "db"],
+        ["--nodata", "0"], ["--tile", "64"], ["--overlap", "16"], ["--batch", "2"],
+        ["--window", "0", "0", "9", "9"],
+    ):  # fmt: skip
+        done = translate(tmp_path / "p.png", tmp_path / "o.png", "--bands", "VH", option, *value, model=models["db"])
+        assert isinstance(done.exception, BadInput) and done.exception.field == option[2:], option
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_picture_of_16_bits_is_read_as_the_service_does(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 65536, (40, 52), dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "p.png")
+    command = read_sar(tmp_path / "p.png", SENTINEL1_DB, "VH")[0]
+    unit = (decode_sar((tmp_path / "p.png").read_bytes(), 10_000) + 1) / 2
+    assert np.allclose(command, SENTINEL1_DB.from_picture(unit, "VH"), atol=1e-5) and command[1].std() > 0.1

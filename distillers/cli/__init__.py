@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from distillers.cli import benchmark, evaluation, pictures, service, training
+from distillers.cli import benchmark, evaluation, pictures, scenes, service, training
 from distillers.errors import BadInput, Notice, TrainingStopped
 from distillers.runtime import prepare_process
 
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         training.adopt,
         training.suggest_student,
     ),
-    "Draw": (pictures.generate, pictures.translate, pictures.demonstration, pictures.pairs),
+    "Draw": (pictures.generate, scenes.translate, scenes.demonstration, pictures.pairs),
     "Measure": (evaluation.evaluate, evaluation.compare, evaluation.results),
 }
 

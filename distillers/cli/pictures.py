@@ -1,16 +1,15 @@
-"""Commands that make pictures: generate, translate, demonstration, pairs."""
+"""Commands that draw from noise: generate, pairs."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, size_of, with_options
+from distillers.cli.arguments import Device, Seed, Steps, columns_of, device_of, label_of, size_of
 from distillers.errors import BadInput, Notice, check_file, check_place
-from distillers.sar.options import WARNING, SceneOptions
 
 
 def generate(
@@ -66,114 +65,6 @@ def generate(
         grid_png(pictures, columns=columns_of(n), path=out)
     calls, seeds = steps or generator.info.default_steps, f"seeds {seed} to {seed + n - 1}" if n > 1 else f"seed {seed}"
     typer.echo(f"{out}: {n} from {generator.info.name}, {calls} step{'s' * (calls > 1)} each, {seeds}")
-
-
-@with_options(SceneOptions)
-def translate(
-    sar: Annotated[
-        Path, typer.Argument(help="A GeoTIFF of VV, VH or both; or one grey PNG or WebP.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write; for a picture a PNG.", show_default=False)],
-    model: Annotated[
-        Path, typer.Option(help="A weights folder of sar-to-optical.", envvar="FEWSTEP_TRANSLATOR")
-    ] = Path("weights/sar-optical-db-consistency"),
-    *,
-    options: SceneOptions,
-    stac: Annotated[bool, typer.Option("--stac", help="Write a STAC item beside, OUT with .json.")] = False,
-    preview: Annotated[Path | None, typer.Option(help="A PNG of the result, 2048 px at most.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout.")] = False,
-    device: Device = "auto",
-) -> None:
-    """Translate a SAR scene to optical: a GeoTIFF of any size in, a Cloud-Optimised GeoTIFF on the same grid out.
-
-    Colours are inferred, not measured; objects may be invented or missing. Files are written beside and renamed: a file
-    that is there is whole.
-
-    Example: `fewstep translate scene.tif optical.tif --samples 8`; without a scene: `fewstep demonstration scene.tif`.
-    """
-    import json
-    from dataclasses import asdict
-
-    from distillers.generator import Generator
-
-    if not sar.is_file():
-        raise BadInput("sar", str(sar), "an existing file")
-    picture = sar.suffix.lower() not in (".tif", ".tiff")
-    if preview is not None:
-        check_file(preview, ".png", inputs=[sar])
-    if picture:
-        check_file(out, ".png", inputs=[sar])
-    generator = Generator.from_pretrained(model, device_of(device))
-    if picture:
-        _translate_picture(generator, sar, out, options)
-        return
-    from distillers.progress import scene_bar
-    from distillers.sar.raster import preview as small
-    from distillers.sar.translate import translate as translate_scene
-    from distillers.sar.translate import uncertainty_path
-
-    with scene_bar() as show:
-        facts = translate_scene(generator, sar, out, options, stac=stac, progress=show)
-    if preview is not None:
-        from PIL import Image
-
-        Image.fromarray(small(out)).save(preview)
-    if as_json:
-        typer.echo(json.dumps(asdict(facts), indent=2))
-    else:
-        used = ", ".join(f"{band} (band {i})" for band, i in facts.bands.items())
-        typer.echo(
-            f"{out}: {facts.width}x{facts.height} px, {facts.steps} step{'s' * (facts.steps > 1)}, "
-            f"{facts.megapixels_per_second:.2f} Mpx/s; {facts.tiles} tiles, {facts.skipped} without data\n"
-            f"read as {facts.units}: {facts.units_why}\nbands: {used}, {facts.bands_how}"
-        )
-        if facts.mean_deviation is not None:
-            typer.echo(f"{uncertainty_path(out)}: mean deviation {facts.mean_deviation:.1f} levels of 255")
-        if options.samples > 1 and (line := _calibrated(model)):
-            typer.echo(line)
-    for warning in facts.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-def _translate_picture(generator: Any, sar: Path, out: Path, options: SceneOptions) -> None:
-    """Translate one grey picture, of a size that the network takes at once."""
-    from distillers.data import read_sar
-    from distillers.evaluation.pictures import grid_png
-    from distillers.models.radiometry import Radiometry
-
-    array = read_sar(sar, Radiometry.of(generator.info.sar), options.bands)
-    grid_png(generator.translate(array, seed=options.seed, steps=options.steps), columns=1, path=out, gap=0)
-    typer.echo(f"{out}: {array.shape[-1]}x{array.shape[-2]} px")
-    typer.echo(f"warning: {WARNING}", err=True)
-
-
-def _calibrated(model: Path) -> str | None:
-    """Describe the folder's calibration in one line; None without one."""
-    from distillers.weights.manifest import read_json
-
-    figures = read_json(model / "calibration.json")
-    if not {"spread_over_skill", "rank_correlation", "n", "data"} <= set(figures):
-        return None
-    spread, correlation = figures["spread_over_skill"], figures["rank_correlation"]
-    return (
-        f"calibration on {figures['n']} tiles of {figures['data']}: spread over skill {spread:.2f}, 1 if "
-        f"right; rank correlation of deviation and error {correlation:.2f}"
-    )
-
-
-def demonstration(
-    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.", show_default=False)],
-    side: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
-    seed: Annotated[int, typer.Option(help="Another seed, another place.")] = 0,
-) -> None:
-    """Make up a Sentinel-1 scene (VV and VH in dB, UTM) to try `fewstep translate` with. No real place.
-
-    Example: `fewstep demonstration scene.tif`, then `fewstep translate scene.tif optical.tif --preview optical.png`.
-    """
-    from distillers.sar.demonstration import demonstration as make
-
-    make(out, side, seed)
-    typer.echo(f"{out}: {side}x{side} px of VV and VH in dB")
 
 
 def pairs(

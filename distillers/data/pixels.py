@@ -30,7 +30,7 @@ COLOURS = {1: "L", 3: "RGB"}  # Pillow's mode of so many bands, which any pictur
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "QOI", "TGA")
 _MODULES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # that Pillow may have been built without
 SMALLEST = 8  # px; below this there is no picture to learn from, most often it is a tracking pixel or a broken export
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -117,7 +117,7 @@ def read_image(path: Path, content: bytes | None = None) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BadInput(str(path), str(error), "a complete, readable image") from error
     if upright.mode.startswith(("I", "F")):  # Pillow would clip 16-bit and float values to white without a word
         raise BadInput(str(path), f"pixels of type {upright.mode}", "8-bit pixels")
@@ -132,7 +132,7 @@ def upright_size(path: Path, content: bytes | None = None) -> Size:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size if lying else (image.height, image.width)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BadInput(str(path), str(error), "a complete, readable image") from error
 
 

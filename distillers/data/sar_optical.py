@@ -4,6 +4,7 @@ A pair is cut, turned and mirrored as one, so neither can move without the other
 them; `models.radiometry` converts SAR values to a model's input.
 """
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from distillers.data.layouts import RASTERS, Pair, find_pairs, metadata
 from distillers.data.pair_rasters import RASTER_SUFFIXES, read_optical_raster, read_sar_raster, sar_bands
 from distillers.data.pixels import (
+    SMALLEST,
+    UNREADABLE,
     Batch,
     Pixels,
     check_indices,
@@ -566,6 +570,15 @@ def _read_sar(path: Path) -> Pixels:
     return rgb[:, :, 1:2]
 
 
+def _deep_grey(path: Path) -> NDArray[np.float32] | None:
+    """Read a grey picture of 16 bits (H,W), 0 to 1; None for any other."""
+    with contextlib.suppress(*UNREADABLE), Image.open(path) as image:
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow's name
+        if deep and min(image.size) >= SMALLEST:
+            return np.asarray(image).astype(np.float32) / np.float32(65535)
+    return None
+
+
 def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None = None) -> Tensor:
     """Read one SAR picture as a model takes it, (1, C, H, W) in [-1, 1].
 
@@ -574,10 +587,11 @@ def read_sar(path: str | Path, seen: Radiometry | None = None, bands: str | None
         bands: the polarisation, where the file's name does not say it: see `Radiometry.band_of_picture`.
 
     Raises:
-        BadInput: a missing, unreadable or coloured file; a polarisation that nothing says.
+        BadInput: a missing, unreadable or coloured file, float or 32-bit pixels; a polarisation that nothing says.
     """
     file, seen = Path(path), seen or Radiometry()
     if not file.is_file():
         raise BadInput("sar", str(path), "an existing picture file")
-    grey = (to_tensor(_read_sar(file)[None])[0, 0].numpy() + 1) / 2
+    deep = _deep_grey(file)
+    grey = (to_tensor(_read_sar(file)[None])[0, 0].numpy() + 1) / 2 if deep is None else deep
     return torch.from_numpy(seen.from_picture(grey, seen.band_of_picture(bands, file.name)))[None]

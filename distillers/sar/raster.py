@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from distillers.errors import BadInput, check_file
 from distillers.models import radiometry
 from distillers.models.radiometry import Radiometry
+from distillers.sar.address import Scene, file_name, gdal_name, is_address
 from distillers.sar.part import Part
 
 MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a header lies
@@ -46,6 +47,7 @@ class Source:
     """An open raster of backscatter, with its bands, its units and its valid pixels. One thread may use it at a time.
 
     Args:
+        scene: a file; a `str` may also be an address that GDAL reads, see `address`.
         seen: how the model takes backscatter.
         units, bands, nodata: see `SceneOptions`.
 
@@ -55,7 +57,7 @@ class Source:
 
     def __init__(
         self,
-        path: Path,
+        scene: Scene,
         seen: Radiometry,
         *,
         units: str = "auto",
@@ -63,13 +65,12 @@ class Source:
         nodata: float | None = None,
     ) -> None:
         rasterio = import_rasterio()
-        if not path.is_file():
-            raise BadInput("scene", str(path), "an existing file")
+        self.path, self.radiometry = file_name(scene), seen
         try:
-            self.raster = open_raster(path)
+            self.raster = open_raster(gdal_name(scene))
         except rasterio.errors.RasterioError as error:
-            raise BadInput("scene", path.name, f"a raster that opens, such as a whole GeoTIFF ({error})") from None
-        self.path, self.radiometry = path, seen
+            allowed = f"a raster that opens, such as a whole GeoTIFF ({error})"
+            raise BadInput("scene", self.path.name, allowed) from None
         self.notes: list[str] = []
         self.nodata = nodata
         try:
@@ -306,9 +307,9 @@ def _check_whole(path: Path) -> None:
             written.read(window=Window(column, row, 1, 1))
 
 
-def check_output(scene: Path, out: Path) -> None:
+def check_output(scene: Scene, out: Path) -> None:
     """Refuse with BadInput a name that a GeoTIFF cannot have, or that is the scene's own."""
-    check_file(out, ".tif", ".tiff", inputs=[scene])
+    check_file(out, ".tif", ".tiff", inputs=[] if is_address(scene) else [Path(scene)])
     if not out.parent.is_dir():
         raise BadInput("out", str(out), "a name in an existing folder that can be written")
 
@@ -336,7 +337,7 @@ def import_rasterio(field: str = "scene") -> Any:
     return rasterio
 
 
-def open_raster(path: Path, field: str = "scene") -> Any:
+def open_raster(path: str | Path, field: str = "scene") -> Any:
     """Open a raster for reading, without a warning where it has no place on the ground."""
     rasterio = import_rasterio(field)
     with warnings.catch_warnings():

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from distillers.errors import BadInput
+from distillers.sar.address import Scene, file_name, is_address
 from distillers.sar.raster import import_rasterio
 
 EXTENSIONS = ("projection/v1.1.0", "sar/v1.0.0")
 
 
-def write_stac(out: Path, scene: Path, polarisations: Sequence[str], about: Mapping[str, Any]) -> None:
+def write_stac(out: Path, scene: Scene, polarisations: Sequence[str], about: Mapping[str, Any]) -> None:
     """Write `out` with .json: a STAC 1.0 item with projection, SAR and `about` fields, derived from the scene.
 
     Raises:
@@ -25,7 +26,9 @@ def write_stac(out: Path, scene: Path, polarisations: Sequence[str], about: Mapp
 
     with import_rasterio().open(out) as raster:
         if raster.crs is None:
-            raise BadInput("stac", f"{scene.name}, which has no CRS", "a georeferenced scene: an item needs a place")
+            raise BadInput(
+                "stac", f"{file_name(scene)}, which has no CRS", "a georeferenced scene: an item needs a place"
+            )
         t, w, h = raster.transform, raster.width, raster.height
         ring = [[float(v) for v in t @ corner] for corner in ((0, 0), (w, 0), (w, h), (0, h), (0, 0))]
         geometry = transform_geom(raster.crs, "EPSG:4326", {"type": "Polygon", "coordinates": [ring]})
@@ -51,7 +54,7 @@ def write_stac(out: Path, scene: Path, polarisations: Sequence[str], about: Mapp
             "sar:product_type": "synthetic-optical",
             **about,
         },
-        "links": [{"rel": "derived_from", "href": scene.name, "type": "image/tiff; application=geotiff"}],
+        "links": [{"rel": "derived_from", "href": _link(scene, out), "type": "image/tiff; application=geotiff"}],
         "assets": {
             "visual": {
                 "href": out.name,
@@ -66,3 +69,8 @@ def write_stac(out: Path, scene: Path, polarisations: Sequence[str], about: Mapp
         os.replace(beside, out.with_suffix(".json"))
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _link(scene: Scene, out: Path) -> str:
+    """Return a scene's address, or its path as seen from the item."""
+    return str(scene) if is_address(scene) else Path(os.path.relpath(scene, out.parent)).as_posix()

@@ -26,6 +26,7 @@ from distillers.errors import BadInput
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
+from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 from distillers.sar.part import Part, find_part
 from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, writing
@@ -45,7 +46,7 @@ Forward = Callable[[Callable[[], Tensor]], Tensor]
 
 def translate(
     generator: Generator,
-    scene: str | Path,
+    scene: Scene,
     out: str | Path,
     options: SceneOptions | None = None,
     *,
@@ -60,6 +61,7 @@ def translate(
     written beside and renamed when whole: whatever goes wrong, a name that is there is a whole file.
 
     Args:
+        scene: a file; a `str` may also be an address that GDAL reads, such as https://, s3:// or /vsizip/.
         progress: called with pixels done and pixels in all; what it raises ends the work.
         forward: runs a call of the network, for a server that has a thread for it; by default it is just called.
         stac: write a STAC item beside, `out` with .json.
@@ -67,7 +69,7 @@ def translate(
     Raises:
         BadInput: what `Source` refuses, an output that is the input or cannot be written, a model of another task.
     """
-    options, scene, out = options or SceneOptions(), Path(scene), Path(out)
+    options, scene, out = options or SceneOptions(), as_scene(scene), Path(out)
     info = generator.info
     if not generator.condition.paired:
         raise BadInput("model", info.name, "a model of sar-to-optical")
@@ -76,7 +78,8 @@ def translate(
         check_output(scene, target)
     started, seen = time.perf_counter(), Radiometry.of(info.sar)
     with ExitStack() as stack:
-        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False))
+        remote = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"} if is_address(scene) else {}  # no guesses at neighbours
+        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False, **remote))
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
         part = find_part(source.raster, options)
@@ -125,7 +128,7 @@ def translate(
 
 def uncertainty_path(out: str | Path) -> Path:
     """Return the path of the statistics over samples of a scene."""
-    return Path(out).with_suffix(".uncertainty.tif")
+    return Path(out).with_suffix(UNCERTAINTY)
 
 
 @dataclass
