@@ -39,7 +39,7 @@ def shown(path: Path) -> torch.Tensor:
 def grey(path: Path) -> torch.Tensor:
     """The upper left of the first band in dB, 2 to 98 %, (3, SHOWN, SHOWN) in [-1, 1]."""
     source = Source(path, Radiometry())
-    values, _ = source.rows(Part(0, 0, min(SHOWN, source.shape[0]), source.shape[1]))
+    values, _ = source.read(Part(0, 0, *(min(SHOWN, side) for side in source.shape)))
     part = 20 * np.log10(np.maximum(values[0, :, :SHOWN] / 2 + 0.5, 1e-3))
     low, high = np.quantile(part, (0.02, 0.98))
     sheet = np.full((SHOWN, SHOWN), -1.0, np.float32)

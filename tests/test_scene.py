@@ -30,7 +30,7 @@ from distillers.models.schedule import VariancePreserving
 from distillers.sar.demonstration import demonstration
 from distillers.sar.options import SceneOptions
 from distillers.sar.part import Part, find_part
-from distillers.sar.tiles import Axis, NoiseField, axis
+from distillers.sar.tiles import Axis, NoiseField, axis, ground_corner
 from distillers.sar.translate import HOLE, SCALE, STATISTICS, translate, uncertainty_path
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
@@ -153,25 +153,31 @@ def test_a_large_result_has_overviews_and_is_a_valid_cog(tmp_path: Path, generat
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(8, 900), st.integers(2, 12), st.data())
-def test_weights_of_all_tiles_add_up_to_one_everywhere(length: int, half: int, data: st.DataObject) -> None:
+@given(st.integers(8, 900), st.integers(2, 12), st.integers(-(10**6), 10**6), st.data())
+def test_weights_of_all_tiles_add_up_to_one_everywhere(length: int, half: int, start: int, data: st.DataObject) -> None:
     tile = 4 * half
     overlap = data.draw(st.integers(half, 2 * half))
-    side = Axis(length, tile, overlap) if length > tile else Axis(length, length, 0)
-    total = np.zeros(side.covered)
-    for i in range(side.count):
-        total[i * side.stride : i * side.stride + side.tile] += side.weight(i)
-    assert np.allclose(total[:length], 1, atol=1e-6) and side.covered >= length
-    assert side.count == 1 or (side.count - 2) * side.stride + side.tile < length  # no tile too many
+    side = axis(length, SceneOptions(tile=tile, overlap=overlap), 1, start)
+    first = data.draw(st.integers(0, length - 1))
+    shown = slice(first, data.draw(st.integers(first + 1, length)))
+    total, finished = np.zeros(length), []
+    for i in side.touching(shown):
+        pixels = np.arange(side.start(i), side.start(i) + side.tile)
+        inside = (pixels >= 0) & (pixels < length)
+        assert inside[: side.tile].any()  # no tile too many
+        total[pixels[inside]] += side.weight(i)[inside]
+        finished += range(length)[side.done(i, i, shown)]
+    assert np.allclose(total[shown], 1, atol=1e-6) and finished == [*range(length)[shown]]
+    assert side.ground == start - side.lead and (side.count == 1 or side.ground % side.stride == 0)
+    assert side.touching(slice(0, length)) == range(side.count)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 150), st.integers(1, 150))
+@given(st.integers(-300, 300), st.integers(-300, 300), st.integers(1, 100), st.integers(1, 100))
 def test_a_crop_of_the_noise_is_the_same_from_anywhere(top: int, left: int, height: int, width: int) -> None:
-    whole = NoiseField(2).crop(7, 0, 0, 0, 450, 450)
-    assert np.array_equal(
-        NoiseField(2, kept=1).crop(7, 0, top, left, height, width), whole[:, top : top + height, left : left + width]
-    )
+    whole = NoiseField(2, kept=10_000).crop(7, 0, -300, -300, 700, 700)
+    rows, columns = slice(top + 300, top + 300 + height), slice(left + 300, left + 300 + width)
+    assert np.array_equal(NoiseField(2, kept=1).crop(7, 0, top, left, height, width), whole[:, rows, columns])
 
 
 def test_the_noise_is_gaussian_and_differs_by_seed_step_and_block() -> None:
@@ -180,6 +186,7 @@ def test_the_noise_is_gaussian_and_differs_by_seed_step_and_block() -> None:
     assert abs(some.mean()) < 0.01 and abs(some.std() - 1) < 0.01
     blocks = [some[:, i : i + 64, j : j + 64].ravel() for i in (0, 64) for j in (0, 64)]
     blocks += [field.crop(4, 0, 0, 0, 64, 64).ravel(), field.crop(3, 1, 0, 0, 64, 64).ravel()]
+    blocks += [field.crop(3, 0, *place, 64, 64).ravel() for place in ((-64, 0), (0, -64), (-128, 0), (-533_504, 0))]
     correlations = np.corrcoef(blocks) - np.eye(len(blocks))
     assert np.abs(correlations).max() < 0.05
 
@@ -266,24 +273,6 @@ def test_a_part_of_a_scene_is_drawn_from_the_same_noise(tmp_path: Path, local: G
     assert apart.max() <= 1
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(8, 900), st.integers(2, 12), st.data())
-def test_a_part_of_an_axis_has_the_tiles_that_reach_into_it(length: int, half: int, data: st.DataObject) -> None:
-    tile = 4 * half
-    overlap = data.draw(st.integers(half, 2 * half))
-    whole = Axis(length, tile, overlap) if length > tile else Axis(length, length, 0)
-    first = data.draw(st.integers(0, length - 1))
-    wanted = data.draw(st.integers(1, length - first))
-    part = whole.part(first, wanted)
-    starts = [part.start + i * part.stride for i in range(part.count)]
-    assert set(starts) <= set(range(0, whole.count * whole.stride, whole.stride)) and part.start + part.length <= length
-    reach = [i * whole.stride for i in range(whole.count) if i * whole.stride < first + wanted]
-    assert [s for s in reach if s + whole.tile > first] == [s for s in starts if s + whole.tile > first]
-    assert part.count <= wanted // whole.stride + 3  # no more than two that only touch it
-    beyond = part.start + part.covered - length
-    assert beyond <= 0 or part.count == whole.count or part.length > beyond  # enough to reflect
-
-
 WINDOWS = {
     "inside": (70, 100, 90, 33),
     "one pixel": (200, 111, 1, 1),
@@ -363,6 +352,77 @@ def test_a_box_needs_a_place(tmp_path: Path, generator: Generator) -> None:
     scene = write(tmp_path / "s.tif", backscatter(64, 64), crs=None, transform=Affine.identity())
     with pytest.raises(BadInput, match=r"bbox: .*window"):
         translate(generator, scene, tmp_path / "o.tif", SceneOptions(bbox=(0, 0, 9, 9)))
+
+
+# --- neighbours
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        UTM,
+        from_origin(565_005, 5_335_005, 10, 10),  # pixel centres on the CRS's zero, as many RTC products have them
+        from_origin(-70.0000278, -33.2, 0.000277777777778, 0.000277777777778),
+        from_origin(13.1, 52.3, 8.983152841195215e-05, 8.983152841195215e-05),
+        Affine.translation(5e5, -5e6) @ Affine.rotation(17) @ Affine.scale(10, -10),
+    ],
+    ids=["utm", "half a pixel off", "south-west", "degrees", "rotated"],
+)
+def test_neighbours_count_the_pixels_of_their_grid_alike(transform: Affine) -> None:
+    row, column = ground_corner(transform)
+    for down, right in ((0, 1), (1, 0), (3001, 777), (19_999, 25_003)):
+        x, y = transform @ (right, down)
+        moved = Affine(transform.a, transform.b, x, transform.d, transform.e, y)
+        assert ground_corner(moved) == (row + down, column + right)
+
+
+def test_a_transform_without_a_grid_counts_from_the_corner() -> None:
+    for transform in (None, Affine(0, 0, 5, 0, 0, 5), Affine(1e-300, 0, 1e9, 0, 1e-300, 5), Affine.scale(np.nan)):
+        assert ground_corner(transform) == (0, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parts_of_a_scene_are_drawn_as_in_the_whole(tmp_path: Path, generator: Generator, steps: int) -> None:
+    """Cut anywhere, far from the cut every byte is the whole's: noise and tiles belong to the ground, not to a file."""
+    values, options = backscatter(290, 330), SceneOptions(tile=64, samples=2, steps=steps)
+    translate(generator, write(tmp_path / "s.tif", values), tmp_path / "whole.tif", options)
+    for row, column in ((0, 157), (131, 30)):
+        cut = UTM @ Affine.translation(column, row)
+        translate(
+            generator,
+            write(tmp_path / "p.tif", values[:, row:, column:], transform=cut),
+            tmp_path / "part.tif",
+            options,
+        )
+        y, x = (64 + 48 if start else 0 for start in (row, column))  # px that a tile with something of the cut reaches
+        for name in (tmp_path / "whole.tif", uncertainty_path(tmp_path / "whole.tif")):
+            part = pixels(tmp_path / name.name.replace("whole", "part"))[:, y:, x:]
+            assert part.size and np.array_equal(part, pixels(name)[:, row + y :, column + x :])
+
+
+def test_halves_differ_from_the_whole_only_where_a_network_sees_beyond_the_cut(
+    tmp_path: Path, local: Generator
+) -> None:
+    values, options = backscatter(80, 330), SceneOptions(tile=64)
+    translate(local, write(tmp_path / "s.tif", values), tmp_path / "whole.tif", options)
+    translate(local, write(tmp_path / "l.tif", values[:, :, :157]), tmp_path / "left.tif", options)
+    right = write(tmp_path / "r.tif", values[:, :, 157:], transform=UTM @ Affine.translation(157, 0))
+    translate(local, right, tmp_path / "right.tif", options)
+    joined = np.concatenate([pixels(tmp_path / "left.tif"), pixels(tmp_path / "right.tif")], axis=2).astype(int)
+    apart = np.abs(joined - pixels(tmp_path / "whole.tif"))
+    assert apart[:, :, :149].max() <= 1 and apart[:, :, 165:].max() <= 1  # it sees 2 positions of 2 px to each side
+    assert apart[:, :, 149:165].max() > 1  # of what lies beyond the cut it has only a reflection
+
+
+def test_pixels_do_not_depend_on_how_many_tiles_are_blended_at_a_time(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, options = write(tmp_path / "s.tif", backscatter(150, 330)), SceneOptions(tile=64, samples=2)
+    translate(generator, scene, tmp_path / "long.tif", options)
+    monkeypatch.setattr("distillers.sar.translate.RUN", 96)
+    translate(generator, scene, tmp_path / "short.tif", options)
+    for of in (Path, uncertainty_path):
+        assert np.array_equal(pixels(of(tmp_path / "long.tif")), pixels(of(tmp_path / "short.tif")))
 
 
 # --- holes
@@ -725,3 +785,5 @@ def test_real_rasters_are_translated_on_their_grid(tmp_path: Path, generator: Ge
 def test_axis_takes_small_scenes_as_one_tile(generator: Generator) -> None:
     assert axis(50, SceneOptions(), generator.size_multiple) == Axis(50, 52, 0)
     assert axis(1000, SceneOptions(), generator.size_multiple) == Axis(1000, 256, 64)
+    assert axis(50, SceneOptions(), generator.size_multiple, 193) == Axis(50, 52, 0, 1, 192)
+    assert axis(1000, SceneOptions(), generator.size_multiple, -1) == Axis(1000, 256, 64, 191, -192)

@@ -22,6 +22,16 @@ class Part:
     height: int
     width: int
 
+    @property
+    def rows(self) -> slice:
+        """The scene's rows that it takes."""
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        """The scene's columns that it takes."""
+        return slice(self.left, self.left + self.width)
+
     def moved(self, transform: Any) -> Any:
         """Move a scene's affine transform to this part; that of the whole stays the same bit for bit."""
         if not (self.top or self.left):

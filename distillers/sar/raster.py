@@ -22,6 +22,7 @@ from distillers.models import radiometry
 from distillers.models.radiometry import Radiometry
 from distillers.sar.address import Scene, file_name, gdal_name, is_address
 from distillers.sar.part import Part
+from distillers.sar.tiles import ground_corner
 
 MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a header lies
 LEAST_SIDE = 8  # px; below it there is nothing to translate
@@ -92,6 +93,11 @@ class Source:
     def shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.raster.height, self.raster.width
+
+    @property
+    def ground(self) -> tuple[int, int]:
+        """Row and column of its upper left pixel on the ground's grid; (0, 0) without a georeference."""
+        return ground_corner(self.raster.transform if self.georeferenced else None)
 
     @property
     def georeferenced(self) -> bool:
@@ -184,23 +190,33 @@ class Source:
             allowed = f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})"
             raise BadInput("scene", given, allowed) from None
 
-    def rows(self, part: Part, below: int = 0, right: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Read a part of the scene as the model takes it.
+    def read(self, part: Part) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Read a part as the model takes it; it may reach beyond the scene, which is reflected there.
 
         Returns:
-            (channels, height + below, width + right) in [-1, 1], reflected below and to the right, any number in
-            invalid pixels; and (height + below, width + right), where they are valid.
+            (channels, height, width) in [-1, 1], any number in invalid pixels;
+            and (height, width), where they are valid.
         """
         from rasterio.windows import Window
 
-        values, valid = self._read(Window(part.left, part.top, part.width, part.height))
+        rows = _mirrored(part.top, part.height, self.raster.height)
+        columns = _mirrored(part.left, part.width, self.raster.width)
+        y, x = int(rows.min()), int(columns.min())
+        values, valid = self._read(Window(x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y))
         levels = {
             band: radiometry.decibels(numbers, self.units) + np.float32(self.shift[band])
             for band, numbers in zip(self.bands, values, strict=True)
         }
-        pad = ((0, below), (0, right))
         seen = self.radiometry.normalize(levels, calibrated=not self.radiometry.is_relative(self.units))
-        return np.pad(seen, ((0, 0), *pad), mode="reflect"), np.pad(valid, pad, mode="reflect")
+        if (y, x) == (part.top, part.left) and valid.shape == (part.height, part.width):
+            return seen, valid
+        inside = np.s_[..., (rows - y)[:, None], columns - x]
+        return seen[inside], valid[inside]
+
+
+def _mirrored(start: int, count: int, length: int) -> NDArray[np.intp]:
+    """List the pixels of a side of `length` that are read for those from `start`: reflections for those beyond it."""
+    return np.abs((np.arange(start, start + count) + length - 1) % (2 * (length - 1)) - (length - 1))
 
 
 def _metres(raster: Any) -> tuple[float | None, float | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import dataclass
+from math import ceil, floor, inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,28 @@ TILE = 256  # px a side, unless a scene is smaller
 
 
 # --- the ground's noise ----------------------------------------------------------------------------------------------
+def ground_corner(transform: Sequence[float] | None) -> tuple[int, int]:
+    """Find where a scene's upper left pixel lies on the ground's grid: (row, column), whole pixels from the CRS's zero.
+
+    Scenes of one grid, cut out of one mosaic or resampled to one pixel size and origin, count the same pixel alike; a
+    grid that is a part of a pixel off is moved by less than one.
+
+    Args:
+        transform: (a, b, c, d, e, f): a pixel (column, row) lies at x = a column + b row + c, y = d column + e row + f.
+            None, and one that has no such grid, count from the scene's own corner.
+    """
+    if transform is None:
+        return 0, 0
+    a, b, x, d, e, y = transform[:6]
+    area = a * e - b * d
+    place = ((a * y - d * x) / area, (e * x - b * y) / area) if area else (inf, inf)
+    if not all(abs(n) < 2**52 for n in place):  # not a number either
+        return 0, 0
+    # Many grids lie half a pixel off the CRS's zero: where rounding errors meet the limit, neighbours would disagree.
+    row, column = (floor(n + 0.499) for n in place)
+    return row, column
+
+
 class NoiseField:
     """Unit Gaussian noise over an endless plane, each value a function of (seed, step, place) alone.
 
@@ -24,14 +47,14 @@ class NoiseField:
     (row, column). A crop of it is what a tile starts from, so neighbours start from the same noise where they overlap.
     """
 
-    BLOCK = 64  # positions a side
+    BLOCK = 16  # positions a side: a default tile and its stride are whole blocks, none is made for a part of it
 
-    def __init__(self, channels: int, kept: int = 128) -> None:
+    def __init__(self, channels: int, kept: int = 256) -> None:
         self.channels, self._kept = channels, kept
         self._blocks: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
 
     def crop(self, seed: int, step: int, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
-        """Cut (channels, height, width), float32, out of the plane; places are the network's positions, 0 or more."""
+        """Cut (channels, height, width), float32, out of the plane; places are the network's positions, any integer."""
         b = self.BLOCK
         out = np.empty((self.channels, height, width), dtype=np.float32)
         for row in range(top // b, ceil((top + height) / b)):
@@ -48,8 +71,9 @@ class NoiseField:
         """Make a block, or take the one made for a neighbour; two threads may make the same one."""
         block = self._blocks.get(place)
         if block is None:
-            seed, step, row, column = place
-            bits = np.random.Philox(key=np.array([seed, step], np.uint64), counter=[0, 0, row, column])
+            seed, step, *corner = place
+            counter = np.array([0, 0, *(n % 2**64 for n in corner)], np.uint64)  # places may lie below zero
+            bits = np.random.Philox(key=np.array([seed, step], np.uint64), counter=counter)
             shape = (self.channels, self.BLOCK, self.BLOCK)
             block = self._blocks[place] = np.random.Generator(bits).standard_normal(shape, dtype=np.float32)
             with suppress(KeyError):  # another thread was first
@@ -61,12 +85,19 @@ class NoiseField:
 # --- the tiles -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Axis:
-    """One side of a scene or a part, cut into tiles at multiples of `stride`; the last may reach beyond the scene."""
+    """One side of a scene, cut into tiles a stride apart; the first and the last may reach beyond the scene.
+
+    Args:
+        length: pixels of the scene.
+        lead: pixels from the first tile's start to the scene's first pixel.
+        ground: where the first tile starts on the ground's grid.
+    """
 
     length: int
     tile: int
     overlap: int
-    start: int = 0  # the scene's pixel where the first tile begins
+    lead: int = 0
+    ground: int = 0
 
     @property
     def stride(self) -> int:
@@ -76,25 +107,25 @@ class Axis:
     @property
     def count(self) -> int:
         """The number of tiles."""
-        return 1 + max(0, ceil((self.length - self.tile) / self.stride))
+        return 1 + max(0, ceil((self.lead + self.length - self.tile) / self.stride))
 
-    @property
-    def covered(self) -> int:
-        """The pixels from the first tile's start to the last one's end."""
-        return (self.count - 1) * self.stride + self.tile
+    def start(self, index: int) -> int:
+        """Return the pixel of the scene at which a tile starts; below 0 where the first one reaches beyond."""
+        return index * self.stride - self.lead
 
-    def part(self, first: int, length: int) -> Axis:
-        """Keep the tiles that reach into `length` pixels from `first` on, which stay there what they are in the whole.
+    def touching(self, shown: slice) -> range:
+        """List the tiles that reach into a part of the scene."""
+        first = max(0, (self.lead + shown.start - self.tile) // self.stride + 1)
+        return range(first, min(self.count, ceil((self.lead + shown.stop) / self.stride)))
 
-        No tile that is left out has a weight in these pixels. The scene's last tile is kept with the one before it, for
-        what is reflected beyond the scene may come from there.
+    def done(self, first: int, last: int, shown: slice) -> slice:
+        """Return the pixels of a part of the scene that these tiles finish, if all before them are there; maybe none.
+
+        Later tiles reach into the others: a pixel is finished when the last tile on it is.
         """
-        begin = max(0, (first - self.tile) // self.stride + 1)
-        end = min(self.count, ceil((first + length) / self.stride))
-        if end == self.count:
-            begin = min(begin, max(0, end - 2))
-        covered = self.length if end == self.count else (end - 1) * self.stride + self.tile
-        return replace(self, length=covered - begin * self.stride, start=begin * self.stride)
+        end = self.start(last + 1) if last < self.count - 1 else self.length
+        start = max(self.start(first), shown.start)
+        return slice(start, max(start, min(end, shown.stop)))
 
     def weight(self, index: int) -> NDArray[np.float32]:
         """Compute the blending weights (tile,) of a tile; those of all tiles add up to 1.
@@ -115,8 +146,11 @@ class Axis:
         return weight.astype(np.float32)
 
 
-def axis(length: int, options: SceneOptions, multiple: int) -> Axis:
+def axis(length: int, options: SceneOptions, multiple: int, start: int = 0) -> Axis:
     """Cut one side of a scene into tiles whose size is a multiple of the model's `size_multiple`.
+
+    Tiles start at multiples of their stride on the ground's grid, where the scene starts at `start`: a neighbour, or a
+    scene that holds this one, has the same tiles. A side that fits into one tile is one tile.
 
     Raises:
         BadInput: a tile that is no such multiple, or an overlap that is not a quarter to a half of it.
@@ -127,17 +161,29 @@ def axis(length: int, options: SceneOptions, multiple: int) -> Axis:
         raise BadInput("tile", tile, f"a multiple of {multiple}, {2 * multiple} or more")
     if overlap % multiple or not tile / 4 <= overlap <= tile / 2:
         raise BadInput("overlap", overlap, f"a multiple of {multiple}, a quarter to a half of the tile ({tile})")
-    whole = ceil(length / multiple) * multiple
-    return Axis(length, tile, overlap) if whole > tile else Axis(length, whole, 0)
+    lead = start % multiple
+    whole = ceil((lead + length) / multiple) * multiple
+    if whole <= tile:
+        return Axis(length, whole, 0, lead, start - lead)
+    lead = start % (tile - overlap)
+    return Axis(length, tile, overlap, lead, start - lead)
 
 
 # --- the work --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    """Some tiles side by side, which are read, blended and written together."""
+
+    row: int
+    columns: range
+    valid: NDArray[np.bool_]  # (tile, pixels from the first one's start to the last one's end)
+
+
 @dataclass(frozen=True)
 class Tile:
     """A tile of one sample of a scene."""
 
     sample: int
-    row: int
     column: int
+    run: Run
     sar: NDArray[np.float32] | None  # (channels, tile, tile) without holes; None: all of it is one
-    valid: NDArray[np.bool_]  # of its whole row of tiles

@@ -7,6 +7,8 @@ on the seed and the place alone, not on how many tiles are sampled at a time.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,13 +33,14 @@ from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 from distillers.sar.part import Part, find_part
 from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, writing
 from distillers.sar.stac import write_stac
-from distillers.sar.tiles import Axis, NoiseField, Tile, axis
+from distillers.sar.tiles import Axis, NoiseField, Run, Tile, axis
 
 QUANTILES = (0.05, 0.95)
 COLOURS = ("red", "green", "blue")
 STATISTICS = ("mean", "standard deviation", *(f"{100 * q:g} % quantile" for q in QUANTILES))
 SCALE = 1 / 256  # of the statistics: 16-bit numbers hold levels of 0 to 255 in steps of 1/256
 HOLE = 65535  # no data in them
+RUN = 2048  # px, about: tiles side by side that are blended at a time; memory does not depend on a scene's width
 COLLAPSED = 1.0  # levels of 255: below this mean deviation N samples are one
 
 Progress = Callable[[int, int], None]  # pixels done, of how many
@@ -83,8 +86,10 @@ def translate(
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
         part = find_part(source.raster, options)
-        down, across = (axis(length, options, generator.size_multiple) for length in source.shape)
-        down, across = down.part(part.top, part.height), across.part(part.left, part.width)
+        down, across = (
+            axis(length, options, generator.size_multiple, start)
+            for length, start in zip(source.shape, source.ground, strict=True)
+        )
         facts = SceneFacts(
             model=info.name,
             model_sha256=generator.info.digest,
@@ -111,7 +116,7 @@ def translate(
             products.append(Product(uncertainty_path(out), names, "uint16", HOLE, SCALE))
         with writing(source, products, facts.tags(), part) as rasters:
             work = _Work(generator, source, part, down, across, options, steps, facts, forward or _call)
-            work.run(rasters, progress)
+            work.run(rasters, out.parent, progress)
     facts.seconds = time.perf_counter() - started
     facts.megapixels_per_second = part.height * part.width / facts.seconds / 1e6
     if facts.mean_deviation is not None and facts.mean_deviation < COLLAPSED:
@@ -133,11 +138,14 @@ def uncertainty_path(out: str | Path) -> Path:
 
 @dataclass
 class _Work:
-    """The translation of one scene, with threads for each stage: one reads, several sample tiles, one writes."""
+    """The translation of one scene, with threads for each stage: one reads, several sample tiles, one writes.
+
+    part: what is wanted of the scene; it gets the pixels that it has in the whole.
+    """
 
     generator: Generator
     source: Source
-    part: Part  # to write; the tiles of `down` and `across` reach beyond it
+    part: Part
     down: Axis
     across: Axis
     options: SceneOptions
@@ -145,8 +153,8 @@ class _Work:
     facts: SceneFacts
     forward: Forward
 
-    def run(self, rasters: Sequence[Any], progress: Progress | None) -> None:
-        """Sample the scene and write it into the open rasters."""
+    def run(self, rasters: Sequence[Any], scratch: Path, progress: Progress | None) -> None:
+        """Sample the scene and write it into the open rasters. What later tiles need lies in a file in `scratch`."""
         on_cpu = next(self.generator.parameters()).device.type == "cpu"
         lanes, together = lanes_and_batch(self.generator, self.options.batch)
         noise = NoiseField(self.generator.codec.channels(self.generator.info.channels))
@@ -156,39 +164,52 @@ class _Work:
             return pictures.float().clamp(-1, 1).cpu().numpy()
 
         with (
+            tempfile.TemporaryFile(dir=scratch) as file,
             ThreadPoolExecutor(1, "fewstep-read") as reader,
             ThreadPoolExecutor(lanes, "fewstep-tile", initializer=one_thread if on_cpu else None) as drawers,
             ThreadPoolExecutor(1, "fewstep-write") as writer,
         ):
             try:
                 groups = _grouped(self._tiles(reader), together)
-                self._blend(_ahead(drawers, draw, groups, lanes + 2), writer, rasters, progress)
+                self._blend(_ahead(drawers, draw, groups, lanes + 2), file, writer, rasters, progress)
             except BaseException:  # Ctrl-C must not wait for what nobody wants any more
                 for pool in (reader, drawers, writer):
                     pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
+    def _runs(self) -> Iterator[tuple[int, range]]:
+        """Yield the row and the columns of each run of tiles, row by row."""
+        rows, columns = self.down.touching(self.part.rows), self.across.touching(self.part.columns)
+        tiles = max(1, RUN // self.across.stride)
+        for row in rows:
+            for first in range(0, len(columns), tiles):
+                yield row, columns[first : first + tiles]
+
+    def _width(self, columns: range) -> int:
+        """Count the pixels from the start of a run's first tile to the end of its last one."""
+        return (len(columns) - 1) * self.across.stride + self.across.tile
+
     def _tiles(self, reader: Executor) -> Iterator[Tile]:
-        """Yield the tiles row by row, in a row sample by sample; the next row is read while this one is sampled."""
+        """Yield the tiles run by run, in a run sample by sample; the next run is read while this one is sampled."""
         down, across = self.down, self.across
-        right = across.covered - across.length
+        runs = deque(self._runs())
 
-        def read(row: int) -> Future[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-            top = row * down.stride
-            rows = min(down.tile, down.length - top)
-            strip = Part(down.start + top, across.start, rows, across.length)
-            return reader.submit(self.source.rows, strip, down.tile - rows, right)
+        def read(row: int, columns: range) -> Future[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+            corner = down.start(row), across.start(columns[0])
+            return reader.submit(self.source.read, Part(*corner, down.tile, self._width(columns)))
 
-        coming = read(0)
-        for row in range(down.count):
+        coming = read(*runs[0])
+        while runs:
+            row, columns = runs.popleft()
             sar, valid = coming.result()
-            if row + 1 < down.count:
-                coming = read(row + 1)
-            places = [np.s_[..., c * across.stride : c * across.stride + across.tile] for c in range(across.count)]
+            if runs:
+                coming = read(*runs[0])
+            run = Run(row, columns, valid)
+            places = [np.s_[..., i * across.stride : i * across.stride + across.tile] for i in range(len(columns))]
             cut = [_filled(sar[place], valid[place]) for place in places]
             for sample in range(self.options.samples):
-                for column, tile in enumerate(cut):
-                    yield Tile(sample, row, column, tile, valid)
+                for column, tile in zip(columns, cut, strict=True):
+                    yield Tile(sample, column, run, tile)
 
     def _pixels(self, tiles: list[Tile], noise: NoiseField) -> Tensor:
         """Sample tiles (B, 3, tile, tile) with the ground's noise; a tile without data is zeros and costs nothing."""
@@ -201,8 +222,8 @@ class _Work:
         def field(step: int) -> Tensor:
             crops = []
             for i in work:
-                top = self.down.start + tiles[i].row * self.down.stride
-                left = self.across.start + tiles[i].column * self.across.stride
+                top = self.down.ground + tiles[i].run.row * self.down.stride
+                left = self.across.ground + tiles[i].column * self.across.stride
                 place = (n // factor for n in (top, left, self.down.tile, self.across.tile))
                 crops.append(noise.crop(self.options.seed + tiles[i].sample, step, *place))
             return torch.from_numpy(np.stack(crops)).to(device)
@@ -217,60 +238,93 @@ class _Work:
     def _blend(
         self,
         drawn: Iterator[tuple[Tile, NDArray[np.float32]]],
+        file: IO[bytes],
         writer: Executor,
         rasters: Sequence[Any],
         progress: Progress | None,
     ) -> None:
-        """Add up the weighted tiles, in one order, and write the rows that no later tile reaches."""
-        part, down, across, facts = self.part, self.down, self.across, self.facts
-        height, width = down.length, across.length
-        columns = slice(part.left - across.start, part.left - across.start + part.width)
-        samples = self.options.samples
-        canvas = np.zeros((3, down.tile, across.covered), dtype=np.float32)
-        carried = [np.zeros((3, down.overlap, width), dtype=np.float32) for _ in range(samples)]
+        """Add up the weighted tiles, in one order, and write the pixels that no later tile reaches.
+
+        A run's right edge is kept for the next run, its lower edge for the next row of tiles. Lower edges of all
+        samples are as wide as the scene: they lie in the file.
+        """
+        part, down, across, facts, samples = self.part, self.down, self.across, self.facts, self.options.samples
+        rows, columns = down.touching(part.rows), across.touching(part.columns)
+        below = _Edges(file, down.overlap)
+        right = [np.zeros((3, down.tile, across.overlap), dtype=np.float32) for _ in range(samples)]
         finished: list[NDArray[np.uint8]] = []
         written: deque[Future[None]] = deque()
-        deviations, pixels = 0.0, 0
+        deviations, pixels, done = 0.0, 0, 0
+        whole = part.height * part.width
         for tile, picture in drawn:
+            run, first, last = tile.run, tile.run.columns[0], tile.run.columns[-1]
             facts.tiles += tile.sar is not None
             facts.skipped += tile.sar is None
-            left = tile.column * across.stride
-            weight = down.weight(tile.row)[:, None] * across.weight(tile.column)
+            if tile.column == first:
+                canvas = np.zeros((3, down.tile, self._width(run.columns)), dtype=np.float32)
+                if first > columns[0]:
+                    canvas[:, :, : across.overlap] = right[tile.sample]
+            left = (tile.column - first) * across.stride
+            weight = down.weight(run.row)[:, None] * across.weight(tile.column)
             canvas[:, :, left : left + across.tile] += weight * picture
-            if tile.column < across.count - 1:
+            if tile.column < last:
                 continue
-            body = canvas[:, :, :width]  # this sample's row of tiles is whole
-            body[:, : down.overlap] += carried[tile.sample]
-            top = tile.row * down.stride
-            end = down.stride if tile.row < down.count - 1 else height - top
-            row = down.start + top - part.top  # of the part, where this row of tiles begins
-            wanted = slice(min(max(-row, 0), end), max(min(part.height - row, end), 0))
-            finished.append(_levels(body[:, wanted, columns]))
-            carried[tile.sample] = body[:, down.stride :][:, : down.overlap].copy()
-            canvas[:] = 0
+            if last < columns[-1]:
+                right[tile.sample] = canvas[:, :, left + across.stride :].copy()
+                canvas = canvas[:, :, : left + across.stride]
+            if run.row > rows[0]:
+                canvas[:, : down.overlap] += below.read(first - columns[0], tile.sample, canvas.shape[2])
+            if run.row < rows[-1]:
+                below.write(first - columns[0], tile.sample, canvas[:, down.stride : down.stride + down.overlap])
+            y, x = down.done(run.row, run.row, part.rows), across.done(first, last, part.columns)
+            inside = np.s_[..., _moved(y, -down.start(run.row)), _moved(x, -across.start(first))]
+            finished.append(_levels(canvas[inside]))
             if tile.sample < samples - 1:
                 continue
-            valid = tile.valid[wanted, columns]
+            valid, corner = run.valid[inside], (y.start - part.top, x.start - part.left)
             while len(written) > 1:  # a slow disk holds the work up, instead of filling the memory
                 written.popleft().result()
-            if not valid.size:
-                finished = []
-                continue
-            row = max(row, 0)
-            written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), row))
-            if samples > 1:
+            if valid.size:
+                written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), corner))
+            if valid.size and samples > 1:
                 statistics, total = _statistics(finished, valid)
                 deviations += total
-                written.append(writer.submit(_write, rasters[1], statistics, row))
+                written.append(writer.submit(_write, rasters[1], statistics, corner))
             pixels += int(valid.sum())
+            done += valid.size
             finished = []
             if progress is not None:
-                progress((row + valid.shape[0]) * part.width, part.height * part.width)
+                progress(done, whole)
         for future in written:
             future.result()
-        facts.valid_share = pixels / (part.height * part.width)
+        facts.valid_share = pixels / whole
         if samples > 1:
             facts.mean_deviation = deviations / max(pixels, 1)
+
+
+class _Edges:
+    """The lower edges of a row of tiles, of every sample, in a file: (3, overlap, width) in float32 for each run."""
+
+    def __init__(self, file: IO[bytes], overlap: int) -> None:
+        self._file, self._overlap = file, overlap
+        self._places: dict[tuple[int, int], int] = {}
+
+    def write(self, run: int, sample: int, edge: NDArray[np.float32]) -> None:
+        """Keep the lower edge of a run, in place of the one of the row above."""
+        if (run, sample) not in self._places:
+            self._places[run, sample] = self._file.seek(0, os.SEEK_END)
+        self._file.seek(self._places[run, sample])
+        self._file.write(edge.tobytes())
+
+    def read(self, run: int, sample: int, width: int) -> NDArray[np.float32]:
+        """Read the lower edge of the run above, `width` pixels wide."""
+        self._file.seek(self._places[run, sample])
+        edge = np.frombuffer(self._file.read(3 * self._overlap * width * 4), np.float32)
+        return edge.reshape(3, self._overlap, width)
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def _filled(sar: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32] | None:
@@ -334,10 +388,10 @@ def _colours(levels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.
     return np.where(valid, np.maximum(levels, 1), 0).astype(np.uint8)
 
 
-def _write(product: Any, bands: NDArray[Any], top: int) -> None:
+def _write(product: Any, bands: NDArray[Any], corner: tuple[int, int]) -> None:
     from rasterio.windows import Window
 
-    product.write(bands, window=Window(0, top, bands.shape[2], bands.shape[1]))
+    product.write(bands, window=Window(corner[1], corner[0], bands.shape[2], bands.shape[1]))
 
 
 def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], float]:
@@ -345,8 +399,8 @@ def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> t
     height, width = valid.shape
     out = np.empty((3 * len(STATISTICS), height, width), dtype=np.uint16)
     total = 0.0
-    for left in range(0, width, 1024):  # in parts, for memory
-        part = np.s_[..., left : left + 1024]
+    for left in range(0, width, 256):  # in parts, for memory
+        part = np.s_[..., left : left + 256]
         stack = np.stack([sample[part] for sample in samples]).astype(np.float32)
         deviation = stack.std(0, ddof=1)
         found = np.concatenate([stack.mean(0), deviation, *np.quantile(stack, QUANTILES, axis=0)])
