@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from folders import noise, save
+from folders import noise, save, save_pair
 from PIL import Image
 from processes import run
 from typer.testing import CliRunner
@@ -149,9 +149,38 @@ def test_any_pairs_are_measured(tmp_path: Path, models: dict[str, Path]) -> None
     assert sorted(models["db"].iterdir()) == before
 
 
-def test_pairs_without_a_value_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
-    done = CliRunner().invoke(app, ["evaluate", str(models["db"]), "--pairs", str(tmp_path), "--pairs-option", "units"])
-    assert done.exit_code != 0 and "pairs-option" in str(done.exception)
+def test_few_pairs_are_measured_without_distances(tmp_path: Path, models: dict[str, Path]) -> None:
+    for i in range(3):
+        save_pair(
+            tmp_path / "pairs" / "town" / "sar" / f"{i}_p1.png", tmp_path / "pairs/town/opt" / f"{i}_p1.png", i, 64
+        )
+    done = CliRunner().invoke(app, [
+        "evaluate", str(models["db"]), "--pairs", str(tmp_path / "pairs"), "--pairs-option", "size=32", "--steps", "1",
+        "--teacher-steps", "", "--out", str(tmp_path / "new" / "r.json"), "--samples", "2",
+        "--features", str(Path(__file__).parents[1] / "weights" / "features-eurosat"),
+    ])  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    report = json.loads((tmp_path / "new" / "r.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert report["n"] == 4 and all("frechet" not in row and "kid_mean" not in row for row in rows.values())
+    assert rows["student, 1 step"]["psnr"] > 0 and rows["constant colour"]["ssim"] is not None
+    assert "4 tiles of 32x32 px and n is 4; 129 are needed" in report["notes"][0] and "size=16" in report["notes"][0]
+
+
+@pytest.mark.parametrize(("option", "key"), [
+    ("units", "units"), ("split=train", "split"), ("path=x", "path"), ("bands=1", "bands"), ("size=big", "size"),
+    ("optical_scale=abc", "optical_scale"), ("nodata=abc", "nodata"), ("dihedral=2", "dihedral"), ("bandz=VV", "bandz"),
+    ("size=64.5", "size"), ("limit=0", "limit"), ("units=decibel", "units"), ("layout=tiles", "layout"),
+    ("colours=3", "colours"), ("radiometry=db", "radiometry"),
+])  # fmt: skip
+def test_wrong_options_of_pairs_are_refused_by_name(
+    tmp_path: Path, models: dict[str, Path], option: str, key: str
+) -> None:
+    save_pair(tmp_path / "town" / "sar" / "1_p1.png", tmp_path / "town" / "opt" / "1_p1.png", 1)
+    save_pair(tmp_path / "town" / "sar" / "2_p1.png", tmp_path / "town" / "opt" / "2_p1.png", 2)
+    words = ["evaluate", str(models["db"]), "--pairs", str(tmp_path), "--pairs-option", option]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "r.json")])
+    assert isinstance(done.exception, BadInput) and key in str(done.exception), done.exception
 
 
 def test_a_part_of_a_scene_is_asked_for_in_pixels_or_on_the_ground(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distillers.data.layouts import LAYOUTS, find_pairs
 from distillers.data.sar_optical import SarOpticalPairs
-from distillers.errors import BadInput
+from distillers.errors import BadInput, Notice
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -147,6 +147,24 @@ def test_pairs_of_every_layout_are_drawn(tmp_path: Path, layout: str) -> None:
         for values in batch.values():
             assert values.isfinite().all() and values.abs().max() <= 1 and values.std() > 0.05
     assert pairs.units == ("db" if layout in ("sen12ms", "geotiff") else "dn")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_sen12ms_cr_is_read_as_it_unpacks_and_its_clouds_are_left_alone(tmp_path: Path, merged: bool) -> None:
+    for k, (season, scene) in enumerate([("ROIs1158_spring", 1), ("ROIs1158_spring", 2), ("ROIs1970_fall", 1)]):
+        for kind in ("s1", "s2", "s2_cloudy"):
+            folder = tmp_path / (season if merged else f"{season}_{kind}") / f"{kind}_{scene}"
+            values = backscatter(k) if kind == "s1" else rng(k).integers(1, 4000, (32, 32, 13), dtype=np.uint16)
+            raster(folder / f"{season}_{kind}_{scene}_p30.tif", values)
+    with pytest.warns(Notice, match="left out 3 files"):
+        layout, pairs = find_pairs(tmp_path, "train")
+    pairs += find_pairs(tmp_path, "test")[1]
+    assert layout == "sen12ms" and len(pairs) == 3
+    assert {pair.scene for pair in pairs} == {"ROIs1158_spring/s1_1", "ROIs1158_spring/s1_2", "ROIs1970_fall/s1_1"}
+    assert all("_s1_" in pair.sar.name and "_s2_" in pair.optical.name for pair in pairs)
+    shutil.rmtree(next(tmp_path.rglob("s2_2")))
+    with pytest.raises(BadInput, match=r"s1_2.*no partner.*s2_2 of ROIs1158_spring"):
+        find_pairs(tmp_path, "train")
 
 
 def test_sar2opt_with_other_names_keeps_its_own_split(tmp_path: Path) -> None:

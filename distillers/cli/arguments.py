@@ -97,6 +97,8 @@ def open_pairs(generator: Any, folder: Path, options: list[str]) -> tuple[Any, A
         key, equals, text = option.partition("=")
         if not equals:
             raise BadInput("pairs-option", option, "key=value, for example units=db")
+        if key in ("path", "split"):
+            raise BadInput("pairs-option", option, f"another key: {key} is what --pairs names and divides")
         table[key] = value_of(key, text)
     test, train = (open_data("pairs", path=str(folder), split=split, **table) for split in ("test", "train"))
     return test, train

@@ -24,11 +24,13 @@ METADATA = "metadata.json"
 QXS_BLOCK = 500  # patches
 RASTERS = ("geotiff", "sen12ms")  # layouts whose files rasterio reads
 _PATCH = re.compile(r"_p\d+$")  # ROIs1868_summer_59_p1001 is patch 1001 of scene ROIs1868_summer_59
+_SENSOR = re.compile(r"(s1|s2)_((?!cloudy_).+)")
 _GRID = re.compile(r"_\d+_\d+$")  # 12_240_960 is the patch at row 240 and column 960 of scene 12
 _CORNERS = re.compile(r"corners_epsg(\d+)")
 _EDGE = 1e-3  # of the smaller side: what overlaps less than this merely touches
 _FORMS = (
     "{train,test}/{sar,opt}, {sar,opt}/NAME.tif, CLASS/{sar,opt}, ROIsXXXX_season/{s1_N,s2_N}, "
+    "ROIsXXXX_season_{s1,s2}/{s1_N,s2_N}, "
     f"{{{QXS_SAR},{QXS_OPTICAL}}} or {{train,test}}{{A,B}}"
 )
 
@@ -51,7 +53,8 @@ def find_pairs(root: Path, split: str, layout: str = "auto") -> tuple[str, list[
     - `split`: `{train,test}/{sar,opt}/ID.webp`; the scene is ID without its `_pN`, the folders are the split.
     - `class`: `{CLASS}/{sar,opt}/NAME.png`; the scene is NAME without its `_pN` (without one: the class).
     - `sen12`: `ROIsXXXX_season/s1_N/*.png` with `s2_N/*.png` (as SEN1-2 is published); each `s1_N` is a scene.
-    - `sen12ms`: the same with GeoTIFFs (as SEN12MS is published; `lc_N` is left alone).
+    - `sen12ms`: the same with GeoTIFFs (as SEN12MS is published; `lc_N` is left alone), or a tree for each sensor,
+      `ROIsXXXX_season_s1/s1_N` with `ROIsXXXX_season_s2/s2_N` (as SEN12MS-CR is; `s2_cloudy_N` is left alone).
     - `qxs`: `sar_256_oc_0.2/N.png` with `opt_256_oc_0.2/N.png` (as QXS-SAROPT is published). It names no scenes, but
       numbers patches along them, so 500 consecutive numbers count as one. That keeps most neighbours together; it
       cannot rule out that patches at the ends of a block overlap (by a fifth) with those of the next, nor that a city
@@ -137,12 +140,18 @@ def _find_class(root: Path, split: str) -> Divided:
 
 
 def _find_sen12(root: Path, split: str) -> Divided:
-    pairs = []
+    folders: dict[tuple[str, str], dict[str, Path]] = {}  # by season and number, of each sensor
     for season in subfolders(root):
-        names = {f.name[3:] for f in subfolders(season) if f.name.startswith(("s1_", "s2_"))}
-        for name in sorted(names):
-            matched = _match(season / f"s1_{name}", season / f"s2_{name}")
-            pairs += [Pair(sar, opt, f"{season.name}/s1_{name}") for sar, opt in matched]
+        for folder in subfolders(season):
+            if named := _SENSOR.fullmatch(folder.name):
+                name = season.name.removesuffix(f"_{named[1]}")
+                folders.setdefault((name, named[2]), {})[named[1]] = folder
+    pairs = []
+    for (season_name, number), found in sorted(folders.items()):
+        for sensor, other in (("s1", "s2"), ("s2", "s1")):
+            if sensor not in found:
+                raise BadInput(str(found[other]), "no partner", f"a folder {sensor}_{number} of {season_name}")
+        pairs += [Pair(sar, opt, f"{season_name}/s1_{number}") for sar, opt in _match(found["s1"], found["s2"])]
     return _divide(pairs)
 
 

@@ -75,7 +75,9 @@ class Candidate:
         unseen: bool (B,), prompts that name a pair that was never learnt; None where that is not known.
         """
         row = self.row
-        row.update(distances(reference, torch.cat(self.features)))
+        drawn = torch.cat(self.features)
+        if min(len(reference), len(drawn)) > drawn.shape[1]:
+            row.update(distances(reference, drawn))
         if self.paired:
             figures = {name: torch.cat(values) for name, values in self.paired.items()}
             row.update({name: mean(values) for name, values in figures.items()})

@@ -12,6 +12,7 @@ Pictures are (B,C,H,W) in [-1,1], features (N,d) float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +66,8 @@ def evaluate(
 
     Args:
         data: the held-out split. The reference is n of its items, evenly spread, or all where n is larger; picture i
-            has the label or SAR tile of reference item i.
+            has the label or SAR tile of reference item i. Of pairs too few for the feature space, each is drawn once
+            and distances are left out.
         features: the space in which sets of pictures are compared.
         options: the defaults of `EvaluationOptions` without.
         train: the training split. With it the floor is n of its pictures against the reference; without it one half of
@@ -76,11 +78,14 @@ def evaluate(
         BadInput: what cannot be compared, see `check_evaluation`; step counts that a model does not have.
     """
     options = options or EvaluationOptions()
-    check_evaluation(generator, data, features, options, teacher)
+    check_evaluation(generator, data, features, options, teacher, few=True)
     device = device_of(generator)
     for model in (teacher, features):
         if model is not None:
             model.to(device)
+    few = generator.condition.paired and min(options.n, len(data)) <= features.num_features
+    if few:  # there are no distances to draw more for
+        options = replace(options, n=min(options.n, len(data)))
     n, batch = options.n, options.batch
     indices = spread_evenly(n, len(data))
     reference, colour = real_features(data, n, features, batch)
@@ -127,7 +132,7 @@ def evaluate(
         seeds=[options.seed, options.seed + n - 1],
         features=features.card.summary(),
         setting=setting(device),
-        notes=_notes(n, len(reference), train is None, generator.condition.paired, readable, options),
+        notes=_notes(n, data, features, len(reference), train is None, generator.condition.paired, readable, options),
         rows=[floor, *(one.row for one in candidates)],
     )
 
@@ -138,15 +143,16 @@ def check_evaluation(
     features: Features,
     options: EvaluationOptions,
     teacher: Generator | None = None,
+    few: bool = False,
 ) -> None:
-    """Refuse what `evaluate` could not measure.
+    """Refuse what `evaluate` could not measure; `few` allows pairs too few for distances between features.
 
     Raises:
         BadInput: too few pictures for the feature space; data or a teacher of another task, size or labels; a mean of
             samples where there is no true picture; a space that the training compared in.
     """
     info, paired = generator.info, generator.condition.paired
-    check_space(info, features, min(options.n, len(data)))
+    check_space(info, features, min(options.n, len(data)), few and paired)
     if options.mean_of and not paired:
         raise BadInput("mean_of", options.mean_of, MEANS)
     check_teacher(generator, teacher)
@@ -192,10 +198,23 @@ def _is_readable(generator: Generator, data: ImageData) -> bool:
 
 
 def _notes(
-    n: int, n_reference: int, halved: bool, paired: bool, readable: bool, options: EvaluationOptions
+    n: int,
+    data: ImageData,
+    features: Features,
+    n_reference: int,
+    halved: bool,
+    paired: bool,
+    readable: bool,
+    options: EvaluationOptions,
 ) -> list[str]:
     """Say under the table what its figures do not."""
     notes = [DISTANCES_FALL]
+    if n_reference <= (least := features.num_features):
+        height, width = data.size
+        notes = [
+            f"Distances are left out: the test split has {len(data)} tiles of {width}x{height} px and n is {n}; "
+            f"{least + 1} are needed. Smaller tiles are more of them, such as --pairs-option size={height // 2}."
+        ]
     if readable:
         notes.append(
             "Shows what was asked: a program without a network reads colour and form off the picture and holds them "

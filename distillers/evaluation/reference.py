@@ -25,13 +25,14 @@ def spread_evenly(n: int, available: int) -> list[int]:
     return [i % available for i in range(n)]
 
 
-def check_space(info: Info, features: Features, pictures: int) -> None:
-    """Refuse with BadInput too few pictures for a feature space, or a space that a loss of the training compared in."""
+def check_space(info: Info, features: Features, pictures: int, few: bool = False) -> None:
+    """Refuse with BadInput a space that a loss of the training compared in; unless `few`, too few pictures for it."""
     if features.card.name in info.trained_with:
         allowed = f"a space that {info.name} was not trained in: its loss made it good in {features.card.name}"
         raise BadInput("features", features.card.name, allowed)
-    if pictures <= features.num_features:
-        raise BadInput("n", pictures, f"more than the {features.num_features} features of {features.card.name}")
+    if pictures <= features.num_features and not few:
+        allowed = f"more than the {features.num_features} features of {features.card.name}, of n and of the split"
+        raise BadInput("n", pictures, allowed)
 
 
 def real_pictures(data: ImageData, n: int) -> tuple[Tensor, dict[str, Tensor]]:
