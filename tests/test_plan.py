@@ -229,6 +229,27 @@ def test_what_to_change_is_said_until_it_fits(stock: Path, monkeypatch: pytest.M
     assert told_plan(own, 200).endswith("fits into 200 GB")
 
 
+def test_more_devices_are_the_last_change(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "DEVICE_OWN", 0.0)
+    monkeypatch.setattr(planning, "GB", 1e6)
+    monkeypatch.setattr(planning, "CHANGES", ())
+    own = recipe(stock, "sd", "consistency", train={"batch": 1})
+    whole = plan(own)
+    network = sum(role.total for role in whole.roles if role.name in ("student", "teacher", "target"))
+    block = max(role.block for role in whole.roles)
+    assert network > 4 * block > 0 and next(role for role in whole.roles if role.name == "autoencoder").block == 0
+    assert whole.share(4) == pytest.approx(whole.total - network * 3 / 4 + 2 * block)
+    limit = (whole.share(2) + whole.share(4)) / 2e6
+    assert told_plan(own, limit).endswith(f"on 4 devices: {whole.share(4) / 1e6:.1f} GB each, which fits")
+    split = recipe(stock, "sd", "consistency", train={"batch": 1, "shard": True})
+    assert "on each of 4 devices" in told_plan(split, limit, 4) and "fits into" in told_plan(split, limit, 4)
+    adapters = plan(recipe(stock, "sd", "consistency", LORA))
+    assert [role.name for role in adapters.roles if role.block] == ["base"], "adapters stay whole"
+    for wrong, devices in ((own, 2), (split, 1)):
+        with pytest.raises(BadInput, match="devices: got"):
+            told_plan(wrong, None, devices)
+
+
 def test_the_command_prints_the_plan(stock: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     recipe(stock, "sd", "dmd2").write(file, {})

@@ -58,6 +58,7 @@ def plan(
         list[str] | None, typer.Argument(help="key=value, as for distill", metavar="[KEY=VALUE]...")
     ] = None,
     device_memory: Annotated[float | None, typer.Option(help="Of the device, in GB; says what to change.")] = None,
+    devices: Annotated[int, typer.Option(help="Over how many train.shard=true splits the networks.", min=1)] = 1,
 ) -> None:
     """Tell what memory a training takes, for each network, before anything is loaded or downloaded.
 
@@ -70,7 +71,7 @@ def plan(
 
     if device_memory is not None and not device_memory > 0:
         raise BadInput("device-memory", device_memory, "a number of GB above 0")
-    typer.echo(told_plan(Recipe.load(recipe, overrides), device_memory))
+    typer.echo(told_plan(Recipe.load(recipe, overrides), device_memory, devices))
 
 
 def publish(

@@ -33,12 +33,13 @@ from distillers.models.codec import Vae
 from distillers.models.conditions import Cond
 from distillers.models.denoiser import Denoiser
 from distillers.models.families import Family, family_of
-from distillers.models.lora import Adapted, acting
+from distillers.models.lora import Adapted, acting, plain
 from distillers.teacher import Teacher
 from distillers.training.distiller import Distiller, Networks, on_one_base
 from distillers.training.head import head_of, usable
 from distillers.training.latents import texts_drawn
 from distillers.training.settings import TrainSettings
+from distillers.training.sharding import parts_to_split
 from distillers.weights.manifest import Info
 from distillers.weights.read import configurations, read_skeleton
 
@@ -55,6 +56,7 @@ class Role:
     """What one network of a training takes, in bytes; of parameters that it shares with another, nothing.
 
     on_device: whether it lies in the device's memory; what does not is in the machine's own.
+    block: bytes of its largest part, which `train.shard` gathers on each device; 0 for what is not split.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Role:
     optimizer: int = 0
     averages: int = 0
     on_device: bool = True
+    block: int = 0
 
     @property
     def total(self) -> int:
@@ -98,6 +101,11 @@ class Plan:
         """The bytes on the device at most, estimated."""
         return self.static + self.activations
 
+    def share(self, devices: int) -> float:
+        """Estimate the bytes at most on each of so many devices that networks are split over, with `train.shard`."""
+        own = sum(role.total / (devices if role.block else 1) for role in self.roles if role.on_device)
+        return own + 2 * max((role.block for role in self.roles), default=0) + self.activations  # the next one comes
+
 
 # --- what stays ------------------------------------------------------------------------------------------------------
 def roles_of(nets: Networks, method: Distiller, settings: TrainSettings) -> list[Role]:
@@ -127,14 +135,25 @@ def roles_of(nets: Networks, method: Distiller, settings: TrainSettings) -> list
                 optimizer=state_bytes(settings.optimizer, learning),
                 averages=_bytes([*net.parameters(), *net.buffers()]) if averaged else 0,
                 on_device=not getattr(net, "on_cpu", False),
+                block=max((_largest(d.network) for d in _whole(net)), default=0),
             )
         )
     bases = {id(part.base): part.base.network for part in nets.modules() if isinstance(part, Adapted)}
     for network in bases.values():
         own = new([*network.parameters(), *network.buffers()])
         count = sum(p.numel() for p in own if isinstance(p, nn.Parameter))
-        roles.insert(0, Role("base", count, 0, _bytes(own)))
+        roles.insert(0, Role("base", count, 0, _bytes(own), block=_largest(network)))
     return [role for role in roles if role.total]
+
+
+def _whole(net: nn.Module) -> list[Denoiser]:
+    """List the denoisers in a network that are no roles on a base."""
+    return [part for part in net.modules() if isinstance(part, Denoiser) and plain(part.network) is part.network]
+
+
+def _largest(network: nn.Module) -> int:
+    """Count the bytes of the largest part that a network is split by."""
+    return max((_bytes(part.parameters()) for part in parts_to_split(network)), default=0)
 
 
 def state_bytes(optimizer: str, parameters: Iterable[Tensor]) -> int:
@@ -384,6 +403,7 @@ def _caches(teacher: Planned, settings: TrainSettings) -> dict[str, float]:
     return found if settings.cache_gb else {}
 
 
+CARDS = (2, 4, 8, 16)
 CHANGES = (  # in the order of what they cost: time, then quality
     "train.precision=bf16",
     "train.checkpointing=true",
@@ -417,27 +437,40 @@ def changes(recipe: Recipe, limit: float) -> list[tuple[str, Plan]]:
     return found
 
 
-def told_plan(recipe: Recipe, device_memory: float | None) -> str:
-    """Write a plan as text; with the device's memory in GB whether it fits, and what to change where it does not."""
-    made = plan(recipe)
+def told_plan(recipe: Recipe, device_memory: float | None, devices: int = 1) -> str:
+    """Write a plan as text; with the device's memory in GB whether it fits, and what to change where it does not.
+
+    devices: with `train.shard`, over how many networks are split.
+    """
+    made, shard = plan(recipe), recipe.settings().shard
+    if shard != (devices > 1):
+        raise BadInput("devices", devices, "2 or more with train.shard=true" if shard else "1 without train.shard=true")
     lines = [made.about, "", *_table(made.roles), ""]
     lines.append(f"stays on the device  {_gb(made.static)}")
     lines.append(f"activations, about   {_gb(made.activations)}  (the device's own {_gb(DEVICE_OWN)} among them)")
-    lines.append(f"in all, about        {_gb(made.total)}")
+    total = made.share(devices) if shard else made.total
+    lines.append(f"in all, about        {_gb(total)}" + (f" on each of {devices} devices" if shard else ""))
     for what, size in made.caches.items():
         every = f", {_gb(size * made.items)} for {made.items} of them" if made.items else ""
         lines.append(f"beside the run       {size / 1e3:.0f} kB {what}{every}")
     if device_memory is None:
         return "\n".join(lines)
     limit = device_memory * GB
-    if made.total <= limit:
+    if total <= limit:
         return "\n".join([*lines, "", f"fits into {device_memory:g} GB"])
     lines += ["", f"does not fit into {device_memory:g} GB"]
-    tried = changes(recipe, limit)
+    tried = [] if shard else changes(recipe, limit)
     for change, plan_then in tried:
         lines.append(f"  with {change}: {_gb(plan_then.total)}" + (", which fits" if plan_then.total <= limit else ""))
     if not tried or tried[-1][1].total > limit:
-        lines.append("  no change of the recipe makes it fit: a smaller size, another teacher, or more cards")
+        last = tried[-1][1] if tried else made
+        enough = [count for count in CARDS if count > devices and last.share(count) <= limit]
+        if enough:
+            lines.append(
+                f"  with train.shard=true on {enough[0]} devices: {_gb(last.share(enough[0]))} each, which fits"
+            )
+        else:
+            lines.append("  no change of the recipe makes it fit: a smaller size or another teacher")
     return "\n".join(lines)
 
 

@@ -98,11 +98,14 @@ class Denoiser(nn.Module):
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 kept[name] = output[family.picture] if isinstance(output, tuple) else output
-                if len(kept) == len(set(layers)):
+                if len(kept) == len(set(layers)) and not split:  # what was gathered is given up at the end
                     raise _AllKept
 
             return hook
 
+        split = hasattr(plain(self.network), "unshard")  # over processes: see `training.sharding`
+        if split and (inner := [name for name in layers if not hasattr(modules[name], "unshard")]):
+            raise BadInput("layers", inner, "whole blocks with train.shard")
         handles = [modules[name].register_forward_hook(keep(name)) for name in set(layers)]
         try:
             with uncompiled(self):  # compiled code would not call the hooks

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import Adapted, AdapterBase, LoraSettings, Origin
+from distillers.training.sharding import local_part
 from distillers.weights.read import read_pipeline
 
 if TYPE_CHECKING:
@@ -244,11 +245,11 @@ def slow_copy(module: M) -> M:
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
     """Update an average in place: slow <- decay slow + (1 - decay) fast. Buffers are copied."""
-    own: list[Tensor] = list(slow.parameters())
-    if own:  # torch refuses an empty list
-        torch._foreach_lerp_(own, list(fast.parameters()), 1 - decay)
-    for kept, new in zip(slow.buffers(), fast.buffers(), strict=True):
-        kept.copy_(new)
+    kept, new = ([local_part(p) for p in net.parameters()] for net in (slow, fast))
+    if kept:  # torch refuses an empty list
+        torch._foreach_lerp_(kept, new, 1 - decay)
+    for buffer, value in zip(slow.buffers(), fast.buffers(), strict=True):
+        buffer.copy_(value)
 
 
 def split_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor] | None]:

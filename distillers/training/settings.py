@@ -8,7 +8,14 @@ from typing import Literal
 from distillers.errors import BadInput
 from distillers.training.execution import Compile
 
-BESIDE = ("checkpoint_every", "sample_every", "samples", "log_every", "tracker")  # leave the weights as they are
+BESIDE = (
+    "shard",
+    "checkpoint_every",
+    "sample_every",
+    "samples",
+    "log_every",
+    "tracker",
+)  # leave the weights as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,9 @@ class TrainSettings:
     clip: float = 1.0  # gradient norm per player
     ema: float = 0.999  # decay of the evaluation average; 0 = none
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
+    shard: bool = (
+        False  # split networks, gradients and optimizer state over the processes that torchrun started (FSDP2)
+    )
     precision: str = "no"  # accelerate's mixed precision: no | bf16 | fp16
     compile: Compile = "auto"  # torch.compile: auto = where the training is long enough and it is measured to be faster
     seed: int = 0

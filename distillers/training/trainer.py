@@ -42,6 +42,7 @@ from distillers.training.execution import DryRun, Execution, fastest_execution, 
 from distillers.training.head import warn_of_noise
 from distillers.training.reward import judges_of
 from distillers.training.settings import TrainSettings
+from distillers.training.sharding import Shards, is_split, load_whole, load_whole_optimizer, local_part, whole
 from distillers.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -167,6 +168,17 @@ def _tracker(name: str) -> str | None:
     return None if name == "none" else name
 
 
+def _check_shard(settings: TrainSettings, teacher: Teacher, accelerator: Accelerator) -> None:
+    """Raise BadInput where networks cannot be split over processes."""
+    if accelerator.num_processes == 1:
+        allowed = "false in one process; torchrun --nproc-per-node 2 -m distillers.cli distill ... starts two"
+        raise BadInput("train.shard", True, allowed)
+    if teacher.initial.text is not None:
+        raise BadInput("train.shard", True, "false where a text encoder learns too")
+    if settings.watch_every:
+        raise BadInput("train.watch_every", settings.watch_every, "0 with train.shard: one process alone would draw")
+
+
 def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Find an optimizer by the recipe's name. Raises BadInput for one that is not installed."""
     if name == "adam8bit":
@@ -194,7 +206,11 @@ class Run:
     ) -> None:
         self.distiller, self.settings, self.accelerator = distiller, settings, accelerator
         self.teacher, self.out, self.checkpoints = teacher, out, Checkpoints(out, description)
-        self.nets = distiller.networks(teacher).to(accelerator.device)
+        if settings.shard:
+            _check_shard(settings, teacher, accelerator)
+        self.nets = distiller.networks(teacher)
+        if not settings.shard:
+            self.nets.to(accelerator.device)
         teacher.codec.to(accelerator.device)
         made = distiller.generator(self.nets, teacher)  # what cannot be made afterwards is refused now
         if isinstance(made, Generator):
@@ -209,11 +225,13 @@ class Run:
         for name in settings.learning_rates or {}:
             if name not in players:
                 raise BadInput(f"train.learning_rates.{name}", name, "a player of this method: " + ", ".join(players))
-        self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
         students = [name for name in players if name.startswith(distiller.published)]
         self.averages = {name: slow_copy(players[name]) for name in students} if settings.ema else {}
         if settings.checkpointing:
             checkpoint_gradients(m.network for m in self.nets.modules() if isinstance(m, Denoiser))
+        self.shards = Shards((self.nets, *self.averages.values()), accelerator.device) if settings.shard else None
+        self.nets.to(accelerator.device)
+        self.optimizers = {name: accelerator.prepare(self._optimizer(name, net)) for name, net in players.items()}
         self.losses: dict[str, Tensor] = {}  # sums since the last log
         self.turns: Counter[str] = Counter()
         self.seconds, self.peak_mb, self._started = 0.0, 0.0, 0.0  # what it cost so far, resumed runs included
@@ -272,6 +290,8 @@ class Run:
         """
         from accelerate.utils import broadcast_object_list
 
+        if self.shards:
+            return f"{self.execution} (their weights are split over {self.accelerator.num_processes} processes)"
         s, chosen = self.settings, list[Any]([None, None])
         if self.accelerator.is_main_process:
             chosen = [*fastest_execution(lambda e: self.dry_run(data, e), s.compile, s.iterations, s.accumulation)]
@@ -352,7 +372,8 @@ class Run:
         parameters = [p for p in self.nets[player].parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:  # not by DDP, for turns call parts of a network
             for p in parameters:
-                p.grad = self.accelerator.reduce(p.grad, "mean")
+                if not is_split(p):  # whose gradients are averaged as they are split
+                    p.grad = self.accelerator.reduce(p.grad, "mean")
         self.accelerator.clip_grad_norm_(parameters, self.settings.clip)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -390,8 +411,9 @@ class Run:
             TrainingStopped: a loss is not finite, or a weight (the gradient of a finite loss may be infinite).
         """
         means = {k: float(self.accelerator.reduce(total, "mean")) / self.turns[k] for k, total in self.losses.items()}
-        norms = {k: torch.stack(torch._foreach_norm(list(self.nets[k].parameters()))) for k in self.optimizers}
-        bad = [k for k in norms if not np.isfinite(means.get(k, 0.0)) or not norms[k].isfinite().all()]
+        parts = {k: [local_part(p) for p in self.nets[k].parameters()] for k in self.optimizers}
+        finite = {k: torch.stack(torch._foreach_norm(values)).isfinite().all() for k, values in parts.items()}
+        bad = [k for k in parts if not np.isfinite(means.get(k, 0.0)) or self.any_process(not finite[k])]
         if bad:
             raise TrainingStopped(
                 f"the loss of {', '.join(bad)} is not finite at or shortly before iteration {done}; "
@@ -411,6 +433,8 @@ class Run:
         """Build the generator or autoencoder from the averaged weights, on CPU: the last or the watch's best."""
         if which == "best" and self.accelerator.is_main_process:  # who measured, and publishes
             self.checkpoints.load_best(self.averages)
+        if self.shards:
+            self.shards.join()
         return self._averaged().requires_grad_(False).to("cpu")
 
     @torch.no_grad()
@@ -420,7 +444,7 @@ class Run:
         A translator's stand between the SAR that they are made of and the real pictures. An autoencoder shows the same
         items reconstructed.
         """
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.shards):  # networks in parts need all processes
             return
         from distillers.evaluation.pictures import grid_png, side_by_side, to_pixels
 
@@ -430,6 +454,8 @@ class Run:
         batch = data.items([i * len(data) // count for i in range(count)])  # of all classes that are learnt
         with modes_kept(self.nets):
             pictures = self._averaged().draw_items(batch)
+        if not self.accelerator.is_main_process:
+            return
         condition = self.teacher.condition
         if condition.paired:
             given = condition.pictures(condition.of_items(batch))
@@ -498,26 +524,30 @@ class Run:
     def save(self, done: int) -> None:
         """Write the checkpoint of iteration `done`."""
         self.check(done)
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.shards):
             return
         state = {
-            "nets": {name: net.state_dict() for name, net in self.nets.items() if name not in self.of_teacher},
-            "averages": {name: net.state_dict() for name, net in self.averages.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "nets": {name: whole(net.state_dict()) for name, net in self.nets.items() if name not in self.of_teacher},
+            "averages": {name: whole(net.state_dict()) for name, net in self.averages.items()},
+            "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
         }
+        if not self.accelerator.is_main_process:
+            return
         spent = {k: v for k, v in self.cost(done).items() if k in ("seconds", "waited_for_data", "peak_memory_mb")}
         self.checkpoints.save(done, state, {"execution": asdict(self.execution), **spent})
         self.write_cost(done)
 
     def resume(self) -> int:
         """Load the newest checkpoint and return the iteration to go on with, 0 if there is none."""
-        found = self.checkpoints.load(self.accelerator.device)
+        found = self.checkpoints.load(torch.device("cpu") if self.shards else self.accelerator.device)
         if found is None:
             return 0
         state, about = found
-        for kind, parts in (("nets", self.nets), ("averages", self.averages), ("optimizers", self.optimizers)):
+        for kind, parts in (("nets", self.nets), ("averages", self.averages)):
             for name, values in state[kind].items():
-                parts[name].load_state_dict(values)
+                load_whole(parts[name], values)
+        for name, values in state["optimizers"].items():
+            load_whole_optimizer(self.optimizers[name], values)
         self.seconds, self.peak_mb = about.get("seconds", 0.0), about.get("peak_memory_mb", 0.0)
         self.batches.waited = about.get("waited_for_data", 0.0)
         self.execution = Execution(**about.get("execution", {}))
