@@ -545,6 +545,53 @@ def test_one_raster_of_another_kind_is_named(tmp_path: Path) -> None:
     assert torch.equal(opened(tmp_path).items([1])["sar"], turned)
 
 
+def test_a_raster_whose_units_are_unclear_is_named_among_others(tmp_path: Path) -> None:
+    for name, east in (("a", 0), ("b", 5000), ("c", 9000)):
+        raster_pair(tmp_path / "train", name, east)
+    raster_pair(tmp_path / "test", "d", 20_000)
+    for name, east in (("b", 5000), ("c", 9000)):  # hundreds of decibels outnumber the others
+        numbers = np.round(backscatter(2) * 100).astype(np.float32)
+        raster(tmp_path / f"train/sar/{name}.tif", numbers, (500_000 + east, 4_800_000))
+    with pytest.raises(BadInput, match=r"sar/b\.tif: units: .*beyond decibels"):
+        opened(tmp_path).items([0])
+    with pytest.raises(BadInput, match=r"sar/b\.tif.*one kind in all rasters"):
+        opened(tmp_path, units="db").items([0])
+    ambiguous, dates = tmp_path / "train/sar/b.tif", ("VV_asc", "VH_asc", "VV_desc", "VH_desc")
+    raster(ambiguous, backscatter(2, 4), (505_000, 4_800_000), names=dates)
+    with pytest.raises(BadInput, match=rf"{ambiguous}: bands.*band 1 \(VV_asc\) and band 3.*VV=1,VH=2"):
+        opened(tmp_path, units="db").items([0])
+
+
+def test_noise_in_one_raster_is_clamped_and_what_cannot_be_is_a_hole(tmp_path: Path) -> None:
+    sar, colour = backscatter(1), noise(1, 32, 32)
+    sar[3, 4], sar[5, 6, 1] = -101.3, -9999
+    for units in ("auto", "db"):
+        pairs = opened(folder(tmp_path, sar, colour), units=units)
+        scene = pairs.scenes[0].astype(float)
+        assert np.argwhere(np.isnan(scene).any(2)).tolist() == [[5, 6]] and np.isnan(scene[5, 6]).all()
+        assert (scene[3, 4, :2] == -80).all() and (pairs.items([0])["sar"][0, :, 3, 4] == -1).all()
+
+
+def test_a_border_of_zeros_is_a_hole_as_if_the_file_said_so(tmp_path: Path) -> None:
+    power, colour = (10 ** (backscatter(1, side=64) / 10)).astype(np.float32), noise(1, 64, 64)
+    power[:, :20] = 0
+    with pytest.warns(Notice, match=r"nodata = 0 says, in 1 of 1 SAR rasters, the first .*sar/train\.tif"):
+        found = opened(folder(tmp_path / "found", power, colour), size=16).items([0, 1])
+    told = opened(folder(tmp_path / "told", power, colour, {"nodata": 0})).scenes[0]
+    found_scene = opened(tmp_path / "found").scenes[0]
+    assert np.array_equal(found_scene, told, equal_nan=True) and np.isnan(told[:, :20]).all()
+    assert set(found) == {"sar", "image"}
+
+
+def test_a_stored_zero_of_scaled_reflectance_is_no_data(tmp_path: Path) -> None:
+    numbers = rng(0).integers(1000, 4000, (32, 32, 3), dtype=np.uint16)
+    numbers[2, 3] = 0
+    root = folder(tmp_path, backscatter(1), numbers)
+    with rasterio.open(root / "train/opt/train.tif", "r+") as file:
+        file.scales, file.offsets = [1e-4] * 3, [-0.1] * 3
+    assert np.argwhere(np.isnan(opened(root).scenes[0]).any(2)).tolist() == [[2, 3]]
+
+
 def test_holes_are_zero_to_the_model_and_poor_crops_are_left_out(tmp_path: Path) -> None:
     sar = backscatter(1, side=64)
     sar[:, 32:] = -99  # the right half is a hole, and a few pixels on the left

@@ -24,6 +24,7 @@ from app.media.geotiff import ENV, check, grey, import_rasterio
 from app.media.image_files import encode
 from app.settings import Settings
 from distillers.errors import BadInput
+from distillers.models.band_names import polarisations_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,9 +72,8 @@ class Translated:
 
 
 def scene_name(given: str) -> str:
-    """Return a safe file name that keeps the polarisation, the only fact that is read from a name."""
-    found = re.findall(r"(?<![A-Z0-9])(?:VV|VH)(?![A-Z0-9])", given.upper())
-    return "_".join(["scene", *sorted(set(found))]) + ".tif"
+    """Return a safe file name that keeps the polarisations in their order, the only fact that is read from a name."""
+    return "_".join(["scene", *polarisations_of_file(given)]) + ".tif"
 
 
 class Scenes:
@@ -176,8 +176,9 @@ class Scenes:
         """Return the result and the SAR as small PNG pictures of one size."""
         from distillers.sar.raster import preview
 
-        sar = grey(order.scene, facts, order.options.nodata, PREVIEW)
-        return encode(preview(order.optical, PREVIEW), "png"), encode(sar, "png")
+        optical = preview(order.optical, PREVIEW)
+        sar = grey(order.scene, facts, order.options.nodata, (optical == 0).all(2))
+        return encode(optical, "png"), encode(sar, "png")
 
 
 def _caller_error(error: BadInput, folder: Path) -> Exception:

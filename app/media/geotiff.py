@@ -91,27 +91,29 @@ def check(path: Path, max_pixels: int | None = None) -> None:
         raise BadInput("image", given, f"a file tiled or in strips, {MAX_BLOCK} bytes a block (gdal_translate -of COG)")
 
 
-def grey(path: Path, facts: "SceneFacts", nodata: float | None, side: int) -> Pixels:
+def grey(path: Path, facts: "SceneFacts", nodata: float | None, holes: NDArray[np.bool_]) -> Pixels:
     """Show the first band that was used in grey, (h, w) uint8: 2 to 98 % of its decibels as 1..255, no data as 0.
 
     Args:
-        side: pixels a side, at most.
+        nodata: the stored number that the caller said to mean no data.
+        holes: (h, w), where the result has no data; the picture is as large.
     """
     from rasterio.enums import Resampling
 
     from distillers.models.radiometry import decibels
+    from distillers.sar.raster import scaled
 
     rasterio = import_rasterio()
     index = next(iter(facts.bands.values()))
     with rasterio.Env(**ENV), rasterio.open(path, driver="GTiff") as raster:
-        shrink = max(1.0, max(raster.shape) / side)
-        shape = tuple(max(1, round(length / shrink)) for length in raster.shape)
         # an average would mix in what only the caller knows to be no data
         how = Resampling.average if nodata is None else Resampling.nearest
-        read = raster.read(index, out_shape=shape, masked=True, resampling=how)
-        values: NDArray[Any] = read.astype(np.float64).filled(np.nan) * raster.scales[index - 1]
-        values += raster.offsets[index - 1]
-    values[values == nodata] = np.nan
+        read = raster.read([index], out_shape=(1, *holes.shape), masked=True, resampling=how)
+        stored: NDArray[Any] = read.astype(np.float64).filled(np.nan)
+        if nodata is not None:
+            stored[stored == nodata] = np.nan
+        values = scaled(raster, [index], stored)[0]
+    values[holes] = np.nan
     db = decibels(values, facts.units)
     low, high = np.nanquantile(db, (0.02, 0.98)) if np.isfinite(db).any() else (0.0, 1.0)
     levels = 1 + 254 * (db - low) / max(high - low, 1e-6)

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
-from distillers.models.radiometry import name_bands
-from distillers.sar.raster import import_rasterio, open_raster, read_bands
+from distillers.models.band_names import name_bands
+from distillers.sar.border import find_border
+from distillers.sar.part import Part
+from distillers.sar.raster import alpha_bands, import_rasterio, open_raster, read_stored, scaled
 
 RASTER_SUFFIXES = frozenset({".tif", ".tiff"})
 DISPLAY = 0.3  # the reflectance that is shown as white
@@ -64,44 +66,54 @@ def on_one_map(corners: Sequence[NDArray[np.float64]], systems: Sequence[Any]) -
 
 
 def sar_bands(path: Path, wanted: str | None) -> dict[str, int]:
-    """Name a SAR raster's bands, {polarisation: number from 1}: see `radiometry.name_bands`."""
+    """Name a SAR raster's bands, {polarisation: number from 1}: see `band_names.name_bands`."""
     with _open(path) as raster:
         try:
-            return name_bands(wanted, raster.descriptions, path.stem)[0]
+            return name_bands(wanted, raster.descriptions, path.stem, alpha_bands(raster))[0]
         except BadInput as error:
             raise BadInput(f"{path}: {error.field}", error.given, error.allowed) from None
 
 
 def read_sar_raster(
     path: Path, bands: dict[str, int], nodata: float | None = None
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Read backscatter (H,W,C) in the raster's own units, and (H,W), where there are data in all bands.
+) -> tuple[NDArray[Any], NDArray[np.bool_], bool]:
+    """Read backscatter in the raster's own units.
+
+    Returns:
+        (H,W,C); (H,W), where there are data in all bands; and whether a border of zeros was taken for no data, which in
+        8 bits, where 0 may be water, it never is.
 
     Raises:
         BadInput: a damaged file or complex values.
     """
     with _open(path) as raster:
-        values, valid = _read(raster, list(bands.values()), path, nodata)
+        indexes = list(bands.values())
+        stored, valid = _read(raster, indexes, path, nodata)
+        values = scaled(raster, indexes, stored)
     if values.dtype.kind == "c":
         raise BadInput(str(path), "complex values", "detected, terrain-corrected backscatter")
-    return values, valid
+    bordered = False
+    if stored.dtype != np.uint8 and (zero := valid & (stored == 0).all(0)).any():
+        border = find_border(lambda top, rows: (zero[top : top + rows], ~valid[top : top + rows]), *valid.shape)
+        bordered, valid = border.pixels > 0, valid & ~border.within(Part(0, 0, *valid.shape))
+    return values.transpose(1, 2, 0), valid, bordered
 
 
 def read_optical_raster(path: Path, scale: float, offset: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Read red, green and blue (H,W,3), 0..255, and (H,W), where there are data.
 
     8 bits are taken as they are. All else is reflectance, (numbers - offset) / scale or as the file's own scale says,
-    of which 0 to DISPLAY become 0 to 255; there 0 in all three is no data, as in Sentinel-2's products.
+    of which 0 to DISPLAY become 0 to 255; there a stored 0 in all three is no data, as in Sentinel-2's products.
     """
     with _open(path) as raster:
         bands = _rgb(raster, path)
-        values, valid = _read(raster, bands, path)
-        scaled = any((raster.scales[i - 1], raster.offsets[i - 1]) != (1, 0) for i in bands)
+        stored, valid = _read(raster, bands, path)
+        values = scaled(raster, bands, stored)
     if values.dtype == np.uint8:
-        return values, valid
-    if not scaled:
-        valid &= (values != 0).any(2)
-        seen = values[valid]
+        return values.transpose(1, 2, 0), valid
+    valid &= (stored != 0).any(0)
+    if values is stored:
+        seen = values[:, valid]
         if seen.size and scale > 100 and seen.max() <= 2:
             given = f"no number above {float(seen.max()):.4g}"
             raise BadInput(
@@ -109,7 +121,7 @@ def read_optical_raster(path: Path, scale: float, offset: float) -> tuple[NDArra
             )
         values = (values.astype(np.float32) - offset) / scale
     levels = np.clip(np.nan_to_num(values) / DISPLAY, 0, 1) * 255
-    return np.round(levels).astype(np.uint8), valid
+    return np.round(levels).astype(np.uint8).transpose(1, 2, 0), valid
 
 
 def _rgb(raster: Any, path: Path) -> list[int]:
@@ -118,7 +130,10 @@ def _rgb(raster: Any, path: Path) -> list[int]:
     found = [next((i + 1 for i, name in enumerate(names) if name in wanted), None) for wanted in RGB]
     if None not in found:
         return [i for i in found if i is not None]
-    if raster.count == 3 or (raster.count == 4 and raster.dtypes[0] == "uint8"):  # the fourth is a mask
+    alpha = alpha_bands(raster)
+    if raster.count - len(alpha) == 3:
+        return [i for i in range(1, raster.count + 1) if i not in alpha]
+    if raster.count == 4 and raster.dtypes[0] == "uint8":  # the fourth is a mask
         return [1, 2, 3]
     if raster.count in SENTINEL2_COUNTS:
         return [4, 3, 2]
@@ -129,12 +144,11 @@ def _rgb(raster: Any, path: Path) -> list[int]:
 def _read(
     raster: Any, indexes: list[int], path: Path, nodata: float | None = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Read bands as `read_bands` does, but (H,W,C). BadInput names a damaged file."""
+    """Read bands as `read_stored` does. BadInput names a damaged file."""
     try:
-        values, valid = read_bands(raster, indexes, nodata=nodata)
+        return read_stored(raster, indexes, nodata=nodata)
     except import_rasterio(str(path)).errors.RasterioError as error:
         raise BadInput(str(path), str(error.__cause__ or error), "a complete, readable raster") from None
-    return values.transpose(1, 2, 0), valid
 
 
 def _open(path: Path) -> Any:

@@ -6,6 +6,7 @@ them; `models.radiometry` converts SAR values to a model's input.
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,14 +35,14 @@ from distillers.data.pixels import (
     spread,
     to_tensor,
 )
-from distillers.errors import BadInput, checked
+from distillers.errors import BadInput, Notice, checked
+from distillers.models.band_names import POLARISATIONS
 from distillers.models.radiometry import (
-    HIGHEST_DB,
-    LOWEST_DB,
     NAMED,
-    POLARISATIONS,
+    NO_DATA_DB,
     UNITS,
     Radiometry,
+    can_be,
     decibels,
     decide_units,
     measure_white,
@@ -81,7 +82,7 @@ class SarOpticalPairs:
     brings the optical pictures of one source to the brightness of another: gain * level + offset, levels of 0 to 255.
 
     Rasters (layouts geotiff and sen12ms) say their bands by description, else `bands` does, as in
-    `radiometry.name_bands`. Units "auto" are "dn" for 8 bits, else decided by the values of SAMPLED rasters, for all
+    `band_names.name_bands`. Units "auto" are "dn" for 8 bits, else decided by the values of SAMPLED rasters, for all
     alike. `nodata` is a SAR value that means no data beside NaN and what the file says. Optical rasters of 8 bits are
     taken as they are, all others as reflectance, (numbers - optical_offset) / optical_scale: optical_offset = 1000 for
     Sentinel-2 since processing baseline 04.00, as ESA delivers it. Crops of which more than a tenth lack data are not
@@ -124,6 +125,7 @@ class SarOpticalPairs:
         self.layout, pairs = find_pairs(self.path, split, layout)
         self.pairs = [pairs[i] for i in spread(len(pairs), limit)]
         self._asked = bands, units
+        self._bordered: dict[Path, None] = {}  # rasters whose zeros along the edge are taken for no data, in order
         if self.layout in RASTERS:
             self.bands = tuple(self._bands_of(self.pairs[0]))
             return
@@ -142,6 +144,10 @@ class SarOpticalPairs:
         """
         read = self._read_rasters if self.layout in RASTERS else _read_pair
         found = [self._recoloured(read(pair, self.side)) for pair in self.pairs]
+        if self._bordered:
+            shown = f"{len(self._bordered)} of {len(self.pairs)} SAR rasters, the first {next(iter(self._bordered))}"
+            told = f"{self.path}: 0 along the edge is taken for no data, as nodata = 0 says, in {shown}"
+            warnings.warn(told, Notice, stacklevel=2)
         kind = np.uint8 if all(scene.dtype == np.uint8 for scene in found) else np.float16
         return [scene.astype(kind, copy=False) for scene in found]
 
@@ -158,24 +164,34 @@ class SarOpticalPairs:
         asked = self._asked[1]
         if asked != "auto" or self.layout not in RASTERS:
             return "dn" if asked == "auto" else asked
-        samples: dict[str, list[NDArray[Any]]] = {band: [] for band in self.bands}
+        sampled: dict[Path, dict[str, NDArray[Any]]] = {}
         for i in spread(len(self.pairs), SAMPLED):
             values, valid = self._read_sar(self.pairs[i])
-            for band, numbers in zip(self.bands, values[valid].T, strict=True):
-                samples[band].append(numbers[:: 1 + numbers.size // 65_536])
-        if not sum(map(len, samples[self.bands[0]])):
+            numbers = values[valid]
+            if numbers.size:
+                numbers = numbers[:: 1 + len(numbers) // 65_536]
+                sampled[self.pairs[i].sar] = dict(zip(self.bands, numbers.T, strict=True))
+        if not sampled:
             raise BadInput("path", str(self.path), "SAR rasters with data")
-        return decide_units({band: np.concatenate(parts) for band, parts in samples.items()})[0]
+        together = {band: np.concatenate([own[band] for own in sampled.values()]) for band in self.bands}
+        try:
+            return decide_units(together)[0]
+        except BadInput as error:
+            raise BadInput(f"{_first_unclear(sampled)}: units", error.given, error.allowed) from None
 
     def _bands_of(self, pair: Pair) -> dict[str, int]:
         """Name the bands of a pair's SAR raster that the model takes, {polarisation: number}."""
         return self.radiometry.choose_bands(sar_bands(pair.sar, self._asked[0]))
 
     def _read_sar(self, pair: Pair) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Read a pair's SAR raster as `read_sar_raster` does, and remember it where a border of zeros was found."""
         found = self._bands_of(pair)
         if set(found) != set(self.bands):
             raise BadInput(str(pair.sar), ", ".join(found), f"{', '.join(self.bands)}, as in {self.pairs[0].sar}")
-        return read_sar_raster(pair.sar, {band: found[band] for band in self.bands}, self.nodata)
+        values, valid, bordered = read_sar_raster(pair.sar, {band: found[band] for band in self.bands}, self.nodata)
+        if bordered:
+            self._bordered[pair.sar] = None
+        return values, valid
 
     @cached_property
     def _eight_bits(self) -> bool:
@@ -195,6 +211,7 @@ class SarOpticalPairs:
         valid = valid & seen
         if not self._eight_bits:
             sar = self._levels(pair, sar, valid)
+            valid &= ~np.isnan(sar).any(2)
         scene = np.concatenate([sar, optical.astype(sar.dtype)], axis=2)
         return scene if valid.all() else np.where(valid[..., None], scene, np.nan).astype(np.float16)
 
@@ -205,12 +222,14 @@ class SarOpticalPairs:
             return out
         samples = {band: sar[..., i][valid] for i, band in enumerate(self.bands)}
         low, high = float(sar[valid].min()), float(sar[valid].max())
-        wrong = low < LOWEST_DB or high > HIGHEST_DB if self.units == "db" else high <= 0
+        wrong = not can_be(samples, "db") if self.units == "db" else high <= 0
         if self.units == STRETCHED or wrong or (self._asked[1] == "auto" and self._of_another_kind(samples)):
             given = f"values from {low:.4g} to {high:.4g}, in a folder of units {self.units}"
             raise BadInput(str(pair.sar), given, "values of one kind in all rasters; nodata where a number means none")
-        for i, (band, numbers) in enumerate(samples.items()):
-            shift = 0.0
+        if self.units == "db":
+            valid = valid & (sar > NO_DATA_DB).all(2)  # no more than noise, so some are left
+        for i, band in enumerate(self.bands):
+            numbers, shift = sar[..., i][valid], 0.0
             if self.radiometry.is_relative(self.units):
                 shift = self.radiometry.white_level(band) - measure_white(numbers, self.units)
             out[valid, i] = decibels(numbers, self.units) + np.float32(shift)
@@ -536,6 +555,19 @@ def _speckle(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.flo
     white = rng.normal(0, SPECKLE_DB, shape)
     pairs = (white + np.roll(white, 1, -1)) / np.sqrt(2)
     return (pairs + np.roll(pairs, 1, -2)) / np.sqrt(2)
+
+
+def _first_unclear(sampled: Mapping[Path, Mapping[str, NDArray[Any]]]) -> Path:
+    """Find the first raster whose units its own values do not tell, or that has other units than the ones before."""
+    units = set()
+    for file, samples in sampled.items():
+        try:
+            units.add(decide_units(samples)[0])
+        except BadInput:
+            return file
+        if len(units) > 1:
+            return file
+    return next(iter(sampled))
 
 
 def _holes(crops: NDArray[Any]) -> NDArray[np.floating]:

@@ -8,8 +8,7 @@ names, as it names the clip ranges (`sar` in fewstep.json).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,20 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillers.errors import BadInput
+from distillers.models.band_names import POLARISATIONS, name_bands, polarisations_of_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Array = NDArray[np.floating]
 
-POLARISATIONS = ("VV", "VH")
 Units = Literal["auto", "db", "linear", "amplitude", "dn"]  # what the numbers of a raster are; auto: by their values
 UNITS = get_args(Units)[1:]
 WHITE = 0.99  # the quantile of digital numbers that is taken for white, as in the pictures the models learnt from
 PLAUSIBLE_DB = {"VV": (-20.0, -4.0), "VH": (-27.0, -11.0), "": (-27.0, -4.0)}  # where the median of land lies
 LOWEST_DB, HIGHEST_DB = -80.0, 50.0  # beyond, a number is no backscatter in decibels (saturated metal reaches 40)
+NO_DATA_DB = -450.0  # 10 log10 of the smallest float32; a lower number, such as -9999, never was a power
+NOISE = 0.05  # the share of values that noise, subtracted or rounded to nothing, may put beyond what their units allow
 DN_ABOVE = 50.0  # no median of power or amplitude comes near it
-ADVICE = "say what they are: --units db | linear | amplitude | dn"
+ADVICE = "say what they are: --units db | linear | amplitude | dn; and what means no data: --nodata NUMBER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +148,13 @@ class Radiometry:
         """
         if bands is not None:
             return next(iter(name_bands(bands, [None])[0]))
-        named = _polarisations(file)
-        if len(named) == 1:
+        named = polarisations_of_file(file)
+        if len(named) == 1 and named[0] in POLARISATIONS:
             return named[0]
         if self.form == "amplitude":
             return ""
+        if set(named) - {*POLARISATIONS}:
+            raise BadInput("bands", f"{' and '.join(named)} in the file's name", " or ".join(self.bands))
         if len(self.bands) > 1:
             raise BadInput("bands", None, f"{' or '.join(self.bands)}, or a file with it in its name: tile-VH.png")
         return self.bands[0]
@@ -197,11 +200,12 @@ NAMED = {"amplitude": AMPLITUDE, "sentinel1-db": SENTINEL1_DB, "sentinel1": SENT
 def decibels(values: NDArray[Any], units: str) -> NDArray[np.float32]:
     """Convert values in `units` to dB, digital numbers to relative dB; NaN stays NaN.
 
-    Zero backscatter, or less where noise was subtracted, becomes LOWEST_DB.
+    Zero backscatter, or less where noise was subtracted, becomes LOWEST_DB, and so does what is lower; decibels above
+    HIGHEST_DB become that.
     """
     numbers = values.astype(np.float32)
     if units == "db":
-        return numbers
+        return np.clip(numbers, LOWEST_DB, HIGHEST_DB)
     factor = np.float32(10 if units == "linear" else 20)
     smallest = np.float32(10 ** (LOWEST_DB / factor))
     return factor * np.log10(np.maximum(numbers, smallest))
@@ -219,10 +223,11 @@ def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
 
     One rule holds for all bands; where one band could be in two units, another may decide:
     - 8 bits: digital numbers, stretched for display.
-    - a median below -1 dB, all values between -80 and 50: decibels.
+    - a median below -1 dB, values between -80 and 50: decibels.
     - a median above 50, or whole numbers: digital numbers.
-    - nothing negative (but for 5 % of noise, subtracted below zero): linear power where that puts the median where land
-      has it and amplitude does not, amplitude where it is the other way round.
+    - nothing negative: linear power where that puts the median where land has it and amplitude does not, amplitude
+      where it is the other way round.
+    Up to a share NOISE of the values may be beyond, so that no single value decides.
 
     Raises:
         BadInput: both fit all bands, none fits one, or the bands disagree.
@@ -235,6 +240,28 @@ def decide_units(samples: Mapping[str, NDArray[Any]]) -> tuple[str, str]:
     return kinds.pop(), reasons
 
 
+def can_be(samples: Mapping[str, NDArray[Any]], units: str) -> bool:
+    """Tell whether a raster's values by band can be in these units.
+
+    As decibels each band lies between -80 and 50; of what else they are, some band has more than noise above 0. A share
+    NOISE of a band may be beyond.
+    """
+    if units == "db":
+        return all(_share_beyond(values) <= NOISE for values in samples.values())
+    return any(float((values > 0).mean()) > NOISE for values in samples.values())
+
+
+def _share_beyond(values: NDArray[Any]) -> float:
+    """Measure the share of values that are no decibels of backscatter."""
+    return float(((values < LOWEST_DB) | (values > HIGHEST_DB)).mean())
+
+
+def most_common_below(values: NDArray[Any]) -> tuple[float, float]:
+    """Find the most common of the values below LOWEST_DB and its share of all values; (nan, 0) where none is below."""
+    numbers, counts = np.unique(values[values < LOWEST_DB], return_counts=True)
+    return (float(numbers[counts.argmax()]), float(counts.max() / values.size)) if numbers.size else (np.nan, 0.0)
+
+
 def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
     """Return the units that fit one band, and why."""
     if values.dtype == np.uint8:
@@ -243,76 +270,23 @@ def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
     low, median, high = float(numbers.min()), float(np.median(numbers)), float(numbers.max())
     seen = f"{low:.4g} to {high:.4g}, median {median:.4g}"
     if median < -1:
-        fits = low >= LOWEST_DB and high <= HIGHEST_DB
-        return ({"db"}, f"{seen}: negative, as decibels are") if fits else (set(), f"{seen}: beyond decibels; scaled?")
+        if median >= LOWEST_DB and _share_beyond(numbers) <= NOISE:
+            return {"db"}, f"{seen}: negative, as decibels are"
+        number, share = most_common_below(numbers)
+        meant = f"{100 * share:.0f} % are {number:g}, no data?" if share > NOISE else "scaled?"
+        return set(), f"{seen}: beyond decibels; {meant}"
     negative = float((numbers < 0).mean())
-    if negative > 0.05:
+    if negative > NOISE:
         return set(), f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power"
-    if median > DN_ABOVE or (values.dtype.kind in "ui" and high > 1):
+    if median > DN_ABOVE or (values.dtype.kind in "ui" and np.quantile(numbers, 1 - NOISE) > 1):
         return {"dn"}, f"{seen}: digital numbers"
     if median <= 0:
-        return set(), f"{seen}: hardly any backscatter"
+        return set(), f"{seen}: hardly any backscatter; does 0 mean no data?"
     bottom, top = PLAUSIBLE_DB.get(band, PLAUSIBLE_DB[""])
     levels = {"linear": 10 * np.log10(median), "amplitude": 20 * np.log10(median)}
     fitting = {units for units, level in levels.items() if bottom <= level <= top}
     told = ", ".join(f"{level:.1f} dB if {units}" for units, level in levels.items())
     return fitting, f"{seen}: {told}; plausible for land: {' and '.join(sorted(fitting)) or 'neither'}"
-
-
-def name_bands(wanted: str | None, descriptions: Sequence[str | None], file: str = "") -> tuple[dict[str, int], str]:
-    """Name a raster's bands: {polarisation: band number from 1}, and how they were named.
-
-    wanted: None, or entries divided by commas: "VV,VH" (by description; else by position), "2,1" (numbers, in the order
-    VV, VH), "VV=2". Without: by descriptions, by the file's name where there is one band, by position for two.
-
-    Raises:
-        BadInput: no such band, an unknown polarisation, one named twice.
-    """
-    count = len(descriptions)
-    described = {p: i + 1 for p in POLARISATIONS for i, d in enumerate(descriptions) if p in _words(d)}
-    allowed = f"VV, VH, numbers 1 to {count}, or VV=NUMBER, divided by commas"
-    if wanted is None:
-        return _guess(described, count, file)
-    found: dict[str, int] = {}
-    entries = [entry.strip() for entry in wanted.split(",")]
-    for position, entry in enumerate(entries):
-        name, _, number = entry.upper().partition("=")
-        if name.isdigit() and not number:
-            by_number = {i: p for p, i in described.items()}
-            name, number = by_number.get(int(name), POLARISATIONS[min(position, 1)]), name
-        if name not in POLARISATIONS or name in found or not (number or "1").isdigit():
-            raise BadInput("bands", wanted, allowed)
-        if not number and name not in described and (described or len(entries) != count):
-            names = ", ".join(d or "no description" for d in descriptions)
-            raise BadInput("bands", f"{wanted}, in a raster of {count} ({names})", allowed)
-        index = int(number) if number else described.get(name, position + 1)
-        if not 1 <= index <= count or index in found.values():
-            raise BadInput("bands", wanted, allowed)
-        found[name] = index
-    return found, "as asked for"
-
-
-def _guess(described: dict[str, int], count: int, file: str) -> tuple[dict[str, int], str]:
-    if described:
-        return described, "by band descriptions"
-    if count == 1:
-        named = _polarisations(file)
-        if len(named) == 1:
-            return {named[0]: 1}, "by the file's name"
-        return {"VV": 1}, "assumed: one band without a name is taken for VV"
-    if count == 2:
-        return {"VV": 1, "VH": 2}, "assumed: two bands without names are taken for VV, VH"
-    raise BadInput("bands", f"{count} bands without polarisations in their descriptions", "--bands VV=NUMBER,VH=NUMBER")
-
-
-def _polarisations(file: str) -> list[str]:
-    """List the polarisations that the name of a file has as words of their own."""
-    words = _words(re.split(r"[/\\]", file)[-1])
-    return [p for p in POLARISATIONS if p in words]
-
-
-def _words(text: str | None) -> set[str]:
-    return set("".join(c if c.isalnum() else " " for c in (text or "").upper()).split())
 
 
 @lru_cache

@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 
 from distillers.errors import BadInput, check_file
 from distillers.models import radiometry
+from distillers.models.band_names import is_nameless, name_bands
 from distillers.models.radiometry import Radiometry
 from distillers.sar.address import Scene, file_name, gdal_name, is_address
+from distillers.sar.border import NO_BORDER, find_border
 from distillers.sar.part import Part
 from distillers.sar.tiles import ground_corner
 
 MAX_PIXELS = 1 << 33  # of a scene: twenty of Sentinel-1's largest; beyond, a header lies
 LEAST_SIDE = 8  # px; below it there is nothing to translate
 WINDOW, WINDOWS = 256, 8  # px a side, and how many down and across: what units and white are decided by
+STRAY = 0.01  # the share of zeros inside a scene that is told
 GROUND_M = (5.0, 20.0)  # pixel sizes that models of 10 m can be trusted with
 TOOLS = "SNAP, pyroSAR, sarsen"
 CACHE_MB = 128  # without a limit GDAL takes a twentieth of the machine's memory
@@ -73,12 +76,17 @@ class Source:
             allowed = f"a raster that opens, such as a whole GeoTIFF ({error})"
             raise BadInput("scene", self.path.name, allowed) from None
         self.notes: list[str] = []
-        self.nodata = nodata
+        self.nodata, self.units = nodata, ""
+        self.lowest: float | None = None  # read so far, where it is too low for decibels
         try:
             self._check(rasterio)
             self.bands, self.bands_how = self._bands(bands)
+            self.border = NO_BORDER
             samples = self._sample()
             self.units, self.units_why = self._units(units, samples)
+            if self.units == "db":
+                samples = {band: values[values > radiometry.NO_DATA_DB] for band, values in samples.items()}
+                self._note_lowest(samples)
             self.shift = {band: 0.0 for band in self.bands}
             if seen.is_relative(self.units):
                 self.shift = {
@@ -136,7 +144,7 @@ class Source:
 
     def _bands(self, wanted: str | None) -> tuple[dict[str, int], str]:
         r = self.raster
-        found, how = radiometry.name_bands(wanted, r.descriptions, self.path.stem)
+        found, how = name_bands(wanted, r.descriptions, self.path.stem, alpha_bands(r))
         if len({r.dtypes[i - 1] for i in found.values()}) > 1:
             raise BadInput("bands", found, "bands of one data type")
         kept = self.radiometry.choose_bands(found)
@@ -147,7 +155,32 @@ class Source:
         return found, how
 
     def _sample(self) -> dict[str, NDArray[Any]]:
-        """Read valid values by band, from windows spread over the scene, or from all of it where those hold few."""
+        """Read valid values by band, and find the border of zeros that the scene may have."""
+        dark = self.raster.dtypes[next(iter(self.bands.values())) - 1] == "uint8"  # there 0 may be water
+        if not dark and self._zero_on_edge():
+            self._find_border()
+        samples, zeros = self._read_spread()
+        if not dark and zeros and not self.border.pixels and self._find_border():  # zeros around which are other holes
+            samples, zeros = self._read_spread()
+        if self.border.pixels:
+            share = 100 * self.border.pixels / (self.raster.height * self.raster.width)
+            self.notes.append(
+                f"{share:.3g} % of the scene, along its edge, is 0 in all bands used: taken for no data, as --nodata 0 "
+                "says."
+            )
+        if zeros > STRAY:
+            self.notes.append(
+                f"{100 * zeros:.3g} % of the pixels are 0 in all bands used and drawn as ground: --nodata 0 if that "
+                "means no data."
+            )
+        return samples
+
+    def _read_spread(self) -> tuple[dict[str, NDArray[Any]], float]:
+        """Read valid values by band, from windows spread over the scene, or from all of it where those hold few.
+
+        Returns:
+            the values, and the share of them that are 0 in all bands.
+        """
         from rasterio.windows import Window
 
         height, width = self.shape
@@ -157,38 +190,89 @@ class Source:
         every = (Window(0, top, width, min(side, height - top)) for top in range(0, height, side))
         for windows, enough in ((few, 1000), (every, 1)):
             found: dict[str, list[NDArray[Any]]] = {band: [] for band in self.bands}
-            valid_pixels = 0
+            valid_pixels = zeros = 0
             for window in windows:
-                values, valid = self._read(window)
-                for band, numbers in zip(self.bands, values, strict=True):
+                stored, valid = self._read_stored(window)
+                for band, numbers in zip(self.bands, self._scaled(stored), strict=True):
                     found[band].append(numbers[valid])
                 valid_pixels += int(valid.sum())
+                zeros += int((valid & (stored == 0).all(0)).sum())
                 if windows is not few and valid_pixels > 1 << 22:
                     break
             if valid_pixels >= enough:
-                return {band: np.concatenate(parts) for band, parts in found.items()}
+                samples = {band: np.concatenate(parts) for band, parts in found.items()}
+                return samples, zeros / valid_pixels
         raise BadInput("scene", "no pixel with data", "a raster with valid pixels in the bands asked for")
+
+    def _zero_on_edge(self) -> bool:
+        """Tell whether a pixel on the scene's edge is 0 in all bands."""
+        from rasterio.windows import Window
+
+        height, width = self.shape
+        step = max(1, CACHE_MB * 2**20 // (4 * width * self.raster.count * 8))  # what GDAL keeps from left to right
+        windows = [Window(0, top, width, 1) for top in (0, height - 1)]
+        for top in range(0, height, step):
+            windows += [Window(left, top, 1, min(step, height - top)) for left in (0, width - 1)]
+        return any(zero.any() for zero, _ in map(self._zeros, windows))
+
+    def _find_border(self) -> bool:
+        """Look for a border of zeros, and tell whether there is one."""
+        from rasterio.windows import Window
+
+        height, width = self.shape
+        self.border = find_border(lambda top, rows: self._zeros(Window(0, top, width, rows)), height, width)
+        return self.border.pixels > 0
+
+    def _zeros(self, window: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Read where a window is 0 in all bands, and where it has no data."""
+        stored, valid = self._read_stored(window)
+        return valid & (stored == 0).all(0), ~valid
 
     def _units(self, wanted: str, samples: dict[str, NDArray[Any]]) -> tuple[str, str]:
         if wanted == "auto":
             return radiometry.decide_units(samples)
-        for band, values in samples.items():
-            low, high = float(values.min()), float(values.max())
-            wrong = (low < radiometry.LOWEST_DB or high > radiometry.HIGHEST_DB) if wanted == "db" else high <= 0
-            if wrong:
-                given = f"{wanted}, of values from {low:.4g} to {high:.4g} in {band}"
-                raise BadInput("units", given, "db: values from -80 to 50; linear, amplitude, dn: some above 0")
+        if not radiometry.can_be(samples, wanted):
+            seen = (f"{float(v.min()):.4g} to {float(v.max()):.4g} in {band}" for band, v in samples.items())
+            allowed = (
+                "db: values from -80 to 50; linear, amplitude, dn: some above 0 (5 % may be noise); --nodata NUMBER"
+            )
+            raise BadInput("units", f"{wanted}, of values from {', '.join(seen)}", f"{allowed} where one means no data")
         return wanted, "as asked for"
 
-    def _read(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Read a window as `read_bands` does."""
+    def _note_lowest(self, samples: dict[str, NDArray[Any]]) -> None:
+        """Note a number that is lower than noise makes decibels and more common than noise."""
+        for band, values in samples.items():
+            number, share = radiometry.most_common_below(values)
+            if share > STRAY / 10:
+                what = f"{100 * share:.3g} % of {band} are {number:g}, below {radiometry.LOWEST_DB:g} dB"
+                self.notes.append(f"{what}, and drawn as the darkest ground: --nodata, as stored, if it means no data.")
+
+    def _read_stored(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Read a window as `read_stored` does, without data in the scene's border."""
+        part = Part(int(window.row_off), int(window.col_off), int(window.height), int(window.width))
         try:
-            return read_bands(self.raster, list(self.bands.values()), nodata=self.nodata, window=window)
+            stored, valid = read_stored(self.raster, list(self.bands.values()), nodata=self.nodata, window=window)
         except import_rasterio().errors.RasterioError as error:
-            top = int(window.row_off)
-            given = f"{self.path.name}: rows {top} to {top + int(window.height)} cannot be read"
+            given = f"{self.path.name}: rows {part.top} to {part.top + part.height} cannot be read"
             allowed = f"a whole file; this one breaks off or is damaged ({error.__cause__ or error})"
             raise BadInput("scene", given, allowed) from None
+        if self.border.pixels:
+            valid &= ~self.border.within(part)
+        return stored, valid
+
+    def _scaled(self, stored: NDArray[Any]) -> NDArray[Any]:
+        return scaled(self.raster, list(self.bands.values()), stored)
+
+    def _read(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Read a window's values (C, H, W) in the scene's units, and (H, W), where they are valid."""
+        stored, valid = self._read_stored(window)
+        values = self._scaled(stored)
+        if self.units == "db":
+            lost = valid & (values <= radiometry.NO_DATA_DB).any(0)
+            if lost.any():
+                self.lowest = min(self.lowest or 0.0, float(values.min()))
+                valid &= ~lost
+        return values, valid
 
     def read(self, part: Part) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Read a part as the model takes it; it may reach beyond the scene, which is reflected there.
@@ -361,20 +445,41 @@ def open_raster(path: str | Path, field: str = "scene") -> Any:
         return rasterio.open(path)
 
 
-def read_bands(
+def alpha_bands(raster: Any) -> list[int]:
+    """List the numbers of the bands that hold transparency.
+
+    GDAL calls the fourth of four 8-bit bands so by default, whatever it holds: a description of something else wins.
+    """
+    alpha = import_rasterio().enums.ColorInterp.alpha
+    told = enumerate(zip(raster.colorinterp, raster.descriptions, strict=True), 1)
+    return [i for i, (kind, text) in told if kind == alpha and (is_nameless(text) or "alpha" in text.lower())]
+
+
+def read_stored(
     raster: Any, indexes: Sequence[int], *, nodata: float | None = None, window: Any = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Read bands (C, H, W) by number, scaled if the file says so, and (H, W), where they are valid in all bands.
+    """Read bands (C, H, W) by number, as they are stored, and (H, W), where they are valid in all bands.
 
-    nodata: a stored number that means no data, beside NaN and the file's own.
+    A pixel is not valid where the file's mask, its nodata or a band of transparency says so, or a number is not finite.
+
+    nodata: a stored number that means no data besides.
     """
-    values = raster.read(indexes, window=window)
+    stored = raster.read(indexes, window=window)
     valid: NDArray[np.bool_] = (raster.read_masks(indexes, window=window) > 0).all(0)
+    if alpha := alpha_bands(raster):
+        valid &= (raster.read(alpha, window=window) > 0).all(0)
     if nodata is not None:
-        valid &= (values != nodata).all(0)
+        valid &= (stored != nodata).all(0)
+    if stored.dtype.kind == "f":
+        valid &= np.isfinite(stored).all(0)
+    return stored, valid
+
+
+def scaled(raster: Any, indexes: Sequence[int], stored: NDArray[Any]) -> NDArray[Any]:
+    """Apply the scales and offsets that the file names for bands to their stored numbers (C, ...)."""
     scales, offsets = (np.array([every[i - 1] for i in indexes]) for every in (raster.scales, raster.offsets))
-    if (scales != 1).any() or (offsets != 0).any():
-        values = values * scales[:, None, None] + offsets[:, None, None]
-    if values.dtype.kind == "f":
-        valid &= np.isfinite(values).all(0)
-    return values, valid
+    if (scales == 1).all() and (offsets == 0).all():
+        return stored
+    shape = (-1, *[1] * (stored.ndim - 1))
+    values: NDArray[Any] = stored * scales.reshape(shape) + offsets.reshape(shape)
+    return values

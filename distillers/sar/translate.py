@@ -81,10 +81,12 @@ def translate(
         check_output(scene, target)
     started, seen = time.perf_counter(), Radiometry.of(info.sar)
     with ExitStack() as stack:
-        remote = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"} if is_address(scene) else {}  # no guesses at neighbours
-        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False, **remote))
+        # what .aux.xml says beside a file counts; at an address nothing is asked for that was not named
+        remote = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": False} if is_address(scene) else {}
+        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, **remote))
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
+        stack.enter_context(import_rasterio().Env(GDAL_PAM_ENABLED=False))  # no .aux.xml beside what is written
         part = find_part(source.raster, options)
         down, across = (
             axis(length, options, generator.size_multiple, start)
@@ -119,6 +121,10 @@ def translate(
             work.run(rasters, out.parent, progress)
     facts.seconds = time.perf_counter() - started
     facts.megapixels_per_second = part.height * part.width / facts.seconds / 1e6
+    if source.lowest is not None:
+        facts.warnings.append(
+            f"Numbers such as {source.lowest:g}, too low for decibels, were taken for no data: --nodata says so."
+        )
     if facts.mean_deviation is not None and facts.mean_deviation < COLLAPSED:
         facts.warnings.append(
             f"The student has collapsed to a point: {options.samples} samples differ by {facts.mean_deviation:.2f} "
