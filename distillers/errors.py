@@ -2,11 +2,14 @@
 
 import inspect
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+
+LONGEST = 255  # bytes of a file's name, on the file systems of all systems
 
 
 class BadInput(ValueError):
@@ -32,11 +35,13 @@ def check_file(path: Path, *suffixes: str, inputs: Iterable[Path] = ()) -> None:
     """Refuse a file to write before work goes into it.
 
     Raises:
-        BadInput: a name with none of these suffixes, in whatever case; a folder; one of the files that are read; a
-            place where nothing can be written. A missing folder is none of these: whoever writes makes it.
+        BadInput: a name with none of these suffixes, in whatever case, or too long; a folder; one of the files that are
+            read; a place where nothing can be written. A missing folder is none of these: whoever writes makes it.
     """
     if path.suffix.lower() not in suffixes:
         raise BadInput("out", str(path), f"a name that ends in {suffixes[0]}")
+    if (length := len(os.fsencode(path.name))) > LONGEST:
+        raise BadInput("out", f"{path.name[:40]}... of {length} bytes", f"a name of {LONGEST} bytes or fewer")
     if path.is_dir():
         raise BadInput("out", str(path), "a file: this is a folder")
     for read in inputs:

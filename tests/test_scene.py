@@ -699,6 +699,55 @@ def test_an_interrupted_work_leaves_the_old_file_and_no_new_one(tmp_path: Path, 
     assert not [t for t in threading.enumerate() if t.name.startswith("fewstep-")]
 
 
+def test_what_an_older_result_left_beside_is_not_taken_for_the_new_ones(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(48, 48))
+    out = tmp_path / "o.tif"
+    translate(generator, scene, out, SceneOptions(samples=2), stac=True)
+    for end in (".aux.xml", ".ovr"):
+        (tmp_path / f"o.tif{end}").write_text("of the older picture")
+    translate(generator, scene, out, SceneOptions(seed=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.tif", "s.tif"]
+    for other in ("o.json", "o.uncertainty.tif"):  # not of this library's making
+        (tmp_path / other).write_text("{}")
+    translate(generator, scene, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.json", "o.tif", "o.uncertainty.tif", "s.tif"]
+
+
+def test_a_link_stays_one_and_leads_to_the_new_result(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(48, 48))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "old.tif").write_text("what it led to")
+    for name, target in (("o.tif", "old.tif"), ("o.json", "item.json"), ("o.uncertainty.tif", "new.tif")):
+        (tmp_path / name).symlink_to(tmp_path / "store" / target)
+    translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=2), stac=True)
+    assert all((tmp_path / name).is_symlink() for name in ("o.tif", "o.json", "o.uncertainty.tif"))
+    assert pixels(tmp_path / "store" / "old.tif").shape == (3, 48, 48)
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["item.json", "new.tif", "old.tif"]
+    (tmp_path / "lost.tif").symlink_to(tmp_path / "none" / "o.tif")
+    with pytest.raises(BadInput, match="existing folder"):
+        translate(generator, scene, tmp_path / "lost.tif")
+
+
+def test_a_long_name_is_written_and_a_longer_one_refused(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(48, 48))
+    long = tmp_path / ("a" * 251 + ".tif")
+    translate(generator, scene, long)
+    assert long.is_file()
+    for out, options in ((long, {"samples": 2}), (tmp_path / ("ä" * 126 + ".tif"), {})):
+        with pytest.raises(BadInput, match="255 bytes"):
+            translate(generator, scene, out, SceneOptions(**options))
+    with pytest.raises(BadInput, match="255 bytes"):
+        translate(generator, scene, long, stac=True)
+
+
+def test_a_preview_that_cannot_be_is_refused_before_the_work(tmp_path: Path, generator: Generator) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(48, 48))
+    for preview in (tmp_path / "p.jpg", tmp_path / "none" / "p.png", tmp_path / f"{'p' * 260}.png"):
+        with pytest.raises(BadInput):
+            translate(generator, scene, tmp_path / "o.tif", preview=preview)
+        assert not (tmp_path / "o.tif").exists()
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, generator: Generator) -> None:
     """A limit on the size of files: the system refuses to write on, as it does on a full disk."""
     scene, out = write(tmp_path / "s.tif", backscatter(600, 600)), tmp_path / "out"
@@ -745,7 +794,10 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path, generator: Generato
 
 
 @pytest.mark.process
-def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, generator: Generator) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_without_a_traceback_or_a_file(
+    tmp_path: Path, generator: Generator, number: signal.Signals
+) -> None:
     generator.save_pretrained(tmp_path / "tiny")
     write(tmp_path / "s.tif", np.tile(backscatter(512, 512), (1, 12, 12)))
     out = tmp_path / "out"
@@ -754,9 +806,10 @@ def test_ctrl_c_ends_the_command_without_a_traceback_or_a_file(tmp_path: Path, g
     running = Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not list(out.iterdir()) and running.poll() is None:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, errors = running.communicate()
-    assert running.returncode not in (0, None) and "Traceback" not in errors
+    assert "Traceback" not in errors
+    assert running.returncode == (128 + number if number != signal.SIGINT else 130)
     assert list(out.iterdir()) == []
 
 

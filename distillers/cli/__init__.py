@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -58,9 +60,14 @@ app.add_typer(benchmarks, name="benchmark", rich_help_panel="Measure")
 def main() -> Any:
     """Run the command: whatever a person can mend is one line on stderr.
 
-    Exit codes: 2 for bad input, 1 for a stopped training and for files that cannot be read or written.
+    Exit codes: 2 for bad input, 1 for a stopped training and for files that cannot be read or written; 128 and the
+    signal's number for SIGTERM and SIGHUP, after what was written beside has been removed.
     """
     prepare_process()
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, _leave)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
     with warnings.catch_warnings():
@@ -82,6 +89,12 @@ def main() -> Any:
         except OSError as error:
             typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
             sys.exit(1)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End the process by an exception, so that every open place is left as at any other error."""
+    signal.signal(number, signal.SIG_IGN)  # a second one must not break off the cleaning
+    sys.exit(128 + number)
 
 
 def _note(message: Warning | str) -> None:

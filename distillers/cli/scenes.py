@@ -13,6 +13,7 @@ import typer
 from distillers.cli.arguments import Device, device_of, with_options
 from distillers.errors import BadInput, check_file, check_place
 from distillers.sar.address import PICTURES, Scene, file_name, find_scenes
+from distillers.sar.beside import beside
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 
 if TYPE_CHECKING:
@@ -150,16 +151,10 @@ class Work:
             _translate_picture(generator, Path(self.scene), self.out, options)
             return None
         from distillers.progress import scene_bar
-        from distillers.sar.raster import preview
         from distillers.sar.translate import translate
 
         with scene_bar() as show:
-            facts = translate(generator, self.scene, self.out, options, stac=stac, progress=show)
-        if self.preview is not None:
-            from PIL import Image
-
-            Image.fromarray(preview(self.out)).save(self.preview)
-        return facts
+            return translate(generator, self.scene, self.out, options, stac=stac, preview=self.preview, progress=show)
 
 
 def _check_options(work: Sequence[Work], options: SceneOptions, more: Mapping[str, Any]) -> None:
@@ -189,8 +184,6 @@ def _check_files(work: Sequence[Work], out: Path, preview: Path | None, several:
         if one.preview is not None:
             check_file(one.preview, ".png", inputs=[Path(one.scene)])
     if not several:
-        if preview is not None and not preview.parent.is_dir():
-            raise BadInput("preview", str(preview), "a name in an existing folder")
         return
     if preview is not None and preview.suffix:
         raise BadInput("preview", str(preview), "a folder, for several scenes")
@@ -316,9 +309,9 @@ def _translate_picture(generator: Any, sar: Path, out: Path, options: SceneOptio
     from distillers.models.radiometry import Radiometry
 
     array = read_sar(sar, Radiometry.of(generator.info.sar), options.bands)
-    grid_png(generator.translate(array, seed=options.seed, steps=options.steps), columns=1, path=out, gap=0)
-    typer.echo(f"{out}: {array.shape[-1]}x{array.shape[-2]} px")
-    typer.echo(f"warning: {WARNING}", err=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with beside(out) as path:
+        grid_png(generator.translate(array, seed=options.seed, steps=options.steps), columns=1, path=path, gap=0)
 
 
 def _calibrated(model: Path) -> str | None:

@@ -6,9 +6,9 @@ the target, converts it into a Cloud-Optimised GeoTIFF and renames it, so that a
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from distillers.models import radiometry
 from distillers.models.band_names import is_nameless, name_bands
 from distillers.models.radiometry import Radiometry
 from distillers.sar.address import Scene, file_name, gdal_name, is_address
+from distillers.sar.beside import beside
 from distillers.sar.border import NO_BORDER, find_border
 from distillers.sar.part import Part
 from distillers.sar.tiles import ground_corner
@@ -346,29 +347,36 @@ def writing(source: Source, products: Sequence[Product], tags: Mapping[str, str]
         BadInput: the disk is full, the place cannot be written.
     """
     rasterio = import_rasterio()
-    beside = [
-        [p.path.with_name(f".{p.path.name}.{os.getpid()}.{part}.tif") for part in ("rows", "cog")] for p in products
-    ]
     try:
-        with ExitStack() as stack:
-            opened = [
-                stack.enter_context(_open(source, p, plain, part))
-                for p, (plain, _) in zip(products, beside, strict=True)
-            ]
-            for raster in opened:
-                raster.update_tags(**{k: v for k, v in source.raster.tags().items() if k in KEPT_TAGS}, **tags)
-            yield opened
-        for plain, whole in beside:
-            rasterio.shutil.copy(plain, whole, **COG)
-            _check_whole(whole)
-        for product, (_, whole) in zip(products, beside, strict=True):
-            os.replace(whole, product.path)
+        with ExitStack() as places:
+            whole = [places.enter_context(beside(product.path)) for product in products]
+            with ExitStack() as stack:
+                opened = [
+                    stack.enter_context(_open(source, product, path.with_name("rows.tif"), part))
+                    for product, path in zip(products, whole, strict=True)
+                ]
+                for raster in opened:
+                    raster.update_tags(**{k: v for k, v in source.raster.tags().items() if k in KEPT_TAGS}, **tags)
+                yield opened
+            for path in whole:
+                _convert(path.with_name("rows.tif"), path)
     except (rasterio.errors.RasterioError, OSError) as error:
         raise BadInput("out", products[0].path.name, f"a place that can be written, with room ({error})") from None
+
+
+def _convert(rows: Path, whole: Path) -> None:
+    """Convert a plain file into a COG, in a thread: a signal that comes meanwhile ends the work at once."""
+
+    def work() -> None:
+        with import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False):
+            import_rasterio().shutil.copy(rows, whole, **COG)
+            _check_whole(whole)
+
+    pool = ThreadPoolExecutor(1, "fewstep-cog")
+    try:
+        pool.submit(work).result()
     finally:
-        for pair in beside:
-            for path in pair:
-                path.unlink(missing_ok=True)
+        pool.shutdown(wait=False)
 
 
 def _open(source: Source, product: Product, path: Path, part: Part) -> Any:
@@ -410,7 +418,7 @@ def _check_whole(path: Path) -> None:
 def check_output(scene: Scene, out: Path) -> None:
     """Refuse with BadInput a name that a GeoTIFF cannot have, or that is the scene's own."""
     check_file(out, ".tif", ".tiff", inputs=[] if is_address(scene) else [Path(scene)])
-    if not out.parent.is_dir():
+    if not out.resolve().parent.is_dir():
         raise BadInput("out", str(out), "a name in an existing folder that can be written")
 
 
@@ -422,6 +430,14 @@ def preview(raster: str | Path, side: int = 2048) -> NDArray[np.uint8]:
         shape = (3, max(1, round(opened.height / shrink)), max(1, round(opened.width / shrink)))
         pixels: NDArray[np.uint8] = opened.read([1, 2, 3], out_shape=shape)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
+def write_preview(raster: Path, target: Path) -> None:
+    """Write a translated scene as a small PNG, see `preview`."""
+    from PIL import Image
+
+    with beside(target) as path:
+        Image.fromarray(preview(raster)).save(path, "png")
 
 
 # --- rasterio --------------------------------------------------------------------------------------------------------

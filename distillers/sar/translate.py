@@ -24,15 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distillers.errors import BadInput
+from distillers.errors import BadInput, check_file
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
 from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address
+from distillers.sar.beside import remove_older
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 from distillers.sar.part import Part, find_part
-from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, writing
-from distillers.sar.stac import write_stac
+from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, write_preview, writing
+from distillers.sar.stac import NO_TIME, item_of, origin_of, write_item
 from distillers.sar.tiles import Axis, NoiseField, Run, Tile, axis
 
 QUANTILES = (0.05, 0.95)
@@ -54,6 +55,7 @@ def translate(
     options: SceneOptions | None = None,
     *,
     stac: bool = False,
+    preview: str | Path | None = None,
     progress: Progress | None = None,
     forward: Forward | None = None,
 ) -> SceneFacts:
@@ -68,17 +70,25 @@ def translate(
         progress: called with pixels done and pixels in all; what it raises ends the work.
         forward: runs a call of the network, for a server that has a thread for it; by default it is just called.
         stac: write a STAC item beside, `out` with .json.
+        preview: a PNG to write, of the result at 2048 px at most.
 
     Raises:
-        BadInput: what `Source` refuses, an output that is the input or cannot be written, a model of another task.
+        BadInput: what `Source` refuses, an output that is the input or cannot be written, a model of another task; for
+            a STAC item a scene without a place.
     """
     options, scene, out = options or SceneOptions(), as_scene(scene), Path(out)
-    info = generator.info
+    info, item, picture = generator.info, out.with_suffix(".json"), Path(preview) if preview is not None else None
     if not generator.condition.paired:
         raise BadInput("model", info.name, "a model of sar-to-optical")
     steps = len(generator.times(options.steps))
     for target in (out, uncertainty_path(out))[: 1 + (options.samples > 1)]:
         check_output(scene, target)
+    if stac:
+        check_file(item, ".json")
+    if picture is not None:
+        check_file(picture, ".png", inputs=[] if is_address(scene) else [Path(scene)])
+        if not picture.parent.is_dir():
+            raise BadInput("preview", str(picture), "a name in an existing folder")
     started, seen = time.perf_counter(), Radiometry.of(info.sar)
     with ExitStack() as stack:
         # what .aux.xml says beside a file counts; at an address nothing is asked for that was not named
@@ -88,6 +98,7 @@ def translate(
         stack.callback(source.raster.close)
         stack.enter_context(import_rasterio().Env(GDAL_PAM_ENABLED=False))  # no .aux.xml beside what is written
         part = find_part(source.raster, options)
+        origin = origin_of(source.raster, scene, part) if stac else None
         down, across = (
             axis(length, options, generator.size_multiple, start)
             for length, start in zip(source.shape, source.ground, strict=True)
@@ -130,11 +141,30 @@ def translate(
             f"The student has collapsed to a point: {options.samples} samples differ by {facts.mean_deviation:.2f} "
             "levels of 255 on average. Their deviation says nothing about the error."
         )
-    if stac:
-        told = ("model", "model_sha256", "steps", "seed", "samples", "units")
-        about = {f"fewstep:{key}": getattr(facts, key) for key in told}
-        write_stac(out, scene, list(facts.bands), {"description": f"Synthetic: drawn from SAR. {WARNING}", **about})
+    remove_older(out, (*(product.path for product in products), *([item] if stac else [])))
+    if picture is not None:
+        write_preview(out, picture)
+    if origin is not None:
+        if origin.time is None:
+            facts.warnings.append(NO_TIME)
+        write_item(item_of(origin, scene, out, _assets(products, picture), facts), item)
     return facts
+
+
+def _assets(products: Sequence[Product], picture: Path | None) -> dict[str, dict[str, Any]]:
+    """Describe every file that was written, as assets of a STAC item."""
+    cog = "image/tiff; application=geotiff; profile=cloud-optimized"
+    names = {"visual": "Synthetic optical picture", "uncertainty": "Statistics over samples, in levels of 0 to 255"}
+    assets: dict[str, dict[str, Any]] = {}
+    for (name, title), product in zip(names.items(), products, strict=False):
+        bands = [{"name": band, "data_type": product.dtype, "nodata": product.nodata} for band in product.names]
+        for band in bands:
+            band |= {"raster:scale": product.scale, "raster:offset": 0}
+        roles = [name] if name == "visual" else ["data"]
+        assets[name] = {"href": product.path, "type": cog, "title": title, "roles": roles, "bands": bands}
+    if picture is not None:
+        assets["thumbnail"] = {"href": picture, "type": "image/png", "roles": ["thumbnail"]}
+    return assets
 
 
 def uncertainty_path(out: str | Path) -> Path:
