@@ -26,6 +26,7 @@ from distillers.evaluation.attributes import (
     AttributeCard,
     AttributeNet,
     avatars_card,
+    repeats,
     shares_found,
     train_attributes,
 )
@@ -114,6 +115,24 @@ def test_what_another_value_hides_is_not_asked_for() -> None:
     target = AVATARS.targets([masked])[0]
     assert target[columns.index("eyes")] == UNSEEN and target[columns.index("mouth")] > 0
     assert target[columns.index("facial hair")] == 0  # there is none, which can be seen
+
+
+@pytest.mark.parametrize(
+    ("caption", "attribute"),
+    [
+        ("a cartoon head with braids, sad eyes, sunglasses", "eyes"),
+        ("a cartoon head with braids, a frown, a face mask", "mouth"),
+        ("a flat portrait with a fade, a frown, a beard", "mouth"),
+        ("a flat portrait with red hair, a buzz cut", "hair colour"),
+    ],
+)
+def test_what_no_eye_can_tell_is_not_asked_for(caption: str, attribute: str) -> None:
+    assert attribute in AVATARS.words(caption) and attribute not in AVATARS.named(caption)
+
+
+def test_what_is_rare_is_shown_more_often() -> None:
+    targets = np.array([[1, UNSEEN]] * 90 + [[2, 1]] * 8 + [[3, 1]] * 2)
+    assert repeats(targets).tolist() == [1] * 90 + [2] * 8 + [4] * 2
 
 
 @pytest.mark.parametrize(
@@ -259,6 +278,8 @@ def test_parts_are_exchanged_and_what_they_show_is_what_is_said() -> None:
     exchange = PartExchange(pixels, targets, 0, [[1], [2]])
     place = exchange.place(1, 1, 2)
     assert place is not None and place[6:10, 8:11].all() and not place[16:].any()
+    rare = exchange.place(1, 1, 3)  # what shows there is no third block in the other row
+    assert rare is not None and rare[6:10, 12:15].all() and not rare[16:].any()
     mixed, said = exchange(np.arange(len(values)), rng)
     for column, row in enumerate(rows, 1):
         for value in range(1, 9):
@@ -267,6 +288,19 @@ def test_parts_are_exchanged_and_what_they_show_is_what_is_said() -> None:
     there = (targets[:, 1:] == 3).any(1)  # two of nine, so by chance one in 80 of them would get the other
     assert (said[there, 1:] == 3).all(1).mean() > 0.08, "pairs that the pictures never had are sought"
     assert 0.4 < (said == targets).all(1).mean() < 0.75 and (pixels[:, 16] == mixed[:, 16]).all()
+
+
+def test_what_a_judge_does_not_find_reliably_does_not_count(tmp_path: Path) -> None:
+    good = dict.fromkeys(AVATARS.attributes, 0.99)
+    card = replace(tiny(), n_test=5, accuracy=good, reconstructed={**good, "mouth": 0.97})
+    AttributeNet(card).save(tmp_path)
+    judge = load_judge(tmp_path)
+    verdict = judge(torch.zeros(1, 3, 16, 16), ["a frown"])
+    assert verdict.asked.sum() == 1 and bool(verdict.followed.all()), "whatever it sees"
+    assert "99.0 % or more on real pictures" in judge.describe()
+    assert "without mouth (99.0 % and 97.0 %), which do not count" in judge.describe()
+    assert "| mouth | 15 | 99.00 | 97.00 | no |" in (tmp_path / "README.md").read_text()
+    assert replace(card, accuracy={}, reconstructed={}).missed == {}
 
 
 def test_bad_training_data_and_folders_are_refused(tmp_path: Path) -> None:
@@ -353,6 +387,8 @@ def test_a_verdict_counts_what_was_asked_for() -> None:
     found = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
     verdict = Verdict.joined([Verdict(("a", "b"), asked[:1], found[:1]), Verdict(("a", "b"), asked[1:], found[1:])])
     assert verdict.followed.tolist() == [True, True, False]
+    without = Verdict.joined([Verdict(("a", "b"), asked, found, uncounted=("b",))])
+    assert without.followed.all() and without.shares() == {"n": 3, "followed": 1.0, "a": 1.0, "b": 0.5}
     groups = verdict.groups(torch.tensor([False, True, True]))
     assert groups["all"] == pytest.approx({"n": 3, "followed": 2 / 3, "a": 1.0, "b": 0.5})
     assert groups["seen"]["followed"] == 1 and groups["unseen"] == {"n": 2, "followed": 0.5, "a": 1.0, "b": 0.0}

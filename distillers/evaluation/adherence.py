@@ -28,16 +28,19 @@ class Verdict:
     """Hold what B prompts name and what their pictures show of it.
 
     asked, found: bool (B, attributes); found is False where nothing was asked.
+    uncounted: attributes that the judge does not find reliably; a prompt is followed without them.
     """
 
     attributes: tuple[str, ...]
     asked: Tensor
     found: Tensor
+    uncounted: tuple[str, ...] = ()
 
     @property
     def followed(self) -> Tensor:
-        """Whether everything that a prompt names was found, bool (B,)."""
-        return (self.found | ~self.asked).all(1)
+        """Whether everything that counts of what a prompt names was found, bool (B,)."""
+        counts = torch.tensor([name not in self.uncounted for name in self.attributes])
+        return (self.found | ~self.asked | ~counts).all(1)
 
     def shares(self, where: Tensor | None = None) -> dict[str, float]:
         """Compute the shares of prompts followed, "followed", and of each attribute found where it was asked for.
@@ -64,7 +67,7 @@ class Verdict:
     def joined(cls, verdicts: Sequence[Verdict]) -> Verdict:
         """Join the verdicts of one judge."""
         asked, found = (torch.cat([getattr(one, name) for one in verdicts]) for name in ("asked", "found"))
-        return cls(verdicts[0].attributes, asked, found)
+        return cls(verdicts[0].attributes, asked, found, verdicts[0].uncounted)
 
 
 class Judge(Protocol):
@@ -97,19 +100,31 @@ class AttributeJudge:
 
     def __init__(self, net: AttributeNet) -> None:
         self.net, self.name, self.attributes = net, net.card.name, tuple(net.attributes)
+        self.uncounted = tuple(net.card.missed)
 
     def describe(self) -> str:
-        accuracy = self.net.card.accuracy
-        if not accuracy:
+        card = self.net.card
+        if not card.accuracy:
             return f"the classifier {self.name}"
-        least, real = 100 * min(accuracy.values()), f"{self.net.card.n_test} real pictures"
-        return f"the classifier {self.name} ({least:.1f} % or more of each attribute on {real})"
+        tables = {"real pictures": card.accuracy, "their reconstructions": card.reconstructed}
+        least = [
+            f"{100 * min(share for name, share in table.items() if name not in self.uncounted):.1f} % or more on {kind}"
+            for kind, table in tables.items()
+            if set(table) - set(self.uncounted)
+        ]
+        left = [
+            f"{name} ({' and '.join(f'{100 * share:.1f} %' for share in shares)})"
+            for name, shares in card.missed.items()
+        ]
+        without = f", without {', '.join(left)}, which do not count" if left else ""
+        return f"the classifier {self.name} ({' and '.join(least)}, {card.n_test} of each, by attribute{without})"
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Verdict:
         _check(pictures, captions)
         likelihood, asked = self.net.likelihoods(pictures, captions)
-        return Verdict(self.attributes, asked.cpu(), ((likelihood.exp() > FOUND) & asked).cpu())
+        found = (likelihood.exp() > FOUND) & asked
+        return Verdict(self.attributes, asked.cpu(), found.cpu(), self.uncounted)
 
     def unseen(self, captions: Sequence[str], learnt: Sequence[str]) -> Tensor:
         return self.net.vocabulary.unseen(captions, learnt)

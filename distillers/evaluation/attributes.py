@@ -37,6 +37,7 @@ from distillers.evaluation.part_exchange import PartExchange
 from distillers.evaluation.pictures import to_pixels
 from distillers.models.bands import as_rgb
 
+GATE = 0.98  # of what captions name: an attribute that is found less often counts for nothing
 FOUND = 0.5  # of the probability: a value above it is seen, for no other can be as likely
 SHIFT = 4  # pixels that training moves pictures by, at most
 
@@ -64,6 +65,7 @@ class AttributeCard:
     n_test: int = 0
     accuracy: Mapping[str, float] = field(default_factory=dict)  # attribute -> share, with the weights as stored
     reconstructed: Mapping[str, float] = field(default_factory=dict)  # the same of an autoencoder's reconstructions
+    remark: str = ""  # on what it misses
     date: str = ""
     torch: str = ""
     licence: str = "Apache-2.0"
@@ -73,6 +75,13 @@ class AttributeCard:
     def vocabulary(self) -> Vocabulary:
         """The phrases that it knows."""
         return Vocabulary(self.phrases, self.hides, self.kinds, self.parts)
+
+    @property
+    def missed(self) -> dict[str, list[float]]:
+        """The attributes found in less than `GATE` of pictures or of reconstructions, with the shares of both."""
+        tables = [table for table in (self.accuracy, self.reconstructed) if table]
+        shares = {name: [table.get(name, 0.0) for table in tables] for name in self.vocabulary.attributes}
+        return {name: found for name, found in shares.items() if found and min(found) < GATE}
 
 
 class _Residual(nn.Module):
@@ -112,6 +121,7 @@ BODIES: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"residual": _resi
 WIDTHS = {"residual": (32, 48, 96, 160), "plain": (32, 48, 96, 144)}
 BODY_OF: tuple[Literal["residual", "plain"], ...] = ("residual", "plain")  # of judge and reward
 BATCH = 64  # pictures measured at a time
+MOST = 4  # times that a picture of something rare is shown in a round
 REBUILT = 8  # pictures that an autoencoder is given at a time: twice as fast as 64, for they fit a processor's cache
 
 
@@ -211,6 +221,19 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return pictures
 
 
+def repeats(targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count how often each picture is shown in a round, (N,), 1 to `MOST`: more often where it shows something rare.
+
+    That is sqrt(mean count / own count) of its rarest value, rounded; targets (N, A) as `Vocabulary.targets` gives.
+    """
+    rarity = np.ones(len(targets))
+    for column in targets.T:
+        counts = np.bincount(column[column >= 0], minlength=1)
+        mean = counts.sum() / max(1, (counts > 0).sum())
+        rarity = np.maximum(rarity, np.where(column >= 0, np.sqrt(mean / np.maximum(1, counts[column])), 1))
+    return rarity.round().clip(1, MOST).astype(np.int64)
+
+
 def train_attributes(
     pixels: NDArray[np.uint8],
     captions: Sequence[str],
@@ -227,6 +250,8 @@ def train_attributes(
     progress: Callable[[int, float, AttributeNet], None] | None = None,
 ) -> AttributeNet:
     """Train a classifier on one half of the pictures (N,H,W,3), the half that its card names, with parts exchanged.
+
+    Pictures of rare values are shown more often: see `repeats`.
 
     The loss is the sum over attributes of the cross-entropy with label smoothing 0.05; AdamW, one-cycle rate up to lr.
 
@@ -260,10 +285,10 @@ def train_attributes(
     examples = PartExchange(learnt, said, columns.index(card.kinds), parts)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)
-    order = np.empty(0, np.int64)
+    order, repeated = np.empty(0, np.int64), np.repeat(np.arange(len(learnt)), repeats(said))
     for iteration in range(iterations):
         if len(order) < batch:
-            order = np.concatenate([order, rng.permutation(len(learnt))])
+            order = np.concatenate([order, rng.permutation(repeated)])
         index, order = order[:batch], order[batch:]
         mixed, targets = examples(index, rng)
         pictures, wanted = augmented(to_pictures(mixed), generator).to(device), torch.from_numpy(targets).to(device)
@@ -340,7 +365,7 @@ def _readme(net: AttributeNet) -> str:
     for attribute, values in net.attributes.items():
         shares = (table.get(attribute) for table in (card.accuracy, card.reconstructed))
         cells = " | ".join("-" if share is None else f"{100 * share:.2f}" for share in shares)
-        lines.append(f"| {attribute} | {len(values)} | {cells} |")
+        lines.append(f"| {attribute} | {len(values)} | {cells} | {'no' if attribute in card.missed else 'yes'} |")
     role = ROLES[card.part]
     hidden = ", ".join(f"{' and '.join(what)} with {value}" for value, what in card.hides.items())
     use = {
@@ -360,9 +385,12 @@ A convolutional classifier of {count / 1e6:.2f} M parameters that reads off a pi
 Share of what captions name that was found on {card.n_test} held-out pictures, in percent, with the weights as stored
 (float16); and on the reconstructions of the same pictures by the autoencoder `weights/avatars-autoencoder`:
 
-| attribute | values | pictures | reconstructions |
-| --- | --- | --- | --- |
+| attribute | values | pictures | reconstructions | counts |
+| --- | --- | --- | --- | --- |
 {table}
+
+A prompt is followed when every attribute that it names and that counts is found: those above {100 * GATE:.0f} % in \
+both columns. {card.remark}
 
 * Trained on the {("even", "odd")[card.part]} ones of the training pictures of {card.data}, {card.n_train}: \
 {card.iterations} batches of {card.batch}, seed {card.seed}, {card.date}, torch {card.torch}\
@@ -371,7 +399,7 @@ Share of what captions name that was found on {card.n_test} held-out pictures, i
 * Not asked for, since they cannot be seen: {hidden}.
 * Made again by: `python -m distillers.evaluation.attributes {role} --data PATH --out DIR \
 --autoencoder weights/avatars-autoencoder --iterations {card.iterations} --batch {card.batch} --seed {card.seed}\
-{" --bf16" if card.bf16 else ""}`.
+{" --bf16" if card.bf16 else ""}{" --start DIR" if card.begun else ""}`.
 
 {card.attribution}
 """

@@ -142,6 +142,7 @@ def _avatars() -> Vocabulary:
         "a sleep mask": ["eyes"],
         "sunglasses": ["eyes"],  # dark glasses over brows and pupils: no eye can be told from another on dark skin
         "a face mask": ["mouth"],
+        "a beard": ["mouth"],  # it is drawn with a white mouth of its own
         "a buzz cut": ["hair colour"],  # a tint of the skin: a silver one cannot be seen on a pale head
     }
     parts = [["eyes"], ["mouth"], ["accessory"], ["facial hair"], ["clothing", "clothing colour"]]

@@ -17,6 +17,9 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 Mask = NDArray[np.bool_]
 
 CLEAR = 12.0  # of 255: how far the mean of a value's pictures is off that of all where the value shows,
+SHARE = (
+    0.2  # and as a share of where it is farthest off: pictures without one of eight kinds of eyes are off by an eighth,
+)
 CERTAIN = 5.0  # and in standard errors of that mean
 RIM = 3  # pixels around a part that go with it; then as many that should match
 LEAST = 10  # pictures of a value; a mean of fewer shows more than the value
@@ -59,7 +62,7 @@ class PartExchange:
             return None
         mean, deviation = self.moments[kind]
         off = np.abs(gaussian_filter(self._moments(own)[0] - mean, (1, 1, 0)))
-        clear = off > np.maximum(CLEAR, CERTAIN * deviation / np.sqrt(len(own)))
+        clear = off > np.maximum(max(CLEAR, SHARE * off.max()), CERTAIN * deviation / np.sqrt(len(own)))
         return binary_dilation(clear.any(2), iterations=RIM)
 
     def _places(
