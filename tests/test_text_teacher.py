@@ -20,11 +20,15 @@ from distillers.evaluation.adherence import ShapesJudge
 from distillers.generator import Generator
 from distillers.jobs.distill import distill
 from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.merge import merge
 from distillers.jobs.recipe import Recipe
 from distillers.methods.diffusion import without_condition
+from distillers.methods.multi_student import equal_clusters
+from distillers.models.clusters import clusters_of
 from distillers.models.codec import Vae, fold_shift
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import from_config
+from distillers.teacher import Teacher
 from distillers.training.latents import encoded_once
 from distillers.training.text_encoder import TextSettings, untrained_encoder
 from distillers.training.trainer import begin
@@ -196,6 +200,67 @@ def test_a_student_of_adapters_is_put_on_its_teacher_by_stock_diffusers(
     bare = Generator(Generator.from_pretrained(teacher).denoiser, generator.codec, base, generator.prompts)
     bare.schedule = generator.schedule
     assert (bare.sample([3], prompts=PROMPTS[:1]) - ours).abs().max() > 2e-3, "the adapter changes the picture"
+
+
+def test_students_of_clusters_of_captions_are_one_folder_that_routes_prompts(
+    folders: Path, teacher: Path, tmp_path: Path
+) -> None:
+    data = {"kind": "captions", "path": str(folders / "data"), "split": "train", "size": SIDE, "flip": False}
+    options = {"students": 2, "partition": "clusters", "options": {"critic_turns": 1}}
+    table = {
+        "name": "pair", "method": "multi_student", "teacher": str(teacher), "data": data, "train": TRAIN,
+        "multi_student": options,
+    }  # fmt: skip
+    own = Recipe.from_table(table)
+    distill(own, tmp_path / "pair", "cpu")
+    texts = load_data(own).texts  # type: ignore[attr-defined]
+    both = Generator.from_pretrained(tmp_path / "pair")
+    alone = [Generator.from_pretrained(tmp_path / "pair" / "training" / f"student-{k}") for k in (0, 1)]
+    clusters = both.info.clusters
+    assert clusters is not None and clusters.students == [0, 1] and both.info.students == 2
+    assert [one.info.part for one in alone] == [[0], [1]]
+    cond = both.encode_condition(len(texts), prompts=texts)
+    assert cond is not None
+    of = clusters.of(cond)
+    assert torch.bincount(of).tolist() == [6, 6], "as many captions each"
+    assert [of[texts.index(one)] for one in clusters.examples] == [0, 1]
+    drawn = both.sample(range(4), prompts=texts[:4])
+    for i in range(4):
+        mine, other = (alone[k].sample([i], prompts=[texts[i]]) for k in (int(of[i]), 1 - int(of[i])))
+        torch.testing.assert_close(drawn[i : i + 1], mine, atol=1e-4, rtol=0)
+        assert not torch.equal(mine, other)
+    learnt = [own.distiller(), *(replace(own.distiller(), student=k) for k in (0, 1))]  # type: ignore[type-var]
+    opened = Teacher.from_pretrained(teacher)
+    parts = [one.data(load_data(own), opened) for one in learnt[1:]]
+    assert [len(part) for part in parts] == [6, 6] and len(parts[0].draw(5, np.random.default_rng(0))["image"]) == 5
+    with pytest.raises(BadInput, match=r"multi_student\.student"):
+        learnt[0].data(load_data(own), opened)
+    card = (tmp_path / "pair" / "README.md").read_text()
+    assert f"`students/1` draws those like {clusters.examples[1]!r}" in card
+    exec(card.split("```python\n")[1].split("```")[0].replace('"pair"', repr(str(tmp_path / "pair"))), {})
+    for change, field in (({"partition": "consecutive"}, "partition"), ({"students": 13}, "students")):
+        with pytest.raises(BadInput, match=f"multi_student.{field}"):
+            wrong = Recipe.from_table({**table, "multi_student": {**options, "student": 0, **change}})
+            wrong.distiller().data(load_data(own), opened)
+    spoilt = tmp_path / "pair" / "training" / "student-1"
+    info = Info.read(spoilt)
+    assert info.clusters is not None
+    replace(info, clusters=replace(info.clusters, prices=[0.0, 1.0])).write(spoilt)
+    with pytest.raises(BadInput, match="clusters of prompts"):
+        merge([tmp_path / "pair" / "training" / f"student-{k}" for k in (0, 1)], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("points", "count"), [(12, 2), (60, 5), (300, 4)])
+def test_prices_make_clusters_equal(points: int, count: int) -> None:
+    found = torch.randn(points, 6, generator=torch.Generator().manual_seed(points), dtype=torch.float64)
+    found[: points // 2] *= 0.1  # half of them lie close together
+    own = clusters_of([str(i) for i in range(points)], found, equal_clusters(found, count))
+    sizes = torch.bincount(own.of({"text": found[:, None]}), minlength=count)
+    assert (sizes - points / count).abs().max() <= max(1, 0.02 * points), sizes
+    nearest = torch.cdist(found, torch.tensor(own.centres, dtype=torch.float64)).argmin(1)
+    assert (torch.bincount(nearest, minlength=count) - points / count).abs().max() > (
+        sizes - points / count
+    ).abs().max()
 
 
 def test_the_recipes_of_captioned_shapes_run_at_tiny_size(tmp_path: Path) -> None:

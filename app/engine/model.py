@@ -228,6 +228,8 @@ class Model:
         from distillers.models.conditions import scatter
 
         given = self.generator.condition.probe(count, self.info.shares[student] if self.info.shares else None)
+        if self.info.clusters:
+            given = {"prompts": [self.info.clusters.examples[self.info.clusters.students[student]]] * count}
         return [Order(seed, **one) for seed, one in enumerate(scatter(given, count))]
 
     def inputs(self, size: int, network: int) -> "list[Inputs]":
@@ -370,7 +372,7 @@ class Model:
             "data": info.data,
             "teacher": info.teacher,
             "labels": list(info.labels),
-            "students": max(1, len(info.shares)),
+            "students": info.students,
             "shares": info.shares or ([info.classes] if info.labels else []),  # positions in labels, by student
             "parameters_mb": round(self.bytes / 2**20, 3),
             "reads_text": self.generator.prompts is not None,

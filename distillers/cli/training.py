@@ -92,7 +92,7 @@ def merge(
     students: Annotated[list[Path], typer.Argument(help="The folders of all students.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
 ) -> None:
-    """Make one folder of the students of one recipe: every class is drawn by the student that has it.
+    """Make one folder of the students of one recipe: every class or prompt is drawn by the student that has it.
 
     Example: `fewstep merge weights/mine-student-0 weights/mine-student-1 --out weights/mine`.
     """

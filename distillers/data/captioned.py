@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from distillers.data.pixels import (
 )
 from distillers.errors import BadInput
 from distillers.models.captions import pack
+from distillers.models.clusters import Clusters
 
 CLAUSES = ", "  # what joins the clauses of a caption
 KEPT_BYTES = 8e9  # of decoded pictures that stay in memory
@@ -54,6 +56,7 @@ class CaptionedFolder(PicturesInMemory):
     """
 
     captioned = True
+    clusters: Clusters | None = None  # of the texts, where these pictures are a part
 
     def __init__(
         self,
@@ -88,6 +91,18 @@ class CaptionedFolder(PicturesInMemory):
     def texts(self) -> list[str]:
         """The text of each picture."""
         return [one.text for one in self.found]
+
+    def part(self, places: Sequence[int]) -> CaptionedFolder:
+        """Return the same data with the pictures at these positions alone. Raises BadInput for none."""
+        if not len(places):
+            raise BadInput("data", self.name, "one picture or more in every part")
+        own = copy.copy(self)
+        for kept in ("pixels", "_kept"):
+            own.__dict__.pop(kept, None)
+        own.found, own._classes = [self.found[i] for i in places], self._classes[list(places)]
+        sizes, own._shapes = np.unique(self._shapes[list(places)], return_inverse=True)
+        own.sizes = [self.sizes[k] for k in sizes]
+        return own
 
     # --- pictures -----------------------------------------------------------------------------------------------------
     def _sort_into(self, sizes: Sequence[Size]) -> None:

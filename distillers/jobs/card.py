@@ -86,7 +86,11 @@ def write_card(folder: Path) -> None:
         "## Use",
         "",
         "```python",
-        *(_use_alone(info, folder) if info.alone else _use(info, (folder / "model_index.json").is_file())),
+        *(
+            _use_alone(info, folder)
+            if info.alone
+            else _use(info, info.students == 1 and (folder / "model_index.json").is_file())
+        ),
         "```",
         *_use_adapter(info, "transformer" if (folder / "transformer").is_dir() else "unet"),
         "",
@@ -148,6 +152,11 @@ def _what(info: Info) -> str:
         return f"A diffusion teacher: {kind[info.task]}, {size} px, {info.default_steps} steps by default."
     counts = ", ".join(map(str, sorted(info.step_times)))
     what = f"A {info.method} student of `{info.teacher}`: {kind[info.task]}, {size} px, in {counts} steps."
+    if (clusters := info.clusters) is not None:
+        like = [f"those like {clusters.examples[k]!r}" for k in clusters.students]
+        if info.part:
+            return f"{what} It is one of {len(clusters.centres)}, and has learnt a part of the captions: {like[0]}."
+        return what + "".join(f" `{STUDENTS}/{k}` draws {one}." for k, one in enumerate(like))
     if len(info.shares) == 1:
         return f"{what} It is one of several, and draws only: {_names(info, info.shares[0])}."
     shares = (f" `{STUDENTS}/{k}` draws {_names(info, share)}." for k, share in enumerate(info.shares))
@@ -188,7 +197,7 @@ def _use(info: Info, stock: bool) -> list[str]:
     patch = f"; pixels are `pixel_shuffle(x0, {info.patch})`" if info.patch > 1 else ""
     if info.codec == "vae":
         patch = "; pixels are `vae.decode(x0 / vae.config.scaling_factor + vae.config.shift_factor).sample`"
-    parts = f"each folder in {STUDENTS}/" if len(info.shares) > 1 else "UNet2DModel"
+    parts = f"each folder in {STUDENTS}/" if info.students > 1 else "UNet2DModel"
     lines = [
         f"# parts open with stock classes: {parts} and the scheduler{patch}",
         "from distillers import Generator",
@@ -212,6 +221,7 @@ def _use(info: Info, stock: bool) -> list[str]:
             f'pixels = Generator.from_pretrained("{info.name}").translate(sar, seed=0)',
         ]
     labels = f", labels=[{label}]" if info.task == "class-to-image" else ""
+    labels = f", prompts=[{info.clusters.examples[0]!r}]" if info.clusters else labels
     return [*lines, "", f'pixels = Generator.from_pretrained("{info.name}").sample([0]{labels})']
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.models.clipping import Clipping
+from distillers.models.clusters import Clusters
 from distillers.models.conditions import Cond
 from distillers.models.families import UNET, family_of
 from distillers.models.guidance import GuidedTime
@@ -191,25 +192,30 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Ten
 
 
 class Routed(nn.Module):
-    """Several denoisers as one: the label of each row of a batch chooses the student that denoises it.
+    """Several denoisers as one: the label or prompt of each row of a batch chooses the student that denoises it.
 
     Args:
         students: denoisers of one schedule and prediction; as all that is trained, they are not clipped.
-        shares: the labels of each; together 0 to N-1, each once.
+        shares: the labels of each; together 0 to N-1, each once. Or the clusters of prompts, one for each.
 
-    Shapes as `Denoiser`'s. The result of a row depends on its own label alone, whatever else is in the batch.
+    Shapes as `Denoiser`'s. The result of a row depends on its own condition alone, whatever else is in the batch.
     """
 
     student_of: Tensor
 
-    def __init__(self, students: Sequence[Denoiser], shares: Sequence[Sequence[int]]) -> None:
+    def __init__(self, students: Sequence[Denoiser], shares: Sequence[Sequence[int]] | Clusters) -> None:
         super().__init__()
+        self.students = nn.ModuleList(unclipped(student) for student in students)
+        self.schedule, self.prediction = students[0].schedule, students[0].prediction
+        self.clusters = shares if isinstance(shares, Clusters) else None
+        if isinstance(shares, Clusters):
+            if shares.students != list(range(len(students))):
+                raise BadInput("clusters.students", shares.students, f"0 to {len(students) - 1}, one for each student")
+            return
         if sorted(label for share in shares for label in share) != list(range(sum(map(len, shares)))):
             raise BadInput("shares", [list(share) for share in shares], "labels from 0 on, each in one share")
-        self.students = nn.ModuleList(unclipped(student) for student in students)
         of = {label: k for k, share in enumerate(shares) for label in share}
         self.register_buffer("student_of", torch.tensor([of[label] for label in range(len(of))]))
-        self.schedule, self.prediction = students[0].schedule, students[0].prediction
 
     @property
     def network(self) -> Any:
@@ -217,7 +223,8 @@ class Routed(nn.Module):
         return self.students[0].network
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        student, x0 = self.student_of[cond["label"]], torch.empty_like(x_t)
+        student = self.student_of[cond["label"]] if self.clusters is None else self.clusters.of(cond)
+        x0 = torch.empty_like(x_t)
         for k in student.unique().tolist():
             rows = student == k
             own = {key: value[rows] for key, value in cond.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distillers.errors import BadInput
+from distillers.models.clusters import Clusters
 from distillers.models.codec import ImageCodec, PixelUnshuffle
 from distillers.models.conditions import KINDS, ClassLabel, Condition, Prompt, SarPicture
 from distillers.models.radiometry import Radiometry
@@ -66,6 +67,7 @@ class Info:
     teacher: str | None = None
     sar: dict[str, Any] | None = None  # `Radiometry.to_dict` of its SAR input
     shares: list[list[int]] = field(default_factory=list)  # labels of each student; empty = one network has all
+    clusters: Clusters | None = None  # of prompts, for several students of text to image
     trained_with: list[str] = field(default_factory=list)  # feature spaces that a loss compared in: no report may
     lora: Lora | None = None  # set by `write_pipeline` if the folder holds an adapter
     sha256: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,8 @@ class Info:
             raise BadInput(f"{path}: channels", self.channels, f"3: {self.task} draws red, green and blue")
         if self.shares:
             self._check_shares(f"{path}: shares")
+        if self.clusters:
+            self.clusters.check(f"{path}: clusters")
         if self.lora and (self.lora.rank < 1 or ADAPTER not in self.sha256):
             raise BadInput(f"{path}: lora", self.lora, f"a rank of 1 or more, and {ADAPTER} under sha256")
 
@@ -150,6 +154,17 @@ class Info:
             return Prompt(self.name, prompts, self.size, guided=self.guidance_scale != 1)
         return Condition(self.name)
 
+    @property
+    def students(self) -> int:
+        """How many networks the folder holds."""
+        return len(self.shares) or (len(self.clusters.students) if self.clusters else 1)
+
+    @property
+    def part(self) -> list[int]:
+        """The classes or clusters of prompts of a lone student of several; [] for any other model."""
+        own = self.clusters.students if self.clusters else (self.shares or [[]])[0]
+        return own if self.students == 1 else []
+
     def student_of(self, label: int | None) -> int:
         """Find the number of the student that draws a label."""
         return next((k for k, share in enumerate(self.shares) if label in share), 0)
@@ -162,7 +177,12 @@ class Info:
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
         entries = asdict(self)
-        for name in ("lora", "shares", "trained_with"):  # unknown to folders and readers older than they are
+        for name in (
+            "lora",
+            "shares",
+            "clusters",
+            "trained_with",
+        ):  # unknown to folders and readers older than they are
             if not entries[name]:
                 del entries[name]
         if self.channels == 3:

@@ -182,7 +182,7 @@ def read_pipeline(
     for network in networks:
         _check_fit(folder, network, codec, info, prompts)
     denoisers = [Denoiser(network.to(device), schedule, prediction, clipping=clipping) for network in networks]
-    denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.shares).to(device)
+    denoiser = denoisers[0] if len(denoisers) == 1 else Routed(denoisers, info.clusters or info.shares).to(device)
     safety = safety_of(folder) if family.words else None
     return Parts(denoiser.eval().requires_grad_(False), codec.to(device), info, prompts, safety)
 
@@ -336,8 +336,8 @@ def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
 
 def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
     """Find the folder of the network, or of each student's."""
-    if info and len(info.shares) > 1:
-        return [folder / STUDENTS / str(k) for k in range(len(info.shares))]
+    if info and info.students > 1:
+        return [folder / STUDENTS / str(k) for k in range(info.students)]
     for part in ("unet", "transformer"):
         if (place := _part(folder, index, part) / "config.json").is_file():
             return [place.parent]

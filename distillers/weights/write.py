@@ -96,9 +96,12 @@ def write_pipeline(
             replace(info, sha256=digests(new), lora=lora).write(new)
         return
     with staged(folder) as new:
-        if isinstance(denoiser, Routed):  # no stock pipeline routes
+        if isinstance(denoiser, Routed):  # no stock pipeline routes, so the index of its parts names no network
             for k, student in enumerate(denoiser.students):
                 _save_half(student.network, new / STUDENTS / str(k))  # type: ignore[arg-type]
+            if prompts:
+                index = _model_index(denoiser.network, scheduler, codec, info, prompts) or {}
+                index.pop(prompts.family.part, None)
         else:
             network = denoiser.network
             if has_lora(network):
