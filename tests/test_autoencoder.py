@@ -37,8 +37,9 @@ from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.reconstruction import evaluate_reconstruction
 from distillers.generator import Generator
 from distillers.jobs import publish as publishing
-from distillers.jobs.distill import distill
+from distillers.jobs.distill import distill, publish_run
 from distillers.jobs.inputs import load_data, load_teacher
+from distillers.jobs.publish import adopt
 from distillers.jobs.recipe import Recipe
 from distillers.methods import multi_student
 from distillers.methods.autoencoder import Autoencoder as Method
@@ -187,6 +188,71 @@ def test_a_step_is_a_function_of_the_global_seed(batch: Batch) -> None:
         return next(one.step(nets, batch, 0.0))[1].item()
 
     assert first(5) == first(5) != first(6)
+
+
+# --- in another one's place
+def test_it_learns_the_latents_of_another_by_hand(folder: Path, batch: Batch) -> None:
+    one = method(channels=(8, 8), latents_of=str(folder), kl_weight=5.0)
+    torch.manual_seed(1)
+    nets, x, other = one.networks(absent()), batch["x0"], Autoencoder.from_pretrained(folder).codec
+    vae = nets["autoencoder"]
+    assert (vae.config.scaling_factor, vae.config.shift_factor) == (other.scaling, other.shift)
+    given, own = (each.encode(x).latent_dist for each in (other.vae, vae))
+    torch.manual_seed(2)
+    made = vae.decode(given.mean + (given.logvar / 2).exp() * torch.randn_like(given.mean)).sample
+    means, spreads = (
+        ((own.mean - given.mean) * other.scaling).square().mean(),
+        (own.logvar - given.logvar).square().mean(),
+    )
+    torch.manual_seed(2)
+    loss = next(one.step(nets, batch, 0.0))[1]
+    assert loss.item() == pytest.approx(((made - x).abs().mean() + means + spreads).item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in vae.parameters()) and not any(p.requires_grad for p in other.parameters())
+
+
+def test_the_same_network_has_these_latents_already(folder: Path, batch: Batch) -> None:
+    one = method(latents_of=str(folder))
+    nets = one.networks(absent())
+    nets["autoencoder"].load_state_dict(nets["teacher"].vae.state_dict())
+    torch.manual_seed(2)
+    loss = next(one.step(nets, batch, 0.0))[1]
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in nets["autoencoder"].encoder.parameters())
+
+
+def test_what_it_makes_opens_in_the_others_place(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    small = {**TINY, "channels": [8, 8], "latents_of": str(folder)}
+    distill(Recipe.from_table(table(pictures, autoencoder=small)), tmp_path / "small", "cpu")
+    made, other = (read_autoencoder(path)[0] for path in (tmp_path / "small", folder))
+    assert (made.scaling, made.shift, made.factor) == (other.scaling, other.shift, other.factor)
+    assert sum(p.numel() for p in made.parameters()) < 0.6 * sum(p.numel() for p in other.parameters())
+
+
+def test_a_generator_is_given_another_autoencoder(
+    folder: Path, in_latents: tuple[Path, int], pictures: Path, tmp_path: Path
+) -> None:
+    """By adopt, and by publish from the training; whose latents have another shape is refused."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for place, sides in ((own, [8, 8]), (other, [8, 8, 8])):
+        distill(Recipe.from_table(table(pictures, autoencoder={**TINY, "channels": sides})), place, "cpu")
+    adopt(in_latents[0], tmp_path / "adopted", [], "ddim", None, autoencoder=str(own))
+    publish_run(in_latents[0], tmp_path / "published", autoencoder=str(own))
+    assert "with the autoencoder of" in (tmp_path / "published" / "README.md").read_text()
+    before = Generator.from_pretrained(in_latents[0])
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name in ("adopted", "published"):
+        after = Generator.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(after.codec.decode(x0), read_autoencoder(own)[0].decode(x0), atol=1e-2, rtol=1e-2)
+        assert (after.codec.decode(x0) - before.codec.decode(x0)).abs().max() > 0.1
+    with pytest.raises(BadInput, match=r"autoencoder: got .*4 channels at 1/4 of the side.*allowed: 4 channels at 1/2"):
+        adopt(in_latents[0], tmp_path / "x", [], "ddim", None, autoencoder=str(other))
+
+
+@pytest.mark.parametrize("wrong", [{"channels": (8, 8, 8)}, {"latent_channels": 8}])
+def test_latents_of_another_shape_are_refused(wrong: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"autoencoder\.latents_of: got .*4 channels at 1/2 of the side"):
+        method(latents_of=str(folder), **wrong).networks(absent())
 
 
 def test_patches_are_judged_alone() -> None:
@@ -530,7 +596,7 @@ def test_captions_beside_latents_lose_the_same_clauses(folder: Path, tmp_path: P
     assert (
         isinstance(kept, Latents) and kept.captioned and not Latents(ImageFolder(tmp_path, size=SIDE), codec).captioned
     )
-    drawn, encoded = (one.draw(16, np.random.default_rng(1)) for one in (data, kept))
+    drawn, encoded = (one.draw(24, np.random.default_rng(1)) for one in (data, kept))
     assert unpack(drawn["caption"]) == unpack(encoded["caption"]) and len(set(unpack(drawn["caption"]))) > 8
     torch.testing.assert_close(encoded["latent"].float(), codec.encode(drawn["image"]), atol=5e-3, rtol=5e-3)
 

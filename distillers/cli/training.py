@@ -78,6 +78,9 @@ def publish(
     run: Annotated[Path, typer.Argument(help="The OUT folder of a `fewstep distill`.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The weights folder to make.", show_default=False)],
     which: Annotated[str, typer.Option(help="last, or best: by the watch's Frechet distance.")] = "last",
+    autoencoder: Annotated[
+        str | None, typer.Option(help="A folder with another autoencoder of the same latents.", show_default=False)
+    ] = None,
 ) -> None:
     """Publish a training as it stands, whether it is still running, was stopped or has ended.
 
@@ -85,7 +88,7 @@ def publish(
     """
     from distillers.jobs.distill import publish_run
 
-    typer.echo(f"{out}: {publish_run(run, out, which)}; samples in {out / 'grid.png'}")
+    typer.echo(f"{out}: {publish_run(run, out, which, autoencoder)}; samples in {out / 'grid.png'}")
 
 
 def merge(
@@ -127,6 +130,10 @@ def adopt(
         str | None,
         typer.Option(help="Of a few-step model: the times of its steps, if they are its own.", show_default=False),
     ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(help="A folder or hub id with another autoencoder of the same latents.", show_default=False),
+    ] = None,
 ) -> None:
     """Make a folder that can be served out of a pipeline that others have trained, at float16 if that holds it.
 
@@ -135,7 +142,7 @@ def adopt(
     from distillers.jobs.publish import adopt as make
 
     counts, own = step_counts("steps", steps) if steps else [], _times(times) if times else []
-    name = make(pipeline, out, counts, sampler, guidance, null_class, lora, own)
+    name = make(pipeline, out, counts, sampler, guidance, null_class, lora, own, autoencoder)
     typer.echo(f"{out}: {name}")
 
 

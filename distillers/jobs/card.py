@@ -117,11 +117,12 @@ def write_card(folder: Path) -> None:
 
 
 def _stood(recipe: str) -> str:
-    """Say at which iteration an unfinished training was published; "" for a finished one."""
+    """Say at which iteration a running training was published, and with whose autoencoder; "" of neither."""
     table = tomllib.loads(recipe)
-    if not (iteration := table.get("versions", {}).get("iteration")):
-        return ""
-    return f", published at iteration {iteration} of {table['train']['iterations']}"
+    said, versions = "", table.get("versions", {})
+    if iteration := versions.get("iteration"):
+        said = f", published at iteration {iteration} of {table['train']['iterations']}"
+    return said + (f", with the autoencoder of `{versions['autoencoder']}`" if "autoencoder" in versions else "")
 
 
 def _calibration(folder: Path) -> list[str]:

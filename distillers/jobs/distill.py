@@ -124,12 +124,13 @@ def _with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, d
     return replace(teacher, learner=learner)
 
 
-def publish_run(run: Path, folder: Path, which: str = "last") -> str:
+def publish_run(run: Path, folder: Path, which: str = "last", autoencoder: str | None = None) -> str:
     """Publish the averaged weights of a training from its newest checkpoint, without training on.
 
     Args:
         run: the folder of a `distill`, or its training/ folder.
         which: "last", or "best" by the watch.
+        autoencoder: a folder whose autoencoder takes the place of the one that it was trained with.
 
     Returns:
         What was published, in words.
@@ -159,7 +160,7 @@ def publish_run(run: Path, folder: Path, which: str = "last") -> str:
     data = method.data(whole, teacher)
     made = method.finish(state.generator("best" if which == "best" else "last"), data)
     learnt_from = teacher if recipe.teacher else None
-    publish(made, recipe, folder, teacher=learnt_from, data=data, iteration=iteration)
+    publish(made, recipe, folder, teacher=learnt_from, data=data, iteration=iteration, autoencoder=autoencoder)
     return f"the averages of iteration {iteration} of {settings.iterations}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from distillers.autoencoder import Autoencoder
 from distillers.data import ImageData
@@ -20,6 +21,7 @@ from distillers.generator import Generator
 from distillers.jobs.card import write_card
 from distillers.jobs.inputs import held_out_data, load_data
 from distillers.jobs.recipe import Recipe
+from distillers.models.codec import Vae, fold_shift
 from distillers.models.denoiser import Denoiser
 from distillers.models.lora import NAME, attach, network_digest
 from distillers.models.schedule import VariancePreserving
@@ -28,7 +30,7 @@ from distillers.teacher import Teacher
 from distillers.weights.lora_file import read_lora
 from distillers.weights.manifest import SAMPLERS, Info
 from distillers.weights.network import guided, null_class_last
-from distillers.weights.read import origin
+from distillers.weights.read import origin, read_autoencoder
 from distillers.weights.write import check_target, lcm_times, staged, write_pipeline
 
 COLUMNS = 10  # of grid.png
@@ -43,6 +45,7 @@ def publish(
     teacher: Teacher | None,
     data: ImageData | None,
     iteration: int | None = None,
+    autoencoder: str | None = None,
 ) -> None:
     """Write a published folder: weights, manifest, recipe, picture, reference picture and card.
 
@@ -53,10 +56,14 @@ def publish(
         teacher: the teacher that it was distilled from; None for a teacher or an autoencoder.
         data: what it was trained on; None for students that are merged without their data.
         iteration: where the training stood, if it had not ended; the recipe and the card say so.
+        autoencoder: whose takes the place of the one that it was trained with; the recipe and the card say so.
     """
+    if autoencoder is not None:
+        put_autoencoder(made, autoencoder)
     made.info = manifest(made.info, recipe, teacher, data)
     with staged(folder) as new:
-        stood = {} if iteration is None else {"iteration": iteration}
+        stood: dict[str, Any] = {} if iteration is None else {"iteration": iteration}
+        stood |= {} if autoencoder is None else {"autoencoder": autoencoder}
         recipe.write(new / "recipe.toml", {"python": platform.python_version(), **package_versions(*PACKAGES), **stood})
         made.save_pretrained(new)
         if isinstance(made, Autoencoder):
@@ -93,6 +100,7 @@ def adopt(
     null_class: int | None = None,
     lora: Path | None = None,
     times: Sequence[float] = (),
+    autoencoder: str | None = None,
 ) -> str:
     """Make a folder that can be served out of a pipeline that others have trained; return what it draws, in words.
 
@@ -104,6 +112,7 @@ def adopt(
             are one less afterwards. None: all rows are classes.
         lora: a few-step LoRA of the pipeline, as a file; the folder is then an adapter's, without its base.
         times: those of one more number of steps, where they are not the stock scheduler's.
+        autoencoder: a folder or hub id whose autoencoder takes the place of the pipeline's.
 
     Raises:
         BadInput: naming the argument; a LoRA that is not the pipeline's, or changes its text encoders too.
@@ -118,6 +127,10 @@ def adopt(
         raise BadInput("sampler", sampler, ", ".join(SAMPLERS))
     check_target(folder, [pipeline])
     generator = Generator.from_pretrained(pipeline)
+    if autoencoder is not None:
+        if lora is not None:
+            raise BadInput("autoencoder", autoencoder, "none with lora: the folder of an adapter has no autoencoder")
+        put_autoencoder(generator, autoencoder)
     info = replace(generator.info, name=folder.name, sha256={})
     if null_class is not None:
         null_class_last(generator.denoiser.network, null_class)
@@ -141,6 +154,22 @@ def adopt(
     height, width = info.size
     counts = ", ".join(map(str, info.step_times))
     return f"{info.task}, {width}x{height}, " + (f"steps {counts}" if counts else "any steps")
+
+
+def put_autoencoder(made: Generator | Autoencoder, path_or_hub_id: str) -> None:
+    """Replace a generator's autoencoder by another one of the same latents, such as a smaller one that learnt them.
+
+    Raises:
+        BadInput: latents of other channels or sides, or a generator that has no autoencoder.
+    """
+    codec, bands = read_autoencoder(path_or_hub_id)[0], made.info.channels
+    if not (isinstance(made, Generator) and isinstance(made.codec, Vae)):
+        raise BadInput("autoencoder", path_or_hub_id, f"none: {made.info.name} does not draw in latents")
+    given, own = ((each.channels(bands), each.factor) for each in (codec, made.codec))
+    if given != own:
+        has, wanted = (f"{channels} channels at 1/{factor} of the side" for channels, factor in (given, own))
+        raise BadInput("autoencoder", f"{path_or_hub_id}, whose latents are {has}", wanted)
+    made.codec = fold_shift(codec) if made.prompts is not None else codec
 
 
 def _save_adapter(generator: Generator, base: str | Path, lora: Path, folder: Path) -> None:

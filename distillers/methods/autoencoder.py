@@ -29,6 +29,7 @@ from distillers.training.discriminator import PatchDiscriminator, frozen_gradien
 from distillers.training.distiller import Batch, Distiller, Networks, Turn, frozen
 from distillers.training.losses import gan_loss, perceptual_distance
 from distillers.weights.manifest import AUTOENCODER
+from distillers.weights.read import read_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class Autoencoder(Distiller):
 
     All but the adversary are means over the values of a picture: the KL is its sum over the latents divided by the
     number of the picture's values, which is the ratio that the paper's sums have.
+
+    With `latents_of` a smaller autoencoder takes another one's place, in latents that diffusion models know already: in
+    place of the KL its encoder learns the mean and the log variance of the other's posterior by their squared
+    distances, the mean's in units of the latents' deviation, and its decoder learns to decode samples of that.
     """
 
     tasks: ClassVar[tuple[str, ...]] = (AUTOENCODER,)
@@ -46,6 +51,7 @@ class Autoencoder(Distiller):
     channels: tuple[int, ...] = (32, 64, 128, 128)  # by resolution from the picture's down; halvings lie between them
     latent_channels: int = 8  # of a latent, whose sides are the picture's over 2^(len(channels) - 1)
     layers: int = 1  # residual blocks per resolution; the decoder has one more
+    latents_of: str | None = None  # folder of the autoencoder whose latents it learns
     kl_weight: float = 1e-6  # w_kl; latents are scaled afterwards, so this only keeps them from running away
     perceptual_weight: float = 0.0  # w_p, of EfficientNet-Lite0's maps; reports may then not measure in that space
     adversarial_weight: float = 0.5  # w_a; 0 = no discriminator
@@ -97,6 +103,17 @@ class Autoencoder(Distiller):
             scaling_factor=1.0,
         )
         nets = Networks({"autoencoder": vae})
+        if self.latents_of is not None:
+            nets["teacher"] = other = frozen(read_autoencoder(self.latents_of)[0])
+            own, theirs = (self.factor, self.latent_channels), (other.factor, other.channels(teacher.info.channels))
+            if own != theirs or not isinstance(other.scaling, float):
+                raise BadInput(
+                    "autoencoder.latents_of",
+                    f"{self.latents_of}, {theirs[1]} channels at 1/{theirs[0]} of the side",
+                    f"{own[1]} channels at 1/{own[0]}, as autoencoder.latent_channels and channels say",
+                )
+            kept = {"scaling_factor": other.scaling, "shift_factor": other.shift or None}
+            vae.register_to_config(**kept)  # type: ignore[operator]
         if self.adversarial_weight:
             nets["discriminator"] = PatchDiscriminator(self.discriminator_channels, teacher.info.channels)
         if self.perceptual_weight:
@@ -106,13 +123,20 @@ class Autoencoder(Distiller):
     def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
         vae, x = nets["autoencoder"], batch["x0"]
         posterior = vae.encode(x).latent_dist
-        x_rec = vae.decode(posterior.sample()).sample.float()
+        if self.latents_of is None:
+            latents = posterior
+            prior = self.kl_weight * divergence(posterior.mean, posterior.logvar).mean() / x[0].numel()
+        else:
+            with torch.no_grad():
+                latents = nets["teacher"].vae.encode(x).latent_dist
+            apart = [(posterior.mean - latents.mean) * nets["teacher"].scaling, posterior.logvar - latents.logvar]
+            prior = sum(each.float().square().mean() for each in apart)
+        x_rec = vae.decode(latents.sample()).sample.float()
         reconstruction = (x_rec - x).abs().mean()
         if self.perceptual_weight:
             distance = perceptual_distance(nets["perceptual"], x_rec, x).mean()
             reconstruction = reconstruction + self.perceptual_weight * distance
-        prior = divergence(posterior.mean, posterior.logvar).mean() / x[0].numel()
-        loss = reconstruction + self.kl_weight * prior
+        loss = reconstruction + prior
         if not self.adversarial_weight or progress < self.adversarial_start:
             yield "autoencoder", loss
             return
@@ -140,7 +164,8 @@ class Autoencoder(Distiller):
 
     def finish(self, made: Generator | Product, data: ImageData) -> Product:
         assert isinstance(made, Product)
-        made.standardise(spread(data))
+        if self.latents_of is None:
+            made.standardise(spread(data))
         return made
 
 
