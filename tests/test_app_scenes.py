@@ -39,13 +39,14 @@ from typer.testing import CliRunner
 
 from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
-from app.media.geotiff import is_scene
+from app.media.geotiff import ENV, is_scene
 from app.settings import Settings
 from distillers.cli import app
 from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import SENTINEL1_DB
 from distillers.sar.options import WARNING, SceneOptions
+from distillers.sar.raster import Source
 from distillers.sar.translate import translate
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
@@ -225,6 +226,70 @@ def test_a_number_the_caller_calls_nodata_is_a_hole(client: TestClient) -> None:
         assert ((product.read(1) == 0) == (values[0] == -99)).all()
     assert answer["scene"]["facts"]["valid_share"] == 0.75
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["scene"]["sar_png"]))))[:5] == 0).all()
+
+
+def test_nodata_is_the_stored_number_in_the_picture_of_the_sar_too(client: TestClient) -> None:
+    stored = np.rint(backscatter(20, 20) * 100).astype(np.int16)
+    stored[:, :5] = -9999
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", count=2, height=20, width=20, dtype="int16", crs=CRS, transform=PLACE) as file:
+            file.scales, file.descriptions = (0.01, 0.01), ("VV", "VH")
+            file.write(stored)
+        data = bytes(memory.getbuffer())
+    scene = ask(client, data, nodata=-9999).json()["scene"]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(scene["sar_png"]))))
+    assert scene["facts"]["valid_share"] == 0.75 and ((shown == 0) == (stored[0] == -9999)).all()
+
+
+def test_transparency_and_borders_of_zeros_are_holes_in_every_answer(client: TestClient) -> None:
+    numbers = np.rint(1000 * 10 ** (backscatter(40, 40) / 20)).astype(np.uint16)
+    numbers[:, :12] = 0
+    alpha = np.full((1, 40, 40), 65535, np.uint16)
+    alpha[:, :, 30:] = 0
+    kinds = (rasterio.enums.ColorInterp.gray, rasterio.enums.ColorInterp.undefined, rasterio.enums.ColorInterp.alpha)
+    with rasterio.MemoryFile() as memory:
+        with memory.open(
+            driver="GTiff", count=3, height=40, width=40, dtype="uint16", crs=CRS, transform=PLACE
+        ) as file:
+            file.colorinterp = kinds
+            file.write(np.concatenate([numbers, alpha]))
+        data = bytes(memory.getbuffer())
+    scene = ask(client, data).json()["scene"]
+    hole = (numbers[0] == 0) | (alpha[0] == 0)
+    for picture in ("sar_png", "optical_png"):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(scene[picture])))).reshape(40, 40, -1)
+        assert ((shown == 0).all(2) == hole).all()
+    told = " ".join(scene["facts"]["warnings"])
+    assert "taken for no data, as nodata 0 says" in told and "--" not in told
+    assert scene["facts"]["bands"] == {"VH": 2}
+
+
+def test_bands_that_do_not_tell_are_refused_with_the_field_that_decides(client: TestClient) -> None:
+    both = np.concatenate([backscatter(16, 16)] * 2)
+    dates = raster(both, ("VV_ascending", "VH_ascending", "VV_descending", "VH_descending"))
+    error = error_of(ask(client, dates), 400)
+    assert error["param"] == "bands" and "band 3 (VV_descending)" in error["message"]
+    assert "bands VV=1,VH=2" in error["message"] and "--" not in error["message"]
+    assert ask(client, dates, bands="VV=3,VH=4").json()["scene"]["facts"]["bands"] == {"VH": 4}
+    for data, name in (
+        (raster(backscatter(16, 16), ("HH", "HV")), "scene.tif"),
+        (raster(backscatter(16, 16)[:1]), "scene_hh.tif"),
+        (raster(backscatter(16, 16)), "S1A_EW_GRDM_1SDH_2020.tif"),
+        (raster(backscatter(16, 16)), "vh_vv.tif"),
+    ):
+        assert error_of(ask(client, data, name), 400)["param"] == "bands"
+    named = ask(client, raster(backscatter(16, 16)), "vv_vh.tif").json()["scene"]["facts"]
+    assert named["bands"] == {"VH": 2} and "as the file's name lists them" in named["bands_how"]
+
+
+def test_what_lies_beside_an_upload_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "scene.tif"
+    path.write_bytes(raster(backscatter(16, 16), **BARE))
+    said = '<PAMDataset><PAMRasterBand band="1"><Description>VH</Description></PAMRasterBand></PAMDataset>'
+    (tmp_path / "scene.tif.aux.xml").write_text(said)
+    assert Source(path, SENTINEL1_DB).bands == {"VH": 1}
+    with rasterio.Env(**ENV):
+        assert Source(path, SENTINEL1_DB).bands == {"VV": 1, "VH": 2}
 
 
 GREY = grey(20, 24)

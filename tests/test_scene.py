@@ -449,6 +449,33 @@ def test_holes_stay_holes_and_nothing_else_becomes_one(tmp_path: Path, generator
     assert facts.units == "db"
 
 
+def test_a_border_of_zeros_is_a_hole_and_the_ground_is_drawn_as_without(tmp_path: Path, generator: Generator) -> None:
+    power = (10 ** (backscatter(90, 90) / 10)).astype(np.float32)
+    power[:, :, :30], power[0, 50, 60] = 0, -1e-9
+    zeros = translate(generator, write(tmp_path / "s.tif", power), tmp_path / "zeros.tif")
+    power[:, :, :30] = np.nan
+    translate(generator, write(tmp_path / "s.tif", power), tmp_path / "nan.tif")
+    assert np.array_equal(pixels(tmp_path / "zeros.tif"), pixels(tmp_path / "nan.tif"))
+    assert zeros.valid_share == pytest.approx(2 / 3) and any("--nodata 0" in told for told in zeros.warnings)
+
+
+def test_what_lies_beside_a_scene_is_read_and_nothing_is_left_beside(tmp_path: Path, generator: Generator) -> None:
+    values = backscatter(64, 64)[::-1].copy()
+    values[0, 20, 30] = -9999
+    scene = write(tmp_path / "s.tif", values, None, crs=None, transform=Affine.identity())
+    said = '<PAMRasterBand band="{}"><Description>{}</Description></PAMRasterBand>'
+    wkt = rasterio.crs.CRS.from_epsg(32632).to_wkt().replace('"', "&quot;")
+    (tmp_path / "s.tif.aux.xml").write_text(
+        f"<PAMDataset><SRS>{wkt}</SRS>{said.format(1, 'VH')}{said.format(2, 'VV')}</PAMDataset>"
+    )
+    facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=2))
+    assert facts.bands == {"VV": 2, "VH": 1}
+    assert "Numbers such as -9999, too low for decibels, were taken for no data" in facts.warnings[-1]
+    with rasterio.open(tmp_path / "o.tif") as made:
+        assert made.crs.to_epsg() == 32632 and np.argwhere(made.dataset_mask() == 0).tolist() == [[20, 30]]
+    assert {p.name for p in tmp_path.iterdir()} == {"s.tif", "s.tif.aux.xml", "o.tif", "o.uncertainty.tif"}
+
+
 def test_what_a_hole_holds_does_not_matter(tmp_path: Path, generator: Generator) -> None:
     made = []
     for fill in (-99.0, -15.0):

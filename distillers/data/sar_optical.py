@@ -83,7 +83,8 @@ class SarOpticalPairs:
 
     Rasters (layouts geotiff and sen12ms) say their bands by description, else `bands` does, as in
     `band_names.name_bands`. Units "auto" are "dn" for 8 bits, else decided by the values of SAMPLED rasters, for all
-    alike. `nodata` is a SAR value that means no data beside NaN and what the file says. Optical rasters of 8 bits are
+    alike. `nodata` is a SAR value, as stored, that means no data beside NaN, what the file says and a border of zeros
+    (`sar.border`). Optical rasters of 8 bits are
     taken as they are, all others as reflectance, (numbers - optical_offset) / optical_scale: optical_offset = 1000 for
     Sentinel-2 since processing baseline 04.00, as ESA delivers it. Crops of which more than a tenth lack data are not
     among the items, and drawn anew.

@@ -14,7 +14,7 @@ from distillers.errors import BadInput
 POLARISATIONS = ("VV", "VH")  # those that models have learnt from
 KNOWN = (*POLARISATIONS, "HH", "HV")
 _BEFORE = "sigma|gamma|beta|sig|gam|intensity|amplitude|backscatter|db|s|g|b"
-_AFTER = "db|linear|lin|power|pow|pwr|amplitude|amp|intensity|int|ascending|asc|descending|desc|dsc"
+_AFTER = "db|linear|lin|power|pow|pwr|amplitude|amp|intensity|int|ascending|asc|descending|desc|dsc|mean|median|pol"
 _NAMED = re.compile(
     rf"(?:(?<![A-Za-z])(?i:{_BEFORE})?((?i:{'|'.join(KNOWN)}))|(?<=[a-z])({'|'.join(KNOWN)}))(?i:{_AFTER})?(?![A-Za-z])"
 )

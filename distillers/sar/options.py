@@ -46,9 +46,11 @@ class SceneOptions:
         "auto", "What the numbers are: auto | db | linear | amplitude | dn. auto refuses when the values do not tell."
     )
     bands: str | None = _option(
-        None, '"VV,VH", "2,1" or "VH=1"; by descriptions or the file\'s name if left out.', max_length=80
+        None,
+        '"VV,VH", "2,1" or "VV=1,VH=2"; by descriptions or the file\'s name if left out; else refused.',
+        max_length=80,
     )
-    nodata: float | None = _option(None, "A number without data, beside NaN and the file's own.")
+    nodata: float | None = _option(None, "A number that means no data, as stored, beside NaN and the file's own.")
     window: tuple[int, int, int, int] | None = _option(
         None, "LEFT TOP WIDTH HEIGHT in pixels: translate this part alone, to the same pixels as in the whole."
     )
