@@ -31,7 +31,7 @@ from distillers.evaluation.attributes import (
     train_attributes,
 )
 from distillers.evaluation.clauses import AVATARS, UNSEEN
-from distillers.evaluation.evaluate import check_evaluation, evaluate
+from distillers.evaluation.evaluate import captions_of, check_evaluation, evaluate
 from distillers.evaluation.features import FeatureCard, FeatureNet
 from distillers.evaluation.options import EvaluationOptions
 from distillers.evaluation.part_exchange import PartExchange
@@ -41,6 +41,7 @@ from distillers.generator import Generator
 from distillers.jobs.distill import distill
 from distillers.jobs.recipe import Recipe
 from distillers.jobs.study import Study, run_study
+from distillers.models.captions import unpack
 from distillers.models.codec import Vae
 from distillers.weights.manifest import Info
 from distillers.weights.write import write_autoencoder
@@ -379,6 +380,23 @@ def test_unseen_pairs_of_shapes_are_of_colour_and_form() -> None:
     learnt = ["a red circle", "a blue square on a dark background"]
     captions = ["a large red circle", "a red square", "a blue square above a red circle", "a blue circle"]
     assert ShapesJudge().unseen(captions, learnt).tolist() == [False, True, False, True]
+
+
+def test_what_is_withheld_from_training_is_an_unseen_pair() -> None:
+    withheld = ["red cross", "red square", "blue circle"]
+    train, test = (CaptionedShapes(64, split=split, captions=True, withheld=withheld) for split in ("train", "test"))
+    captions, learnt = test.captions(range(200)), captions_of(train)
+    assert not any(label in caption for caption in learnt for label in withheld)
+    assert len({label for label in train.labels if any(label in caption for caption in learnt)}) == 21
+    expected = [any(label in caption for label in withheld) for caption in captions]
+    assert ShapesJudge().unseen(captions, learnt).tolist() == expected and any(expected)
+    drawn = train.draw(64, np.random.default_rng(0))
+    assert ShapesJudge()(drawn["image"], unpack(drawn["caption"])).followed.all(), "the picture shows what stands there"
+    assert not {train.labels[i] for i in drawn["label"]} & set(withheld)
+    assert captions_of(CaptionedShapes(64)) == captions_of(None) == []
+    for wrong in (["red cube"], [f"red {form}" for form in ("circle", "square", "triangle", "cross")]):
+        with pytest.raises(BadInput, match="withheld"):
+            CaptionedShapes(64, withheld=wrong)
 
 
 # --- verdicts and diversity

@@ -5,7 +5,7 @@ fractions of the picture's side, x to the right and y downwards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,10 +81,13 @@ class CaptionedShapes:
     Endless: item i is a pure function of (seed, split, i) for every i >= 0; `len` is a nominal 10,000. `draw` takes its
     pictures from the same distribution, by `rng` alone. `shade` puts every picture on a "dark", "mid" or "light"
     background and leaves it as it is otherwise: another style. `limit` keeps the first so many items, all that `draw`
-    then shows: a handful of examples. `captions` puts "caption" into the batches.
+    then shows: a handful of examples. `captions` puts "caption" into the batches. `withheld` are labels, such as
+    "red cross", that no picture of the train split shows: another form of the colour stands there. What a model makes
+    of them in the test split is new to it.
 
     Raises:
-        BadInput: size below 8, limit below 1, unknown split or shade, objects but 1 and 2, negative seed or index.
+        BadInput: size below 8, limit below 1, unknown split or shade, objects but 1 and 2, negative seed or index,
+            unknown labels, or all forms of a colour, withheld.
     """
 
     name = "shapes"
@@ -101,6 +104,7 @@ class CaptionedShapes:
         limit: int | None = None,
         objects: int = 2,
         captions: bool = False,
+        withheld: Sequence[str] = (),
     ) -> None:
         check_split(split)
         if objects not in (1, 2):
@@ -109,6 +113,13 @@ class CaptionedShapes:
             raise BadInput("shade", shade, " | ".join(SHADES))
         self.side, self.seed, self.split = check_side(size), check_whole("seed", seed, 0), split
         self.size, self.captioned = (size, size), captions
+        wrong = [label for label in withheld if label not in LABELS]
+        full = [colour for colour in COLOURS if all(f"{colour} {shape}" in withheld for shape in SHAPES)]
+        if wrong or full:
+            raise BadInput(
+                "data.withheld", wrong or list(withheld), f"some of {', '.join(LABELS)}; a form of each left"
+            )
+        self.withheld = np.array([label in withheld for label in LABELS]).reshape(len(COLOURS), len(SHAPES))
         self.objects, self.shade, self.limit = objects, shade, None if limit is None else check_whole("limit", limit, 1)
 
     def __len__(self) -> int:
@@ -133,7 +144,13 @@ class CaptionedShapes:
     def _scenes(self, u: NDArray[np.float64]) -> Scenes:
         if self.shade is not None:
             u[:, _SHADE] = (list(SHADES).index(self.shade) + 0.5) / len(SHADES)
-        return scenes(u, self.objects)
+        found = scenes(u, self.objects)
+        if self.split == "train" and self.withheld.any():
+            shape = found.shape.copy()
+            while (taken := self.withheld[found.colour, shape]).any():
+                shape[taken] = (shape[taken] + 1) % len(SHAPES)
+            found = replace(found, shape=shape)
+        return found
 
     def caption(self, index: int) -> str:
         """Describe the picture at a position in words."""

@@ -46,6 +46,7 @@ Progress = Callable[[int, int, str], None]  # pictures done, pictures in all, wh
 
 DISTANCES_FALL = "Frechet distances fall as n grows: compare them only at one n and in one feature space."
 PROMPTS = 64  # whose diversity is measured
+ENDLESS = 2000  # captions of endless data that tell which pairs training has shown
 HALF_FLOOR = "The real row has half the n of the others, so it overstates the floor; give the train split for n."
 
 
@@ -102,8 +103,8 @@ def evaluate(
             if progress:
                 progress(done, n * len(candidates), one.row.name)
     regions, unseen = regions_of(data, n), None
-    if options.judge is not None and isinstance(train, CaptionedFolder):
-        unseen = options.judge.unseen(captions, train.texts)
+    if options.judge is not None and (learnt := captions_of(train)):
+        unseen = options.judge.unseen(captions, learnt)
     for one in candidates:
         one.fill_row(reference, regions, unseen)
         if n <= len(data):
@@ -135,6 +136,13 @@ def evaluate(
         notes=_notes(n, data, features, len(reference), train is None, generator.condition.paired, readable, options),
         rows=[floor, *(one.row for one in candidates)],
     )
+
+
+def captions_of(data: ImageData | None) -> list[str]:
+    """List the captions of data, of endless ones the first `ENDLESS`; [] where there are none."""
+    if isinstance(data, CaptionedShapes):
+        return data.captions(range(ENDLESS)) if data.captioned else []
+    return data.texts if isinstance(data, CaptionedFolder) else []
 
 
 def check_evaluation(
