@@ -575,6 +575,8 @@ def test_noise_in_one_raster_is_clamped_and_what_cannot_be_is_a_hole(tmp_path: P
 def test_a_border_of_zeros_is_a_hole_as_if_the_file_said_so(tmp_path: Path) -> None:
     power, colour = (10 ** (backscatter(1, side=64) / 10)).astype(np.float32), noise(1, 64, 64)
     power[:, :20] = 0
+    with pytest.warns(Notice, match=r"sar/train\.tif: polarisation assumed: two bands without names"):
+        opened(folder(tmp_path / "found", power, colour), size=16)
     with pytest.warns(Notice, match=r"nodata = 0 says, in 1 of 1 SAR rasters, the first .*sar/train\.tif"):
         found = opened(folder(tmp_path / "found", power, colour), size=16).items([0, 1])
     told = opened(folder(tmp_path / "told", power, colour, {"nodata": 0})).scenes[0]

@@ -91,6 +91,7 @@ def test_units_are_told_by_the_values(units: str, samples: dict[str, NDArray[Any
         ({"VV": spiked(VV, -9999, 0.06)}, "-9999.*beyond decibels"),
         ({"VV": spiked(VV, 51, 0.06)}, "to 51.*beyond decibels"),
         ({"VV": noisy(0.06)}, "6 % negative: neither"),
+        ({"VV": spiked(amplitude(VV, 1000), -32768, 0.2)}, "20 % negative: .* power; 20 % are -32768, no data"),
         ({"VV": power(land(-7))}, "-7.* dB if linear, -14.* dB if amplitude; .*: amplitude and linear"),
         ({"VV": power(land(-60))}, "plausible for land: neither"),
         ({"VV": np.zeros(100, np.float32)}, "hardly any backscatter"),

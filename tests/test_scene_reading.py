@@ -260,6 +260,15 @@ def test_numbers_that_no_decibels_have_are_holes(tmp_path: Path) -> None:
     assert "1.6 % of VV are -99, " in note and "darkest ground: --nodata, as stored, if" in note
 
 
+def test_a_number_below_zero_that_noise_does_not_repeat_is_told(tmp_path: Path) -> None:
+    power = (10 ** (backscatter(50, 50) / 10)).astype(np.float32)
+    power[:, ::7, :5] *= -0.01  # where noise was subtracted
+    assert not opened(write(tmp_path / "s.tif", power), units="linear").notes
+    power[0, 20:22, :20] = -1
+    (note,) = opened(write(tmp_path / "s.tif", power), units="linear").notes
+    assert note.startswith("1.6 % of VV are -1, below 0,") and "--nodata" in note
+
+
 def test_nodata_is_the_number_that_is_stored(tmp_path: Path) -> None:
     """Hundredths of decibels with a scale: -9999 is stored, -99.99 is read."""
     stored = np.rint(backscatter(40, 40) * 100).astype(np.int16)

@@ -65,11 +65,11 @@ def on_one_map(corners: Sequence[NDArray[np.float64]], systems: Sequence[Any]) -
     return np.array(moved).swapaxes(1, 2)
 
 
-def sar_bands(path: Path, wanted: str | None) -> dict[str, int]:
-    """Name a SAR raster's bands, {polarisation: number from 1}: see `band_names.name_bands`."""
+def sar_bands(path: Path, wanted: str | None) -> tuple[dict[str, int], str]:
+    """Name a SAR raster's bands, {polarisation: number from 1}, and say how: see `band_names.name_bands`."""
     with _open(path) as raster:
         try:
-            return name_bands(wanted, raster.descriptions, path.stem, alpha_bands(raster))[0]
+            return name_bands(wanted, raster.descriptions, path.stem, alpha_bands(raster))
         except BadInput as error:
             raise BadInput(f"{path}: {error.field}", error.given, error.allowed) from None
 

@@ -128,7 +128,11 @@ class SarOpticalPairs:
         self._asked = bands, units
         self._bordered: dict[Path, None] = {}  # rasters whose zeros along the edge are taken for no data, in order
         if self.layout in RASTERS:
-            self.bands = tuple(self._bands_of(self.pairs[0]))
+            first = self.pairs[0].sar
+            found, how = sar_bands(first, bands)
+            self.bands = tuple(self.radiometry.choose_bands(found))
+            if "assumed" in how and self.layout != "sen12ms":  # which is published as VV, VH
+                warnings.warn(f"{first}: polarisation {how}; bands says otherwise", Notice, stacklevel=2)
             return
         self.bands = tuple(("VH" if bands is None else bands).split(","))
         if not set(self.bands) <= set(POLARISATIONS) or len(set(self.bands)) < len(self.bands):
@@ -182,7 +186,7 @@ class SarOpticalPairs:
 
     def _bands_of(self, pair: Pair) -> dict[str, int]:
         """Name the bands of a pair's SAR raster that the model takes, {polarisation: number}."""
-        return self.radiometry.choose_bands(sar_bands(pair.sar, self._asked[0]))
+        return self.radiometry.choose_bands(sar_bands(pair.sar, self._asked[0])[0])
 
     def _read_sar(self, pair: Pair) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Read a pair's SAR raster as `read_sar_raster` does, and remember it where a border of zeros was found."""

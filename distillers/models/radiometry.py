@@ -256,10 +256,16 @@ def _share_beyond(values: NDArray[Any]) -> float:
     return float(((values < LOWEST_DB) | (values > HIGHEST_DB)).mean())
 
 
-def most_common_below(values: NDArray[Any]) -> tuple[float, float]:
-    """Find the most common of the values below LOWEST_DB and its share of all values; (nan, 0) where none is below."""
-    numbers, counts = np.unique(values[values < LOWEST_DB], return_counts=True)
+def most_common_below(values: NDArray[Any], level: float) -> tuple[float, float]:
+    """Find the most common of the values below a level and its share of all values; (nan, 0) where none is below."""
+    numbers, counts = np.unique(values[values < level], return_counts=True)
     return (float(numbers[counts.argmax()]), float(counts.max() / values.size)) if numbers.size else (np.nan, 0.0)
+
+
+def _no_data(values: NDArray[Any], level: float) -> str:
+    """Ask whether a number below a level that is more common than noise means no data."""
+    number, share = most_common_below(values, level)
+    return f"; {100 * share:.0f} % are {number:g}, no data?" if share > NOISE else ""
 
 
 def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
@@ -272,12 +278,13 @@ def _decide(band: str, values: NDArray[Any]) -> tuple[set[str], str]:
     if median < -1:
         if median >= LOWEST_DB and _share_beyond(numbers) <= NOISE:
             return {"db"}, f"{seen}: negative, as decibels are"
-        number, share = most_common_below(numbers)
-        meant = f"{100 * share:.0f} % are {number:g}, no data?" if share > NOISE else "scaled?"
-        return set(), f"{seen}: beyond decibels; {meant}"
+        return set(), f"{seen}: beyond decibels{_no_data(numbers, LOWEST_DB) or '; scaled?'}"
     negative = float((numbers < 0).mean())
     if negative > NOISE:
-        return set(), f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power"
+        return (
+            set(),
+            f"{seen}, {100 * negative:.0f} % negative: neither decibels nor power{_no_data(numbers, 0)}",
+        )
     if median > DN_ABOVE or (values.dtype.kind in "ui" and np.quantile(numbers, 1 - NOISE) > 1):
         return {"dn"}, f"{seen}: digital numbers"
     if median <= 0:

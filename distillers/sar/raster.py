@@ -87,7 +87,7 @@ class Source:
             self.units, self.units_why = self._units(units, samples)
             if self.units == "db":
                 samples = {band: values[values > radiometry.NO_DATA_DB] for band, values in samples.items()}
-                self._note_lowest(samples)
+            self._note_lowest(samples)
             self.shift = {band: 0.0 for band in self.bands}
             if seen.is_relative(self.units):
                 self.shift = {
@@ -189,7 +189,7 @@ class Source:
         tops, lefts = (np.unique(np.linspace(0, length - side, WINDOWS).astype(int)) for length in (height, width))
         few = [Window(left, top, side, side) for top in tops for left in lefts]
         every = (Window(0, top, width, min(side, height - top)) for top in range(0, height, side))
-        for windows, enough in ((few, 1000), (every, 1)):
+        for windows, enough in ((few, 1 << 16), (every, 1)):
             found: dict[str, list[NDArray[Any]]] = {band: [] for band in self.bands}
             valid_pixels = zeros = 0
             for window in windows:
@@ -241,11 +241,12 @@ class Source:
         return wanted, "as asked for"
 
     def _note_lowest(self, samples: dict[str, NDArray[Any]]) -> None:
-        """Note a number that is lower than noise makes decibels and more common than noise."""
+        """Note a number that no ground has and noise does not repeat: below decibels, or below zero."""
+        level = radiometry.LOWEST_DB if self.units == "db" else 0.0
         for band, values in samples.items():
-            number, share = radiometry.most_common_below(values)
+            number, share = radiometry.most_common_below(values, level)
             if share > STRAY / 10:
-                what = f"{100 * share:.3g} % of {band} are {number:g}, below {radiometry.LOWEST_DB:g} dB"
+                what = f"{100 * share:.3g} % of {band} are {number:g}, below {level:g}"
                 self.notes.append(f"{what}, and drawn as the darkest ground: --nodata, as stored, if it means no data.")
 
     def _read_stored(self, window: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
