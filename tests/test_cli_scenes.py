@@ -298,6 +298,7 @@ def test_many_scenes_that_cannot_be_are_refused_before_the_work(tmp_path: Path, 
         ([tmp_path / "a", tmp_path / "a"], "out", "which is read"),
         ([tmp_path / "a", tmp_path / "file"], "out", "a folder that can be written"),
         ([tmp_path / "a", out, "--preview", "p.png"], "preview", "a folder"),
+        ([tmp_path / "a", "s3://bucket/out/"], "out", "this machine"),
         ([tmp_path / "a", out, "--steps", 3], "steps", "1"),
         ([tmp_path / "a", out, "--tile", 30], "tile", "multiple"),
     ):

@@ -12,7 +12,7 @@ import typer
 
 from distillers.cli.arguments import Device, device_of, with_options
 from distillers.errors import BadInput, check_file, check_place
-from distillers.sar.address import PICTURES, Scene, file_name, find_scenes
+from distillers.sar.address import PICTURES, Scene, file_name, find_scenes, is_elsewhere
 from distillers.sar.beside import beside
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 
@@ -64,6 +64,9 @@ def translate(
     """
     from distillers.generator import Generator
 
+    for written in (out, *([str(preview)] if preview else [])):
+        if is_elsewhere(written):
+            raise BadInput("out", written, "a file or a folder of this machine: results are written here")
     scenes = find_scenes(sar)
     several = [str(scene) for scene in scenes] != sar or len(scenes) > 1 or out.endswith(os.sep) or Path(out).is_dir()
     work = (

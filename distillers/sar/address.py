@@ -36,6 +36,11 @@ def is_address(given: Scene) -> bool:
     return isinstance(given, str) and bool(_ADDRESS.match(given)) and not Path(given).exists()
 
 
+def is_elsewhere(written: str) -> bool:
+    """Tell whether a name to write is of another host or of one of GDAL's virtual file systems."""
+    return bool(re.match(r"(?:s3|gs|az|https?):/|/vsi\w+/", written))
+
+
 def file_name(scene: Scene) -> Path:
     """Return the name of a scene's file, without its folder, its host or a query."""
     if not is_address(scene):

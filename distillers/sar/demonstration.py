@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
 from distillers.errors import BadInput, check_file
+from distillers.sar.beside import beside
 from distillers.sar.raster import import_rasterio
 
 LOOKS = 4.4  # of Sentinel-1 IW GRD
@@ -64,7 +65,7 @@ def demonstration(path: str | Path, side: int = 512, seed: int = 0) -> None:
         "tiled": True,
     }
     try:
-        with rasterio.open(path, "w", **profile) as raster:
+        with beside(Path(path)) as whole, rasterio.open(whole, "w", **profile) as raster:
             raster.write(backscatter)
             raster.descriptions = ("VV", "VH")
             raster.update_tags(datetime="2026-06-01T05:26:00", DEMONSTRATION="made by a program; no real place")
