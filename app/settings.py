@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     memory_mb: float | None = Field(
         default=None, gt=0, description="of all open models; beyond it the one not asked for the longest is put away"
     )
+    decoding: Literal["whole", "slices", "tiles"] = Field(
+        default="whole",
+        description="autoencoders decode batches, single pictures, or also large pictures in tiles: less memory",
+    )
     rescan_seconds: float = Field(default=5, gt=0, description="between looks for new and changed folders")
     max_wait_seconds: float = Field(default=30, gt=0, description="predicted, of all that waits; beyond it 503")
     queue_limit: int = Field(default=256, ge=1, description="images waiting; beyond it 503")

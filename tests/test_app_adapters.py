@@ -358,3 +358,24 @@ def test_a_checker_that_is_named_and_missing_is_refused(checked: Path, tmp_path:
     (tmp_path / "x" / "safety_checker" / "config.json").unlink()
     with pytest.raises(BadInput, match=r"safety_checker/config\.json: got 'missing'"):
         Generator.from_pretrained(tmp_path / "x")
+
+
+# --- memory
+
+
+def test_an_autoencoder_decodes_in_slices_and_tiles_what_it_decodes_at_once(weights: Path) -> None:
+    sizes = list[list[tuple[int, ...]]]()
+    drawn = {}
+    for way in ("whole", "slices", "tiles"):
+        model = Model.open("one", weights / "one", "cpu", 4, decoding=way)
+        vae, seen = model.generator.codec.vae, list[tuple[int, ...]]()
+        vae.decoder.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(tuple(inputs[0].shape)))
+        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            drawn[way] = model.generator.codec.decode(latents)
+        sizes.append(seen)
+    assert sizes[0] == [(2, 4, 16, 16)] and sizes[1] == [(1, 4, 16, 16)] * 2
+    assert len(sizes[2]) > 2 and {size[2:] <= (8, 8) for size in sizes[2]} == {True}
+    torch.testing.assert_close(drawn["slices"], drawn["whole"], atol=1e-5, rtol=1e-5)
+    assert drawn["tiles"].shape == (2, 3, 32, 32)
+    assert Settings(decoding="tiles").decoding == "tiles"

@@ -104,14 +104,31 @@ class Model:
         self.styles = None if prompts is None else Styles(self.dispatches, self.students, prompts)
 
     @classmethod
-    def open(cls, name: str, folder: Path, device: str, max_steps: int, bases: "Bases | None" = None) -> "Model":
+    def open(
+        cls,
+        name: str,
+        folder: Path,
+        device: str,
+        max_steps: int,
+        bases: "Bases | None" = None,
+        decoding: str = "whole",
+    ) -> "Model":
         """Read a folder onto a device. It is slow, and imports torch. BadInput for a folder that cannot be opened.
 
-        bases: of the text-to-image folders that are open, so that adapters of one base share its weights.
+        Args:
+            bases: of the text-to-image folders that are open, so that adapters of one base share its weights.
+            decoding: how much an autoencoder decodes at a time: "whole" batches, "slices" of one picture each, or
+                "tiles" of large pictures too, by diffusers' own means.
         """
         from distillers.generator import Generator
+        from distillers.models.codec import Vae
 
-        return cls(name, folder, Generator.from_pretrained(folder, device, bases=bases), device, max_steps)
+        generator = Generator.from_pretrained(folder, device, bases=bases)
+        if isinstance(generator.codec, Vae) and decoding != "whole":
+            generator.codec.vae.enable_slicing()
+            if decoding == "tiles":
+                generator.codec.vae.enable_tiling()
+        return cls(name, folder, generator, device, max_steps)
 
     # -- drawing: on the engine's thread ---------------------------------------------------------------------------
 

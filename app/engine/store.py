@@ -167,7 +167,8 @@ class Store:
             for worker in self.workers:
                 if self.closed:
                     return
-                model = Model.open(slot.name, slot.folder, worker.device, self.settings.max_steps, self._bases)
+                own = self.settings
+                model = Model.open(slot.name, slot.folder, worker.device, own.max_steps, self._bases, own.decoding)
                 worker.run(model.warm_up)
                 fresh.append(model)
             for model in fresh:
