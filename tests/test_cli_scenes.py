@@ -268,6 +268,17 @@ def test_patterns_and_lists_are_many_scenes(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.tif", "b.tif"}
 
 
+@pytest.mark.parametrize("scene", ["./s.tif", "in/../s.tif", "s[1].tif"])
+def test_one_file_is_one_scene_however_it_is_written(
+    tmp_path: Path, models: dict[str, Path], scene: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path)
+    raster(Path(scene))
+    done = translate(scene, "o.tif", model=models["db"])
+    assert done.exit_code == 0 and (tmp_path / "o.tif").is_file(), (done.output, done.exception)
+
+
 def test_a_folder_to_write_takes_the_name_of_one_scene(tmp_path: Path, models: dict[str, Path]) -> None:
     scene = raster(tmp_path / "scene.tif")
     for out in (f"{tmp_path}/new/", f"{tmp_path}/new"):

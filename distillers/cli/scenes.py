@@ -12,7 +12,7 @@ import typer
 
 from distillers.cli.arguments import Device, device_of, with_options
 from distillers.errors import BadInput, check_file, check_place
-from distillers.sar.address import PICTURES, Scene, file_name, find_scenes, is_elsewhere
+from distillers.sar.address import PICTURES, Scene, file_name, find_scenes, is_elsewhere, is_one_scene
 from distillers.sar.beside import beside
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 
@@ -68,7 +68,7 @@ def translate(
         if is_elsewhere(written):
             raise BadInput("out", written, "a file or a folder of this machine: results are written here")
     scenes = find_scenes(sar)
-    several = [str(scene) for scene in scenes] != sar or len(scenes) > 1 or out.endswith(os.sep) or Path(out).is_dir()
+    several = len(sar) > 1 or not is_one_scene(sar[0]) or out.endswith(os.sep) or Path(out).is_dir()
     work = (
         [Work.of(scene, Path(out), preview) for scene in scenes] if several else [Work(scenes[0], Path(out), preview)]
     )

@@ -82,6 +82,12 @@ def _inside(archive: Path) -> str:
     return f"/vsizip/{archive.absolute()}/{rasters[0]}"
 
 
+def is_one_scene(word: str) -> bool:
+    """Tell whether a word of a command names one scene: a file, an address, a product's folder."""
+    path = Path(word)
+    return is_address(word) or path.is_file() or path.suffix.lower() == ".safe"
+
+
 def find_scenes(given: Sequence[str]) -> list[Scene]:
     """List the scenes that words stand for: files, the rasters of folders, patterns such as "in/*.tif", addresses.
 
@@ -93,7 +99,7 @@ def find_scenes(given: Sequence[str]) -> list[Scene]:
     found: list[Scene] = []
     for word in given:
         path = Path(word)
-        if is_address(word) or path.is_file() or path.suffix.lower() == ".safe":
+        if is_one_scene(word):
             found.append(as_scene(word))
         elif path.is_dir():
             found += (inside := _rasters(path))
