@@ -14,6 +14,7 @@ from folders import noise, real, rng, save, save_pair
 from numpy.typing import NDArray
 
 from distillers.data.layouts import LAYOUTS, find_pairs
+from distillers.data.pair_rasters import on_one_map
 from distillers.data.sar_optical import SarOpticalPairs
 from distillers.errors import BadInput, Notice
 
@@ -165,6 +166,21 @@ def test_sen12ms_cr_is_read_as_it_unpacks_and_its_clouds_are_left_alone(tmp_path
     shutil.rmtree(next(tmp_path.rglob("s2_2")))
     with pytest.raises(BadInput, match=r"s1_2.*no partner.*s2_2 of ROIs1158_spring"):
         find_pairs(tmp_path, "train")
+
+
+def test_ground_is_one_across_the_antimeridian_and_whichever_way_longitudes_count() -> None:
+    def quad(west: float, wide: float = 1.0) -> NDArray[np.float64]:
+        return np.array([(west, 1), (west + wide, 1), (west + wide, 0), (west, 0)], np.float64)
+
+    x = on_one_map([quad(179.5), quad(-179.8), quad(180.2), quad(-170.0)], ["EPSG:4326"] * 4)[..., 0]
+    assert np.allclose(x[:, 0] - x[0, 0], [0, 0.7, 0.7, 10.5]) and np.allclose(np.ptp(x, axis=1), 1)
+    zones = [(829_000.0, "EPSG:32660"), (170_000.0, "EPSG:32601"), (500_000.0, "EPSG:32660")]
+    corners = [np.array([(e, 6e5), (e + 8e3, 6e5), (e + 8e3, 59e4), (e, 59e4)]) for e, _ in zones]
+    x = on_one_map(corners, [rasterio.crs.CRS.from_string(zone) for _, zone in zones])[..., 0]
+    assert (np.ptp(x, axis=1) < 0.1).all() and 0 < x[0].mean() - x[2].mean() < 3.2 and abs(x[0] - x[1]).max() < 0.2
+    local = rasterio.crs.CRS.from_wkt('LOCAL_CS["site grid",UNIT["metre",1]]')
+    with pytest.raises(BadInput, match="lead to degrees"):
+        on_one_map(corners[:2], [rasterio.crs.CRS.from_epsg(32660), local])
 
 
 def test_sar2opt_with_other_names_keeps_its_own_split(tmp_path: Path) -> None:

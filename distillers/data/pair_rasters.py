@@ -18,6 +18,7 @@ RASTER_SUFFIXES = frozenset({".tif", ".tiff"})
 DISPLAY = 0.3  # the reflectance that is shown as white
 RGB = (("B04", "B4", "RED"), ("B03", "B3", "GREEN"), ("B02", "B2", "BLUE"))  # as Sentinel-2 and others call them
 SENTINEL2_COUNTS = (12, 13)  # bands of a whole product, without or with B10: red, green, blue are numbers 4, 3, 2
+_SEAM = 1e-9  # degrees that rounding may put a corner before the first
 _SAME = 0.01  # px that two corners may differ by
 
 
@@ -55,14 +56,30 @@ def place(path: Path) -> Place:
 
 
 def on_one_map(corners: Sequence[NDArray[np.float64]], systems: Sequence[Any]) -> NDArray[np.float64]:
-    """Bring corners to one CRS, (n, 4, 2): to their own where all have the same, else to degrees of EPSG:4326."""
-    if all(crs == systems[0] for crs in systems):
-        return np.stack(corners)
-    import_rasterio("EPSG:4326")
-    from rasterio.warp import transform
+    """Bring corners to one CRS, (n, 4, 2): to their own where all have the same, else to degrees of EPSG:4326.
 
-    moved = [transform(crs, "EPSG:4326", *quad.T.tolist())[:2] for quad, crs in zip(corners, systems, strict=True)]
-    return np.array(moved).swapaxes(1, 2)
+    Longitudes are counted from the widest gap between them, so that the antimeridian, and whether a file counts to 180
+    or to 360 degrees, divide no ground.
+
+    Raises:
+        BadInput: one of several CRSs does not lead to degrees.
+    """
+    quads = np.stack(corners)
+    if any(crs != systems[0] for crs in systems):
+        import_rasterio("EPSG:4326")
+        from rasterio.warp import transform
+
+        for i, crs in enumerate(systems):
+            try:
+                quads[i] = np.transpose(transform(crs, "EPSG:4326", *quads[i].T.tolist())[:2])
+            except Exception:  # GDAL's own errors have no common class in rasterio's interface
+                raise BadInput("path", f"rasters in {crs}", "one CRS, or such that lead to degrees") from None
+    elif not getattr(systems[0], "is_geographic", systems[0] == "EPSG:4326"):
+        return quads
+    longitudes = np.sort(quads[..., 0].ravel() % 360)
+    gaps = np.diff(longitudes, append=longitudes[0] + 360)
+    quads[..., 0] = (quads[..., 0] - longitudes[(gaps.argmax() + 1) % longitudes.size] + _SEAM) % 360
+    return quads
 
 
 def sar_bands(path: Path, wanted: str | None) -> tuple[dict[str, int], str]:
