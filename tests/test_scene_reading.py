@@ -249,9 +249,10 @@ def test_a_single_number_decides_nothing_wherever_it_lies(tmp_path: Path) -> Non
 
 def test_numbers_that_no_decibels_have_are_holes(tmp_path: Path) -> None:
     values = backscatter(50, 50)
-    values[0, 7, 9], values[1, 20, 30], values[0, 1, 1] = -9999, -3e38, -101.3
+    values[0, 7, 9], values[1, 20, 30], values[0, 1, 1], values[0, 8, 8] = -9999, -3e38, -101.3, np.nan
     source = opened(write(tmp_path / "s.tif", values), units="auto")
-    assert np.argwhere(holes(source)).tolist() == [[7, 9], [20, 30]] and source.lowest == pytest.approx(-3e38)
+    assert np.argwhere(holes(source)).tolist() == [[7, 9], [8, 8], [20, 30]]
+    assert source.lowest == pytest.approx(-3e38)
     values[:, 10:20] = -99
     with pytest.raises(BadInput, match=r"units: .*-3e\+38.*beyond decibels; 20 % are -99, no data\?.*--nodata NUMBER"):
         opened(write(tmp_path / "s.tif", values))

@@ -158,10 +158,12 @@ class Source:
     def _sample(self) -> dict[str, NDArray[Any]]:
         """Read valid values by band, and find the border of zeros that the scene may have."""
         dark = self.raster.dtypes[next(iter(self.bands.values())) - 1] == "uint8"  # there 0 may be water
-        if not dark and self._zero_on_edge():
+        searched = not dark and self._zero_on_edge()
+        if searched:
             self._find_border()
         samples, zeros = self._read_spread()
-        if not dark and zeros and not self.border.pixels and self._find_border():  # zeros around which are other holes
+        if zeros and not (dark or searched):  # there may be a border inside one of other holes
+            self._find_border()
             samples, zeros = self._read_spread()
         if self.border.pixels:
             share = 100 * self.border.pixels / (self.raster.height * self.raster.width)
@@ -216,13 +218,12 @@ class Source:
             windows += [Window(left, top, 1, min(step, height - top)) for left in (0, width - 1)]
         return any(zero.any() for zero, _ in map(self._zeros, windows))
 
-    def _find_border(self) -> bool:
-        """Look for a border of zeros, and tell whether there is one."""
+    def _find_border(self) -> None:
+        """Look for a border of zeros in the whole scene."""
         from rasterio.windows import Window
 
         height, width = self.shape
         self.border = find_border(lambda top, rows: self._zeros(Window(0, top, width, rows)), height, width)
-        return self.border.pixels > 0
 
     def _zeros(self, window: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Read where a window is 0 in all bands, and where it has no data."""
@@ -272,7 +273,7 @@ class Source:
         if self.units == "db":
             lost = valid & (values <= radiometry.NO_DATA_DB).any(0)
             if lost.any():
-                self.lowest = min(self.lowest or 0.0, float(values.min()))
+                self.lowest = min(self.lowest or 0.0, float(values[:, lost].min()))
                 valid &= ~lost
         return values, valid
 
