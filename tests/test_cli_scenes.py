@@ -1,6 +1,7 @@
 """The commands about scenes, as a user types them: what is written, what is printed, how they end."""
 
 import json
+import os
 import re
 import sys
 import zipfile
@@ -249,7 +250,14 @@ def test_a_folder_is_translated_with_one_model_and_what_is_there_is_left(
     before = (words[1] / "a.tif").read_bytes()
     second = translate(*words, "--seed", 7, model=models["db"])
     assert second.exit_code == 0 and "3 scenes: 1 translated, 2 there already" in second.stdout
-    assert (words[1] / "a.tif").read_bytes() == before and "with 0 seed" in second.stderr
+    assert (
+        words[1] / "a.tif"
+    ).read_bytes() == before and "a.tif is there, made with 0 seed, with 2 samples" in second.stderr
+    assert "before the scene was changed" not in second.stderr
+    os.utime(tmp_path / "in" / "a.tif")
+    again = translate(*words, "--seed", 7, "--window", 0, 0, 9, 9, model=models["db"])
+    assert "with 2 samples, of the whole scene, before the scene was changed" in again.stderr
+    assert "b.tif is there, made of the whole scene:" in again.stderr
     third = translate(*words, "--seed", 7, "--overwrite", "--json", model=models["db"])
     told = json.loads(third.stdout)
     assert [row["result"] for row in told] == ["translated"] * 3 and told[0]["facts"]["seed"] == 7

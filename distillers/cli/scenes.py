@@ -146,7 +146,13 @@ class Work:
         found = {key: tags.get(f"FEWSTEP_{key}", "") for key in now}
         other = [key for key in now if found[key] != str(now[key])]
         names = {"MODEL_SHA256": f"by {tags.get('FEWSTEP_MODEL', 'another model')}"}
-        return ", ".join(names.get(key, f"with {found[key]} {key.lower()}") for key in other)
+        ways = [names.get(key, f"with {found[key]} {key.lower()}") for key in other]
+        part, asked = tags.get("FEWSTEP_WINDOW", ""), " ".join(map(str, options.window or ()))
+        if bool(part) != bool(asked or options.bbox) or (asked and part != asked):
+            ways.append(f"of the window {part}" if part else "of the whole scene")
+        if isinstance(self.scene, Path) and self.scene.stat().st_mtime > self.out.stat().st_mtime:
+            ways.append("before the scene was changed")
+        return ", ".join(ways)
 
     def run(self, generator: Generator, options: SceneOptions, stac: bool) -> SceneFacts | None:
         """Translate the scene; return its facts, None for a picture."""
