@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import sys
 import zipfile
 from functools import partial
@@ -28,7 +29,7 @@ from distillers.generator import Generator
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.radiometry import AMPLITUDE, SENTINEL1_DB, Radiometry
 from distillers.models.schedule import VariancePreserving
-from distillers.sar.address import gdal_name
+from distillers.sar.address import NETWORK, gdal_name
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
@@ -270,6 +271,7 @@ def test_patterns_and_lists_are_many_scenes(
 ) -> None:
     for i, name in enumerate("ab"):
         raster(tmp_path / "in" / f"{name}.tif", i)
+    raster(tmp_path / "in" / "a.uncertainty.tif") if "*" in words[0] else None  # an earlier result's
     monkeypatch.chdir(tmp_path if "**" in words[0] else tmp_path / "in")
     done = translate(*words, tmp_path / "out", model=models["db"])
     assert done.exit_code == 0, (done.output, done.exception)
@@ -307,6 +309,7 @@ def test_a_folder_of_pictures_and_rasters_is_translated_together(tmp_path: Path,
 def test_many_scenes_that_cannot_be_are_refused_before_the_work(tmp_path: Path, models: dict[str, Path]) -> None:
     for place in ("a", "b"):
         raster(tmp_path / place / "s.tif")
+    raster(tmp_path / "long" / f"{'l' * 250}.tif")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     out, model = tmp_path / "out", models["db"]
@@ -316,6 +319,7 @@ def test_many_scenes_that_cannot_be_are_refused_before_the_work(tmp_path: Path, 
         ([tmp_path / "none*.tif", out], "sar", "existing files match"),
         ([tmp_path / "a", tmp_path / "a"], "out", "which is read"),
         ([tmp_path / "a", tmp_path / "file"], "out", "a folder that can be written"),
+        ([tmp_path / "long", out, "--samples", 2], "out", "255 bytes"),
         ([tmp_path / "a", out, "--preview", "p.png"], "preview", "a folder"),
         ([tmp_path / "a", "s3://bucket/out/"], "out", "this machine"),
         ([tmp_path / "a", out, "--steps", 3], "steps", "1"),
@@ -441,6 +445,19 @@ def test_addresses_are_read_over_the_network(
         assert isinstance(error, BadInput) and "none.tif" in str(error)
     finally:
         server.shutdown()
+
+
+def test_a_silent_host_does_not_hold_up_the_next_scene(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORK, "GDAL_HTTP_TIMEOUT", "1")
+    monkeypatch.setitem(NETWORK, "GDAL_HTTP_MAX_RETRY", "0")
+    raster(tmp_path / "s.tif")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.tif"
+        done = translate(address, tmp_path / "s.tif", tmp_path / "out", model=models["db"])
+    assert done.exit_code == 1 and "2 scenes: 1 translated, 1 failed" in done.stdout, (done.output, done.exception)
+    assert f"failed: {address}: scene: got 'a.tif'" in done.stderr
 
 
 def test_a_path_is_never_an_address(tmp_path: Path) -> None:

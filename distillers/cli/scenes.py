@@ -12,7 +12,7 @@ import typer
 
 from distillers.cli.arguments import Device, device_of, with_options
 from distillers.errors import BadInput, check_file, check_place
-from distillers.sar.address import PICTURES, Scene, file_name, find_scenes, is_elsewhere, is_one_scene
+from distillers.sar.address import PICTURES, UNCERTAINTY, Scene, file_name, find_scenes, is_elsewhere, is_one_scene
 from distillers.sar.beside import beside
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 
@@ -73,7 +73,7 @@ def translate(
         [Work.of(scene, Path(out), preview) for scene in scenes] if several else [Work(scenes[0], Path(out), preview)]
     )
     _check_options(work, options, {"stac": stac, "preview": preview, "json": as_json and not several})
-    _check_files(work, Path(out), preview, several)
+    _check_files(work, options, stac, Path(out), preview, several)
     if several:
         _translate_all(work, model, device_of(device), options, stac, overwrite, as_json)
         return
@@ -113,15 +113,14 @@ class Work:
         with Image.open(self.out) as made:
             return f"{made.width}x{made.height}"
 
+    def files(self, options: SceneOptions, stac: bool) -> list[Path]:
+        """List the files to write."""
+        more = [self.out.with_suffix(UNCERTAINTY)] * (options.samples > 1) + [self.out.with_suffix(".json")] * stac
+        return [self.out, *more, *([self.preview] if self.preview else [])]
+
     def already(self, options: SceneOptions, stac: bool) -> bool:
         """Tell whether all files that are asked for are there."""
-        from distillers.sar.translate import uncertainty_path
-
-        wanted = [self.out]
-        if not self.picture:
-            wanted += [uncertainty_path(self.out)] * (options.samples > 1) + [self.out.with_suffix(".json")] * stac
-            wanted += [self.preview] if self.preview else []
-        return all(file.exists() for file in wanted)
+        return all(file.exists() for file in self.files(options, stac))
 
     def made_otherwise(self, generator: Generator, options: SceneOptions) -> str:
         """Say how the result that is there was made, where that is not what is asked for now; "" where it is."""
@@ -179,7 +178,9 @@ def _check_options(work: Sequence[Work], options: SceneOptions, more: Mapping[st
             raise BadInput(name.replace("_", "-"), str(value), allowed)
 
 
-def _check_files(work: Sequence[Work], out: Path, preview: Path | None, several: bool) -> None:
+def _check_files(
+    work: Sequence[Work], options: SceneOptions, stac: bool, out: Path, preview: Path | None, several: bool
+) -> None:
     """Check what is to be written before anything is loaded, and make the folders of several scenes.
 
     Raises:
@@ -189,9 +190,9 @@ def _check_files(work: Sequence[Work], out: Path, preview: Path | None, several:
     for one in work:
         if (other := made.setdefault(one.out, one.scene)) != one.scene:
             raise BadInput("sar", f"{other} and {one.scene}", f"different names: both would become {one.out}")
-        check_file(one.out, *((".png",) if one.picture else (".tif", ".tiff")), inputs=[Path(one.scene)])
-        if one.preview is not None:
-            check_file(one.preview, ".png", inputs=[Path(one.scene)])
+        for file in one.files(options, stac):
+            kinds = {one.out: (".png",) if one.picture else (".tif", ".tiff"), one.preview: (".png",)}
+            check_file(file, *kinds.get(file, (".tif", ".json")), inputs=[Path(one.scene)])
     if not several:
         return
     if preview is not None and preview.suffix:

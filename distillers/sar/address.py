@@ -7,6 +7,7 @@ writes to a path of its own, cannot name another file or host.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -17,9 +18,16 @@ from distillers.errors import BadInput
 Scene = str | Path
 
 RASTERS = (".tif", ".tiff", ".vrt", ".img", ".jp2", ".nc", ".h5")  # what is taken out of a folder or an archive
-PICTURES = (".png", ".webp", ".jpg", ".jpeg")
+PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".avif")
 UNCERTAINTY = ".uncertainty.tif"
 SCHEMES = {"s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/", "http": "/vsicurl/http://", "https": "/vsicurl/https://"}
+NETWORK = {
+    "GDAL_PAM_ENABLED": "NO",
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # a host is asked for the scene alone, not for what may lie beside it
+    "GDAL_HTTP_CONNECTTIMEOUT": "20",  # s; without limits one host that is silent holds up all scenes after it
+    "GDAL_HTTP_TIMEOUT": "120",
+    "GDAL_HTTP_MAX_RETRY": "3",
+}
 SAFE = (
     "a terrain-corrected raster of it: process the product with SNAP, pyroSAR or sarsen first, or order an RTC product"
 )
@@ -39,6 +47,11 @@ def is_address(given: Scene) -> bool:
 def is_elsewhere(written: str) -> bool:
     """Tell whether a name to write is of another host or of one of GDAL's virtual file systems."""
     return bool(re.match(r"(?:s3|gs|az|https?):/|/vsi\w+/", written))
+
+
+def network_options() -> dict[str, str]:
+    """Return GDAL's options for addresses, without those that the environment sets."""
+    return {name: value for name, value in NETWORK.items() if name not in os.environ}
 
 
 def file_name(scene: Scene) -> Path:
@@ -91,7 +104,7 @@ def is_one_scene(word: str) -> bool:
 def find_scenes(given: Sequence[str]) -> list[Scene]:
     """List the scenes that words stand for: files, the rasters of folders, patterns such as "in/*.tif", addresses.
 
-    Of a folder, statistics of earlier results (.uncertainty.tif) and hidden files are no scenes.
+    Statistics of earlier results (.uncertainty.tif) and hidden files in a folder are no scenes.
 
     Raises:
         BadInput: a file that is not there, a folder or a pattern without a scene.
@@ -108,7 +121,8 @@ def find_scenes(given: Sequence[str]) -> list[Scene]:
                 raise BadInput("sar", word, allowed)
         elif glob.has_magic(word):
             matches = [Path(name) for name in sorted(glob.glob(word, recursive=True))]
-            found += (files := [file for file in matches if file.is_file() or file.suffix.lower() == ".safe"])
+            files = [file for file in matches if file.is_file() or file.suffix.lower() == ".safe"]
+            found += (files := [file for file in files if not file.name.endswith(UNCERTAINTY)])
             if not files:
                 raise BadInput("sar", word, "a pattern that existing files match")
         else:

@@ -28,7 +28,7 @@ from distillers.errors import BadInput, check_file
 from distillers.generator import Generator
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
-from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address
+from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address, network_options
 from distillers.sar.beside import remove_older
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 from distillers.sar.part import Part, find_part
@@ -92,7 +92,7 @@ def translate(
     started, seen = time.perf_counter(), Radiometry.of(info.sar)
     with ExitStack() as stack:
         # what .aux.xml says beside a file counts; at an address nothing is asked for that was not named
-        remote = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": False} if is_address(scene) else {}
+        remote = network_options() if is_address(scene) else {}
         stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, **remote))
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
