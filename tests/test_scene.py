@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Popen, run
 from scipy.ndimage import uniform_filter
+from scipy.stats import kstest
 from torch import nn
 
 from distillers.errors import BadInput
@@ -38,6 +39,7 @@ from distillers.weights.write import lcm_times
 
 rasterio = pytest.importorskip("rasterio", reason="scenes need rasterio: pip install 'fewstep[raster]'")
 from rasterio import warp, windows  # noqa: E402
+from rasterio._env import get_gdal_config  # noqa: E402
 from rasterio.transform import Affine, from_gcps, from_origin  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "geotiff"
@@ -184,6 +186,7 @@ def test_the_noise_is_gaussian_and_differs_by_seed_step_and_block() -> None:
     field = NoiseField(4)
     some = field.crop(3, 0, 0, 0, 256, 256)
     assert abs(some.mean()) < 0.01 and abs(some.std() - 1) < 0.01
+    assert kstest(some.ravel(), "norm").pvalue > 1e-3 and 4 < np.abs(some).max() < 5.8
     blocks = [some[:, i : i + 64, j : j + 64].ravel() for i in (0, 64) for j in (0, 64)]
     blocks += [field.crop(4, 0, 0, 0, 64, 64).ravel(), field.crop(3, 1, 0, 0, 64, 64).ravel()]
     blocks += [field.crop(3, 0, *place, 64, 64).ravel() for place in ((-64, 0), (0, -64), (-128, 0), (-533_504, 0))]
@@ -798,6 +801,14 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path, generator: Generator
 
 
 # --- memory, the command, the data
+
+
+def test_gdal_keeps_blocks_while_a_scene_is_read_and_written(tmp_path: Path, generator: Generator) -> None:
+    """The limit is given in bytes: with 128 of them, meant as megabytes, every block was decoded again at each look."""
+    kept = []
+    scene = write(tmp_path / "s.tif", backscatter(64, 64))
+    translate(generator, scene, tmp_path / "o.tif", progress=lambda *_: kept.append(get_gdal_config("GDAL_CACHEMAX")))
+    assert kept and all(32 << 20 <= size <= 256 << 20 for size in kept)
 
 
 @pytest.mark.process

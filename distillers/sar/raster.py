@@ -33,7 +33,7 @@ WINDOW, WINDOWS = 256, 8  # px a side, and how many down and across: what units 
 STRAY = 0.01  # the share of zeros inside a scene that is told
 GROUND_M = (5.0, 20.0)  # pixel sizes that models of 10 m can be trusted with
 TOOLS = "SNAP, pyroSAR, sarsen"
-CACHE_MB = 128  # without a limit GDAL takes a twentieth of the machine's memory
+CACHE = 128 << 20  # bytes, as rasterio takes it; without a limit GDAL takes a twentieth of the memory
 KEPT_TAGS = ("AREA_OR_POINT", "TIFFTAG_DATETIME", "datetime")
 COG = {
     "driver": "COG",

@@ -32,7 +32,7 @@ from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address, net
 from distillers.sar.beside import remove_older
 from distillers.sar.options import WARNING, SceneFacts, SceneOptions
 from distillers.sar.part import Part, find_part
-from distillers.sar.raster import CACHE_MB, Product, Source, check_output, import_rasterio, write_preview, writing
+from distillers.sar.raster import CACHE, Product, Source, check_output, import_rasterio, write_preview, writing
 from distillers.sar.stac import NO_TIME, item_of, origin_of, write_item
 from distillers.sar.tiles import Axis, NoiseField, Run, Tile, axis
 
@@ -93,7 +93,7 @@ def translate(
     with ExitStack() as stack:
         # what .aux.xml says beside a file counts; at an address nothing is asked for that was not named
         remote = network_options() if is_address(scene) else {}
-        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, **remote))
+        stack.enter_context(import_rasterio().Env(GDAL_CACHEMAX=CACHE, **remote))
         source = Source(scene, seen, units=options.units, bands=options.bands, nodata=options.nodata)
         stack.callback(source.raster.close)
         stack.enter_context(import_rasterio().Env(GDAL_PAM_ENABLED=False))  # no .aux.xml beside what is written
@@ -249,15 +249,15 @@ class _Work:
 
     def _pixels(self, tiles: list[Tile], noise: NoiseField) -> Tensor:
         """Sample tiles (B, 3, tile, tile) with the ground's noise; a tile without data is zeros and costs nothing."""
-        work = [i for i, tile in enumerate(tiles) if tile.sar is not None]
+        places = [i for i, tile in enumerate(tiles) if tile.sar is not None]
         out = torch.zeros(len(tiles), 3, self.down.tile, self.across.tile)
-        if not work:
+        if not places:
             return out
         factor, device = self.generator.codec.factor, next(self.generator.parameters()).device
 
         def field(step: int) -> Tensor:
             crops = []
-            for i in work:
+            for i in places:
                 top = self.down.ground + tiles[i].run.row * self.down.stride
                 left = self.across.ground + tiles[i].column * self.across.stride
                 place = (n // factor for n in (top, left, self.down.tile, self.across.tile))
@@ -268,7 +268,10 @@ class _Work:
             sar = torch.from_numpy(np.stack([tile.sar for tile in tiles if tile.sar is not None]))
             cond = self.generator.encode_condition(sar=sar)
             x0 = self.generator(field(0), cond, self.steps, map(field, count(1)))
-            out[work] = self.generator.codec.decode(x0).float().cpu()
+            drawn = self.generator.codec.decode(x0).float().cpu()
+        if len(places) == len(tiles):
+            return drawn
+        out[places] = drawn
         return out
 
     def _blend(
