@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillers.errors import BadInput
+from distillers.models.band import Band
 from distillers.models.codec import ImageCodec
 from distillers.models.conditions import Cond, Condition, Given
 from distillers.models.denoiser import Denoiser, Routed, clipping_of, unclipped
@@ -63,6 +64,7 @@ class Generator(nn.Module):
         self.schedule = denoiser.schedule
         self.base: Base | None = None
         self.safety: Path | None = None  # a folder with a safety checker: see `weights.safety`
+        self.band: Band | None = None  # of a translator whose samples were calibrated on held-out pairs
 
     # --- the folder --------------------------------------------------------------------------------------------------
     @classmethod
@@ -80,6 +82,8 @@ class Generator(nn.Module):
         parts: Parts = read_pipeline(folder, device, dtype, bases)
         made = cls(parts.denoiser, parts.codec, parts.info, parts.prompts).eval()
         made.safety = parts.safety
+        if made.condition.paired:
+            made.band = Band.read(Path(folder))
         made.base = parts.base  # others find it for as long as this one has it
         return made
 

@@ -15,6 +15,7 @@ from distillers.errors import BadInput
 from distillers.evaluation.calibration import LEVELS, SHARES, Calibration, calibrate
 from distillers.evaluation.metrics import copy_ratio, psnr, shifted_psnr
 from distillers.generator import Generator
+from distillers.models.band import BINS, Band, count_errors, fit_half_widths, share_held
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.schedule import VariancePreserving
@@ -112,6 +113,52 @@ def test_the_report_is_written_with_curves_and_tiles(tmp_path: Path) -> None:
     assert again == found
     with Image.open(tmp_path / "calibration.png") as curves, Image.open(tmp_path / "tiles.png") as tiles:
         assert curves.width > curves.height and tiles.height > 5 * 16 * 8
+
+
+# --- the band
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 1.0, 3.0])
+def test_the_fitted_band_holds_what_it_says_whatever_the_samples_do(spread: float) -> None:
+    found = calibrate(sampler(spread), World(), samples=15)
+    band = Band(**found.band)
+    assert band.measured == pytest.approx(0.9, abs=0.02) and band.worst > 0.85  # steps of a quarter level, rounded up
+    assert abs(band.uncorrected - 0.9) > 0.05 or spread == 1
+    assert f"{100 * band.measured:.1f}" in found.markdown() and "not at every place" in found.markdown()
+
+
+def test_half_widths_follow_the_deviation() -> None:
+    """Truth of deviation d around the mean of 15 samples: 90 % lie within 1.645 d sqrt(1 + 1/15)."""
+    band = Band(**calibrate(sampler(0.4), World(), samples=15).band)
+    dark, bright = (1.645 * deviation * LEVELS * np.sqrt(1 + 0.16 / 15) for deviation in DEVIATION)
+    low, high = band.around(np.full(2, 100.0), 0.4 * LEVELS * np.array(DEVIATION))
+    assert (high - low) / 2 == pytest.approx([dark, bright], rel=0.08)
+    low, high = band.around(np.array([1.0, 254.0]), np.array([50.0, 50.0]))
+    assert low[0] == 0 and high[1] == 255
+
+
+def test_a_half_width_is_the_smallest_that_holds_the_share_of_its_level() -> None:
+    errors = np.arange(1, 20) / BINS  # 19 errors: the ceil(20 * 0.9) = 18th smallest
+    limits, half_widths = fit_half_widths(count_errors(np.zeros(19), errors))
+    assert limits == [] and half_widths == [18 / BINS]
+    limits, half_widths = fit_half_widths(count_errors(np.repeat([1.0, 9.0], 19), np.concatenate([errors, 3 * errors])))
+    assert limits == [1.0] and half_widths == [18 / BINS, 54 / BINS]
+    assert share_held(count_errors(np.array([1.0, 1.0, 1.1]), np.array([4.5, 4.6, 13.5])), limits, half_widths) == 2 / 3
+
+
+def test_a_band_is_read_from_the_folder_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    assert Band.read(tmp_path) is None
+    found = calibrate(sampler(1.0), World(), samples=5)
+    found.save(tmp_path / "calibration.json")
+    assert Band.read(tmp_path).to_dict() == found.band
+    few = calibrate(sampler(1.0), World(), samples=5, n=9)  # too few tiles to hold a part back
+    assert few.band is None
+    few.save(tmp_path / "calibration.json")
+    assert Band.read(tmp_path) is None
+    for wrong in ({**found.band, "limits": [3.0, 1.0]}, {**found.band, "half_widths": "wide"}, {"share": 0.9}, [1]):
+        (tmp_path / "calibration.json").write_text(json.dumps({"band": wrong}))
+        with pytest.raises(BadInput, match="band"):
+            Band.read(tmp_path)
 
 
 @pytest.mark.parametrize(

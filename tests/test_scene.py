@@ -24,6 +24,7 @@ from torch import nn
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.models.band import Band
 from distillers.models.codec import PixelUnshuffle
 from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import SENTINEL1_DB
@@ -32,7 +33,7 @@ from distillers.sar.demonstration import demonstration
 from distillers.sar.options import SceneOptions
 from distillers.sar.part import Part, find_part
 from distillers.sar.tiles import Axis, NoiseField, axis, ground_corner
-from distillers.sar.translate import HOLE, SCALE, STATISTICS, translate, uncertainty_path
+from distillers.sar.translate import COLOURS, HOLE, SCALE, STATISTICS, translate, uncertainty_path
 from distillers.teacher import Teacher
 from distillers.weights.manifest import Info
 from distillers.weights.write import lcm_times
@@ -508,6 +509,33 @@ def test_statistics_are_those_of_the_samples(tmp_path: Path, generator: Generato
     assert np.abs(found - wanted).max() < 1.01  # 0 became 1 where pixels are valid
     assert facts.mean_deviation == pytest.approx(np.std(drawn, 0, ddof=1).mean(), abs=0.02)
     assert not any("collapsed" in warning for warning in facts.warnings)
+
+
+def test_the_folders_band_is_written_for_samples_like_those_it_was_fitted_to(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(70, 90))
+    band = Band(
+        share=0.9, weights=generator.info.digest, data="pairs", n=20, steps=1, samples=3, limits=[20.0],
+        half_widths=[10.0, 40.0], measured=0.9, worst=0.8, uncorrected=0.5,
+    )  # fmt: skip
+    monkeypatch.setattr(generator, "band", band)
+    facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=3))
+    with rasterio.open(uncertainty_path(tmp_path / "o.tif")) as raster:
+        found = (raster.read() * SCALE).reshape(6, 3, 70, 90)
+        assert raster.descriptions[12:] == tuple(f"90 % band, {e} {c}" for e in ("low", "high") for c in COLOURS)
+        assert "80.0 % in the worst" in raster.tags()["FEWSTEP_BAND"] and "20 tiles of pairs" in facts.band
+    half = np.where(found[1] <= 20, 10, 40)
+    assert np.abs(found[4] - np.maximum(found[0] - half, 0)).max() <= 2 * SCALE
+    assert np.abs(found[5] - np.minimum(found[0] + half, 255)).max() <= 2 * SCALE
+    for other in (replace(band, samples=4), replace(band, steps=2), replace(band, weights="others")):
+        monkeypatch.setattr(generator, "band", other)
+        facts = translate(generator, scene, tmp_path / "o.tif", SceneOptions(samples=3))
+        assert facts.band is None and any("No 90 % band" in warning for warning in facts.warnings)
+        with rasterio.open(uncertainty_path(tmp_path / "o.tif")) as raster:
+            assert raster.count == 12
+    monkeypatch.setattr(generator, "band", replace(band, samples=1))
+    assert translate(generator, scene, tmp_path / "o.tif").band is None  # one sample has no deviation
 
 
 def test_a_student_that_ignores_its_noise_is_said_to_have_collapsed(tmp_path: Path, local: Generator) -> None:

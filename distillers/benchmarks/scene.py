@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from distillers.errors import BadInput
@@ -33,6 +35,8 @@ from distillers.sar.tiles import TILE
 from distillers.sar.translate import lanes_and_batch, one_thread, translate
 
 PART = 1024  # px; larger scenes repeat one of this side
+HEIGHT = 1024  # px, of scenes that are translated for their memory: six rows of tiles
+HOLE = -9999.0
 COMMAND = "from distillers.benchmarks.scene import translate_once; translate_once()"
 
 
@@ -52,6 +56,16 @@ class SceneSpeed:
 
 
 @dataclass(kw_only=True)
+class SceneMemory:
+    """Hold the memory of a process that translates a scene of one width with so many samples, and does nothing else."""
+
+    width: int
+    height: int
+    samples: int
+    above_mb: float  # its peak above that of a process that has opened the model and called it once
+
+
+@dataclass(kw_only=True)
 class SceneSpeeds:
     """Hold the figures of all sizes, with the model and the machine they were measured on."""
 
@@ -61,34 +75,53 @@ class SceneSpeeds:
     setting: dict[str, Any]
     rounds: int
     sizes: list[SceneSpeed]
+    memory: list[SceneMemory]
 
 
 def measure(
-    folder: Path, sides: list[int], *, rounds: int, steps: int | None = None, device: str = "cpu"
+    folder: Path,
+    sides: list[int],
+    *,
+    rounds: int,
+    widths: Sequence[int] = (),
+    samples: Sequence[int] = (1,),
+    steps: int | None = None,
+    device: str = "cpu",
 ) -> SceneSpeeds:
     """Translate made-up scenes of these sides with a model and time its bare passes in between.
 
+    Then translate scenes of these widths and HEIGHT, with each of these numbers of samples, for their memory alone.
+
     Raises:
-        BadInput: sides below 256, no rounds.
+        BadInput: sides or widths below 256, no rounds, no samples or too many.
     """
-    if min(sides) < TILE or rounds < 1:
-        raise BadInput("sides, rounds", (sides, rounds), f"sides of {TILE} or more, 1 round or more")
+    if min([*sides, *widths]) < TILE or rounds < 1:
+        raise BadInput("sides, rounds", ([*sides, *widths], rounds), f"sides of {TILE} or more, 1 round or more")
+    for number in samples:
+        SceneOptions(samples=number)
     generator = Generator.from_pretrained(folder, device)
     count = len(generator.times(steps))
     lanes, batch = lanes_and_batch(generator, None)
     with tempfile.TemporaryDirectory() as place:
         sizes = [_measure_side(generator, folder, side, rounds, count, Path(place)) for side in sorted(sides)]
+        memory = _measure_memory(folder, device, count, sorted(widths), sorted(samples), Path(place))
     return SceneSpeeds(
-        model=generator.info.name, steps=count, batch=lanes * batch, setting=setting(device), rounds=rounds, sizes=sizes
+        model=generator.info.name,
+        steps=count,
+        batch=lanes * batch,
+        setting=setting(device),
+        rounds=rounds,
+        sizes=sizes,
+        memory=memory,
     )
 
 
 def _measure_side(generator: Generator, folder: Path, side: int, rounds: int, steps: int, place: Path) -> SceneSpeed:
     """Measure scenes of one side in pixels; `place` takes their files."""
     scene, out = place / f"{side}.tif", place / "out.tif"
-    _scene(scene, side)
+    _scene(scene, side, side)
     device = str(next(generator.parameters()).device)
-    idle, peak = (_peak(folder, device, steps, scene, out if work else None) for work in (False, True))
+    idle, peak = (_peak(folder, device, steps, 1, scene, out if work else None) for work in (False, True))
     ratios, ours, bares = [], [], []
     for _ in range(rounds):
         bare = _bare(generator, steps)
@@ -110,6 +143,22 @@ def _measure_side(generator: Generator, folder: Path, side: int, rounds: int, st
         peak_mb=peak,
         idle_mb=idle,
     )
+
+
+def _measure_memory(
+    folder: Path, device: str, steps: int, widths: Sequence[int], samples: Sequence[int], place: Path
+) -> list[SceneMemory]:
+    """Measure what scenes of HEIGHT take; beyond PART pixels they are holes, which take the same and no time."""
+    found = []
+    for width in widths:
+        _scene(place / "wide.tif", width, HEIGHT, holes=True)
+        for number in samples:
+            idle, peak = (
+                _peak(folder, device, steps, number, place / "wide.tif", place / "out.tif" if work else None)
+                for work in (False, True)
+            )
+            found.append(SceneMemory(width=width, height=HEIGHT, samples=number, above_mb=peak - idle))
+    return found
 
 
 def _bare(generator: Generator, steps: int, seconds: float = 4.0) -> float:
@@ -135,27 +184,27 @@ def _bare(generator: Generator, steps: int, seconds: float = 4.0) -> float:
     return calls * batch * TILE * TILE / spent / 1e6
 
 
-def _scene(path: Path, side: int) -> None:
-    """Write a made-up scene without holes, of any side, by repeating one part."""
+def _scene(path: Path, width: int, height: int, holes: bool = False) -> None:
+    """Write a made-up scene of any size by repeating one part; with holes, all but the first of them is one."""
     rasterio = import_rasterio()
     part = path.with_name("part.tif")
-    demonstration(part, min(side, PART))
+    demonstration(part, min(max(width, height), PART))
     with rasterio.open(part) as raster:
         values, profile = raster.read(), raster.profile
     values[~(values == values)] = -15.0
-    profile |= {"width": side, "height": side, "nodata": None, "bigtiff": "if_safer", "compress": None}
-    with rasterio.open(path, "w", **profile) as raster:
+    profile |= {"width": width, "height": height, "nodata": HOLE if holes else None, "bigtiff": "if_safer"}
+    with rasterio.open(path, "w", **profile | {"compress": "deflate" if holes else None}) as raster:
         raster.descriptions = ("VV", "VH")
-        for top in range(0, side, PART):
-            for left in range(0, side, PART):
-                height, width = min(PART, side - top), min(PART, side - left)
-                window = rasterio.windows.Window(left, top, width, height)
-                raster.write(values[:, :height, :width], window=window)
+        for top in range(0, height, PART):
+            for left in range(0, width, PART):
+                window = rasterio.windows.Window(left, top, min(PART, width - left), min(PART, height - top))
+                piece = values[:, : window.height, : window.width]
+                raster.write(np.full_like(piece, HOLE) if holes and left else piece, window=window)
 
 
-def _peak(folder: Path, device: str, steps: int, scene: Path, out: Path | None) -> float:
+def _peak(folder: Path, device: str, steps: int, samples: int, scene: Path, out: Path | None) -> float:
     """Return the peak memory in MB of a process of its own that translates the scene, or only opens the model."""
-    options = json.dumps([str(folder), device, steps, str(scene), str(out) if out else None])
+    options = json.dumps([str(folder), device, steps, samples, str(scene), str(out) if out else None])
     done = subprocess.run([sys.executable, "-c", COMMAND, options], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadInput("scene", scene.name, f"a scene that translates ({done.stderr.strip().splitlines()[-1:]})")
@@ -164,10 +213,10 @@ def _peak(folder: Path, device: str, steps: int, scene: Path, out: Path | None) 
 
 def translate_once() -> None:
     """Open a model, translate a scene if there is an output, and print the peak memory of this process in MB."""
-    folder, device, steps, scene, out = json.loads(sys.argv[1])
+    folder, device, steps, samples, scene, out = json.loads(sys.argv[1])
     generator = Generator.from_pretrained(folder, device)
     if out is not None:
-        translate(generator, scene, out, SceneOptions(steps=steps))
+        translate(generator, scene, out, SceneOptions(steps=steps, samples=samples))
     else:
         _bare(generator, steps, 0.1)
     print(peak_mb())
@@ -204,4 +253,17 @@ def table(speeds: SceneSpeeds) -> str:
         "Bare: the network on the same tiles lying ready, in the same threads. Overlap: pixels that the network sees",
         "for each pixel of the scene.",
     ]
+    if speeds.memory:
+        widths = [
+            ("scene, px", lambda m: f"{m.width} x {m.height}", ""),
+            ("samples", lambda m: m.samples, ""),
+            ("MB above model and libraries", lambda m: m.above_mb, ".0f"),
+        ]
+        lines += [
+            "",
+            markdown_table(widths, speeds.memory),
+            "",
+            "Peak memory of a process that does nothing else, above one that has called the model once. All but "
+            f"{PART} px of these scenes are holes, which take as much memory and no time.",
+        ]
     return "\n".join(lines) + "\n"

@@ -50,18 +50,30 @@ def scene(
     model: Annotated[Path, typer.Argument(help="A weights folder of sar-to-optical.", show_default=False)],
     sides: Annotated[str, typer.Option(help="Pixels a side of the scenes, with commas.")] = "1024,4096",
     rounds: Annotated[int, typer.Option(help="Scene and bare passes, in turn, so many times.")] = 3,
+    widths: Annotated[
+        str | None, typer.Option(help="Also the memory of scenes so many pixels wide, with commas.", show_default=False)
+    ] = None,
+    samples: Annotated[str, typer.Option(help="With --widths: samples, with commas.")] = "1,16",
     steps: Steps = None,
     out: Table = None,
     device: Device = "auto",
 ) -> None:
     """Hold the throughput of whole scenes against the bare forward pass on the same tiles; show memory by size.
 
-    Example: `fewstep benchmark scene weights/sar-optical-db-consistency --sides 1024,4096,16384 --out scene.json`.
+    Example: `fewstep benchmark scene weights/sar-optical-db-consistency --widths 2048,8192,30000 --out scene.json`.
     """
     from distillers.benchmarks.scene import measure, table
 
     _check(out)
-    speeds = measure(model, step_counts("sides", sides), rounds=rounds, steps=steps, device=device_of(device))
+    speeds = measure(
+        model,
+        step_counts("sides", sides),
+        rounds=rounds,
+        widths=step_counts("widths", widths) if widths else (),
+        samples=step_counts("samples", samples),
+        steps=steps,
+        device=device_of(device),
+    )
     typer.echo(table(speeds))
     _write(out, asdict(speeds), table(speeds))
 

@@ -1,12 +1,14 @@
 """Calibrate a translator: compare the spread of its samples with its errors on held-out pairs.
 
-N samples of one SAR tile give a standard deviation for every pixel. Three figures say whether it predicts the error:
+N samples of one SAR tile give a standard deviation for every pixel. Four figures say whether it predicts the error:
 
 * rank of the truth among the samples: every rank equally often if the truth might be one more sample (Talagrand); the
   share between the k-th lowest and the k-th highest sample should be (N + 1 - 2 k) / (N + 1);
 * sparsification: leave out the pixels of the largest deviation first; the error of the rest should fall as it does when
   the pixels of the largest error are left out (Ilg et al. 2018, sec. 4.2). The area between both curves, over the
   error, is AUSE: 0 is perfect, and a deviation that knows nothing has the area of the constant 1;
+* the share of truths between the 5 % and the 95 % quantile of the samples, and in a band that is fitted on held-out
+  pairs to hold 90 % (`distillers.models.band`), measured on pairs that it was not fitted on;
 * spread over skill: root mean variance over the error of the mean, times sqrt(1 + 1/N): 1 if right (Fortin et al.
   2014).
 """
@@ -30,11 +32,13 @@ from distillers.errors import BadInput
 from distillers.evaluation.pictures import Curve, chart, side_by_side
 from distillers.evaluation.report import setting
 from distillers.generator import Generator
-from distillers.sar.translate import COLLAPSED
+from distillers.models.band import COUNTS, SHARE, Band, count_errors, fit_half_widths, share_held
+from distillers.sar.translate import COLLAPSED, QUANTILES
 
 SHARES = [round(0.02 * i, 2) for i in range(50)]  # of pixels left out
 LEVELS = 127.5  # of 255, in one unit of [-1, 1]
 TILES = 200  # that a calibration draws at most, unless it is asked for more
+PARTS = 5  # of the tiles in their order; a band that is fitted on four of them is measured on the fifth
 SHOWN = 3  # worst, median and best tiles of each
 
 
@@ -58,6 +62,7 @@ class Calibration:
     by_error: list[float]
     ause: float
     ause_of_chance: float
+    band: dict[str, Any] | None = None  # `Band.to_dict`; None of too few tiles
 
     @property
     def collapsed(self) -> bool:
@@ -86,6 +91,7 @@ class Calibration:
                 f"| truths inside the {100 * nominal:.0f} % band, % | {100 * measured:.1f} | {100 * nominal:.1f} |"
                 for nominal, measured in bands
             ),
+            *self._band_rows(),
             f"| rank correlation of deviation and error | {self.rank_correlation:.2f} | - |",
             f"| AUSE (0 perfect, {self.ause_of_chance:.2f} chance) | {self.ause:.2f} | 0 |",
             "",
@@ -94,8 +100,27 @@ class Calibration:
             lines += ["Warning: the student has collapsed to a point. Its deviation says nothing about its error.", ""]
         elif self.spread_over_skill < 0.8:
             lines += ["The bands are too narrow: the truth lies outside more often than they say.", ""]
+        if self.band:
+            lines += [
+                f"The fitted band is what `fewstep translate --steps {self.steps} --samples {self.samples}` writes as "
+                "90 % band. It holds 90 % of truths on average over ground like these pairs, not at every place nor in "
+                "another region or season. It is wide where the deviation is large and knows no more than that.",
+                "",
+            ]
         where = f"{s['device']}, {s['threads']} threads, torch {s['torch']}, {s['date']}"
         return "\n".join([*lines, f"Seeds {self.seeds[0]} to {self.seeds[1]}; {where}."]) + "\n"
+
+    def _band_rows(self) -> list[str]:
+        """Write the rows on the band that is fitted to hold 90 % of the truths."""
+        if not self.band:
+            return []
+        band, halves = Band(**self.band), self.band["half_widths"]
+        return [
+            f"| truths between the 5 % and 95 % quantile of the samples, % | {100 * band.uncorrected:.1f} | 90.0 |",
+            f"| truths inside the fitted band, on pairs it was not fitted on, % | {100 * band.measured:.1f} | 90.0 |",
+            f"| the same, in the worst of {PARTS} parts of the pairs, % | {100 * band.worst:.1f} | - |",
+            f"| its half width at least and largest deviation, levels | {halves[0]:.1f}, {halves[-1]:.1f} | - |",
+        ]
 
     def save(self, path: Path) -> None:
         """Write JSON, and the curves as a .png beside it."""
@@ -156,13 +181,18 @@ def calibrate(
     indices = [int(i) for i in np.linspace(0, len(data) - 1, n).round()]
     ranks = np.zeros(samples + 1)
     errors, deviations, tiles = [], [], []
+    counts, between = np.zeros((PARTS, *COUNTS), np.int64), 0.0
     for start in range(0, n, batch):
         part = indices[start : start + batch]
         items = data.items(part)
         drawn = _samples(generator, items["sar"], samples, steps, [seed + start + i for i in range(len(part))], n)
         truth, mean = items["image"], drawn.mean(0)
         ranks += np.bincount((drawn < truth).sum(0).flatten().numpy(), minlength=samples + 1)
-        variance = drawn.var(0, correction=1).mean(1)
+        by_colour = drawn.var(0, correction=1)
+        variance = by_colour.mean(1)
+        for i, (spread_, wrong_) in enumerate(zip(by_colour.sqrt(), (mean - truth).abs(), strict=True), start):
+            counts[i * PARTS // n] += count_errors(spread_.numpy() * LEVELS, wrong_.numpy() * LEVELS)
+        between += float(_between(drawn, truth).float().mean()) * len(part) / n
         wrong = (mean - truth).square().mean(1)
         errors.append(wrong.sqrt().flatten().half())
         deviations.append(variance.sqrt().flatten().half())
@@ -191,10 +221,44 @@ def calibrate(
         by_error=by_error,
         ause=float(np.sum(np.subtract(by_deviation, by_error)) * step),
         ause_of_chance=float(np.sum(np.subtract(1, by_error)) * step),
+        band=_fit(counts, between, generator.info.digest, data.name, n, steps, samples) if n >= 2 * PARTS else None,
     )
     if picture is not None:
         _draw_tiles(generator, data, [index for _, index in sorted(tiles)], samples, steps, seed, picture)
     return calibration
+
+
+def _between(drawn: Tensor, truth: Tensor) -> Tensor:
+    """Tell where the truth (B,3,H,W) lies between the 5 % and the 95 % quantile of samples (N,B,3,H,W)."""
+    ordered, (low, high) = drawn.sort(0).values, (np.array(QUANTILES) * (len(drawn) - 1)).tolist()
+    ends = [
+        torch.lerp(ordered[int(place)], ordered[min(int(place) + 1, len(drawn) - 1)], place - int(place))
+        for place in (low, high)
+    ]
+    return (ends[0] <= truth) & (truth <= ends[1])
+
+
+def _fit(
+    counts: NDArray[np.int64], between: float, weights: str, data: str, n: int, steps: int, samples: int
+) -> dict[str, Any]:
+    """Fit a band to the errors of all parts; each part's share of truths is of one that is fitted on the others."""
+    whole = counts.sum(0)
+    held = np.array([share_held(part, *fit_half_widths(whole - part)) for part in counts])
+    limits, half_widths = fit_half_widths(whole)
+    band = Band(
+        share=SHARE,
+        weights=weights,
+        data=data,
+        n=n,
+        steps=steps,
+        samples=samples,
+        limits=limits,
+        half_widths=half_widths,
+        measured=float(np.average(held, weights=counts.sum((1, 2)))),
+        worst=float(held.min()),
+        uncorrected=between,
+    )
+    return band.to_dict()
 
 
 def _samples(generator: Generator, sar: Tensor, samples: int, steps: int, seeds: list[int], stride: int) -> Tensor:

@@ -105,6 +105,7 @@ class SceneFacts:
         None, "Left, top, width and height in the scene's pixels, where a part alone was asked for."
     )
     valid_share: float = 0.0
+    band: str | None = _option(None, "What the 90 % band held on held-out pairs; null where none is written.")
     mean_deviation: float | None = _option(None, "Of the samples, in levels of 255; null for one sample.")
     seconds: float = 0.0
     megapixels_per_second: float = 0.0
@@ -125,5 +126,6 @@ class SceneFacts:
             "FEWSTEP_BANDS": ", ".join(f"{band} = band {i}" for band, i in self.bands.items()) + f" ({self.bands_how})",
             "FEWSTEP_SAR": json.dumps(self.sar),
             "FEWSTEP_VERSION": self.version,
+            **({"FEWSTEP_BAND": self.band} if self.band else {}),
             **({"FEWSTEP_WINDOW": " ".join(map(str, self.window))} if self.window else {}),
         }

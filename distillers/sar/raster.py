@@ -212,7 +212,7 @@ class Source:
         from rasterio.windows import Window
 
         height, width = self.shape
-        step = max(1, CACHE_MB * 2**20 // (4 * width * self.raster.count * 8))  # what GDAL keeps from left to right
+        step = max(1, CACHE // (4 * width * self.raster.count * 8))  # what GDAL keeps from left to right
         windows = [Window(0, top, width, 1) for top in (0, height - 1)]
         for top in range(0, height, step):
             windows += [Window(left, top, 1, min(step, height - top)) for left in (0, width - 1)]
@@ -370,7 +370,7 @@ def _convert(rows: Path, whole: Path) -> None:
     """Convert a plain file into a COG, in a thread: a signal that comes meanwhile ends the work at once."""
 
     def work() -> None:
-        with import_rasterio().Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED=False):
+        with import_rasterio().Env(GDAL_CACHEMAX=CACHE, GDAL_PAM_ENABLED=False):
             import_rasterio().shutil.copy(rows, whole, **COG)
             _check_whole(whole)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distillers.errors import BadInput, check_file
 from distillers.generator import Generator
+from distillers.models.band import Band
 from distillers.models.radiometry import Radiometry
 from distillers.runtime import cpu_quota, package_versions, usable_cores
 from distillers.sar.address import UNCERTAINTY, Scene, as_scene, is_address, network_options
@@ -38,6 +39,7 @@ from distillers.sar.tiles import Axis, NoiseField, Run, Tile, axis
 
 QUANTILES = (0.05, 0.95)
 COLOURS = ("red", "green", "blue")
+BAND = ("90 % band, low", "90 % band, high")
 STATISTICS = ("mean", "standard deviation", *(f"{100 * q:g} % quantile" for q in QUANTILES))
 SCALE = 1 / 256  # of the statistics: 16-bit numbers hold levels of 0 to 255 in steps of 1/256
 HOLE = 65535  # no data in them
@@ -125,7 +127,8 @@ def translate(
         )
         products = [Product(out, COLOURS, "uint8", 0)]
         if options.samples > 1:
-            names = [f"{what} {colour}" for what in STATISTICS for colour in COLOURS]
+            band = _fitted_band(generator, steps, facts)
+            names = [f"{what} {colour}" for what in STATISTICS + BAND * (band is not None) for colour in COLOURS]
             products.append(Product(uncertainty_path(out), names, "uint16", HOLE, SCALE))
         with writing(source, products, facts.tags(), part) as rasters:
             work = _Work(generator, source, part, down, across, options, steps, facts, forward or _call)
@@ -165,6 +168,24 @@ def _assets(products: Sequence[Product], picture: Path | None) -> dict[str, dict
     if picture is not None:
         assets["thumbnail"] = {"href": picture, "type": "image/png", "roles": ["thumbnail"]}
     return assets
+
+
+def _fitted_band(generator: Generator, steps: int, facts: SceneFacts) -> Band | None:
+    """Return the folder's band if it was fitted to samples drawn like these; else say in the facts what it needs."""
+    band = generator.band
+    if band is None:
+        return None
+    if (band.weights, band.steps, band.samples) == (facts.model_sha256, steps, facts.samples):
+        facts.band = (
+            f"held {100 * band.measured:.1f} % of truths on {band.n} tiles of {band.data}, {100 * band.worst:.1f} % in "
+            "the worst part of them; not of every place, region or season"
+        )
+        return band
+    own = "of these weights" if band.weights == facts.model_sha256 else "of other weights (fewstep evaluate fits one)"
+    facts.warnings.append(
+        f"No 90 % band is written: the folder's was fitted to {band.samples} samples of {band.steps} steps {own}."
+    )
+    return None
 
 
 def uncertainty_path(out: str | Path) -> Path:
@@ -326,7 +347,7 @@ class _Work:
             if valid.size:
                 written.append(writer.submit(_write, rasters[0], _colours(finished[0], valid), corner))
             if valid.size and samples > 1:
-                statistics, total = _statistics(finished, valid)
+                statistics, total = _statistics(finished, valid, self.generator.band if facts.band else None)
                 deviations += total
                 written.append(writer.submit(_write, rasters[1], statistics, corner))
             pixels += int(valid.sum())
@@ -433,16 +454,19 @@ def _write(product: Any, bands: NDArray[Any], corner: tuple[int, int]) -> None:
     product.write(bands, window=Window(corner[1], corner[0], bands.shape[2], bands.shape[1]))
 
 
-def _statistics(samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], float]:
-    """Compute mean, deviation and quantiles (bands, h, W) in steps of SCALE, and the sum of mean deviations."""
+def _statistics(
+    samples: list[NDArray[np.uint8]], valid: NDArray[np.bool_], band: Band | None
+) -> tuple[NDArray[np.uint16], float]:
+    """Compute mean, deviation, quantiles and band (bands, h, W) in steps of SCALE, and the sum of mean deviations."""
     height, width = valid.shape
-    out = np.empty((3 * len(STATISTICS), height, width), dtype=np.uint16)
+    out = np.empty((3 * len(STATISTICS + BAND * (band is not None)), height, width), dtype=np.uint16)
     total = 0.0
     for left in range(0, width, 256):  # in parts, for memory
         part = np.s_[..., left : left + 256]
         stack = np.stack([sample[part] for sample in samples]).astype(np.float32)
-        deviation = stack.std(0, ddof=1)
-        found = np.concatenate([stack.mean(0), deviation, *np.quantile(stack, QUANTILES, axis=0)])
+        mean, deviation = stack.mean(0), stack.std(0, ddof=1)
+        ends = () if band is None else band.around(mean, deviation)
+        found = np.concatenate([mean, deviation, *np.quantile(stack, QUANTILES, axis=0), *ends])
         out[part] = np.where(valid[part], np.rint(found / SCALE), HOLE).astype(np.uint16)
         total += float(deviation.mean(0)[valid[part]].sum())
     return out, total
