@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,7 @@ def _convert(rows: Path, whole: Path) -> None:
 
     def work() -> None:
         with import_rasterio().Env(GDAL_CACHEMAX=CACHE, GDAL_PAM_ENABLED=False):
+            _check_rows(rows)
             import_rasterio().shutil.copy(rows, whole, **COG)
             _check_whole(whole)
 
@@ -406,6 +408,16 @@ def _open(source: Source, product: Product, path: Path, part: Part) -> Any:
         enum = rasterio.enums.ColorInterp
         opened.colorinterp = [enum.red, enum.green, enum.blue]
     return opened
+
+
+def _check_rows(path: Path) -> None:
+    """Raise OSError if a plain file lacks pixels: what GDAL writes when it closes a file may fail without a word."""
+    with import_rasterio().open(path) as written:
+        height, width = written.block_shapes[0]
+        pixels = ceil(written.height / height) * height * ceil(written.width / width) * width
+        needed = pixels * written.count * np.dtype(written.dtypes[0]).itemsize
+    if path.stat().st_size < needed:
+        raise OSError(f"{needed} bytes are needed for the pixels alone, {path.stat().st_size} could be written")
 
 
 def _check_whole(path: Path) -> None:
