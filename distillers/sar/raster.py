@@ -298,8 +298,10 @@ class Source:
         seen = self.radiometry.normalize(levels, calibrated=not self.radiometry.is_relative(self.units))
         if (y, x) == (part.top, part.left) and valid.shape == (part.height, part.width):
             return seen, valid
-        inside = np.s_[..., (rows - y)[:, None], columns - x]
-        return seen[inside], valid[inside]
+        return (  # one side after the other: several times as fast as both at once
+            seen[:, rows - y][:, :, columns - x],
+            valid[rows - y][:, columns - x],
+        )
 
 
 def _mirrored(start: int, count: int, length: int) -> NDArray[np.intp]:
