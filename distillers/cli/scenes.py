@@ -308,6 +308,8 @@ def _tell(one: Work, facts: SceneFacts, options: SceneOptions, model: Path, as_j
             typer.echo(f"{uncertainty_path(one.out)}: mean deviation {facts.mean_deviation:.1f} levels of 255")
         if options.samples > 1 and (line := _calibrated(model)):
             typer.echo(line)
+        if facts.band is not None:
+            typer.echo(f"its 90 % band {facts.band}")
     for warning in facts.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
