@@ -352,6 +352,15 @@ def test_a_box_meets_scenes_across_the_antimeridian_and_of_0_to_360_degrees(tmp_
     assert at["around"] == at["west"] == Part(10, 50, 20, 100) and at["east"] == Part(10, 50, 20, 50)
 
 
+def test_a_box_of_two_meanings_is_refused_with_both(tmp_path: Path) -> None:
+    scene = write(tmp_path / "s.tif", backscatter(60, 60), crs="EPSG:3413", transform=from_origin(-300, 300, 10, 10))
+    with rasterio.open(scene) as raster:
+        for box in ((-90, 85, 90, 90), (-50, 60, 50, 80)):
+            with pytest.raises(BadInput, match=r"bbox: .*window.* as coordinates, .* as degrees"):
+                find_part(raster, SceneOptions(bbox=box))
+        assert find_part(raster, SceneOptions(bbox=(-200, -200, 200, 200))) == Part(10, 10, 40, 40)
+
+
 def test_a_box_needs_a_place(tmp_path: Path, generator: Generator) -> None:
     scene = write(tmp_path / "s.tif", backscatter(64, 64), crs=None, transform=Affine.identity())
     with pytest.raises(BadInput, match=r"bbox: .*window"):

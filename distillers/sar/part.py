@@ -43,11 +43,12 @@ class Part:
 def find_part(raster: Any, options: SceneOptions) -> Part:
     """Find the part of an open raster that `window` or `bbox` asks for; the whole where neither does.
 
-    A box may reach beyond the scene. Its numbers are the scene's own coordinates if they meet the scene as such, else
-    degrees of longitude (0 to 360, too) and latitude.
+    A box may reach beyond the scene. Its numbers are the scene's own coordinates or degrees of longitude (0 to 360,
+    too) and latitude, whichever meets the scene.
 
     Raises:
-        BadInput: a window that reaches beyond the scene, a box that does not meet it, a scene without a place.
+        BadInput: a window that reaches beyond the scene, a box that meets it in no way or in two, a scene without a
+            place.
     """
     if options.window:
         left, top, width, height = options.window
@@ -58,9 +59,15 @@ def find_part(raster: Any, options: SceneOptions) -> Part:
         return Part(0, 0, raster.height, raster.width)
     if raster.crs is None and raster.transform.is_identity:
         raise BadInput("bbox", options.bbox, "--window, for a scene that has no place on the ground")
-    for box in _readings(raster.crs, options.bbox):
-        if found := _inside(raster, box):
-            return found
+    found: dict[str, Part] = {}
+    for kind, box in _readings(raster.crs, options.bbox):
+        if inside := _inside(raster, box):
+            found.setdefault(kind, inside)
+    if len(found) > 1:
+        ways = ", ".join(f"{p.left} {p.top} {p.width} {p.height} as {kind}" for kind, p in found.items())
+        raise BadInput("bbox", options.bbox, f"--window here, for these numbers have two meanings: {ways}")
+    if found:
+        return next(iter(found.values()))
     bounds = " ".join(f"{number:.8g}" for number in raster.bounds)
     raise BadInput("bbox", options.bbox, f"a box that meets the scene, {bounds} in {raster.crs or 'its coordinates'}")
 
@@ -68,23 +75,23 @@ def find_part(raster: Any, options: SceneOptions) -> Part:
 Box = tuple[float, float, float, float]
 
 
-def _readings(crs: Any, box: Box) -> Iterator[Box]:
+def _readings(crs: Any, box: Box) -> Iterator[tuple[str, Box]]:
     """Yield what a box may mean in the scene's coordinates: itself, degrees, degrees around the globe."""
     from rasterio.errors import RasterioError
     from rasterio.warp import transform_bounds
 
     west, south, east, north = box
     if west < east:
-        yield box
+        yield "degrees" if crs is not None and crs.is_geographic else "coordinates", box
     if crs is None or not (-180 <= west <= 360 and -180 <= east <= 360 and -90 <= south <= north <= 90):
         return
     east += 360 if east <= west else 0  # across the antimeridian
     for around in (0, -360, 360):
         if crs.is_geographic:
-            yield west + around, south, east + around, north
+            yield "degrees", (west + around, south, east + around, north)
         elif -360 <= west + around < 360:
             try:
-                yield transform_bounds("EPSG:4326", crs, west + around, south, east + around, north)
+                yield "degrees", transform_bounds("EPSG:4326", crs, west + around, south, east + around, north)
             except RasterioError:  # a local grid, or degrees that its projection does not reach
                 return
 

@@ -168,23 +168,29 @@ def time_of(tags: Mapping[str, str], scene: Scene) -> tuple[datetime | None, str
     named = re.search(r"(?<!\d)\d{8}[Tt]\d{6}(?!\d)", file_name(scene).name)
     if named and (found := parse_time(named[0].upper())):
         return found, "the file's name"
+    for name, (key, value) in known.items():
+        told = re.search("date|time", name) and not re.search("proc|creat|gener|writ|modif|updat|prod|" + WRITTEN, name)
+        if told and (found := parse_time(value)):
+            return found, f"the tag {key}"
     if WRITTEN in known and (found := parse_time(known[WRITTEN][1])):
         return found, f"the tag {known[WRITTEN][0]}"
     return None, "the time of this work"
 
 
 def parse_time(text: str) -> datetime | None:
-    """Read a time of ISO 8601 (an offset, compact, a date alone), of TIFF or of SNAP as UTC; None for anything else."""
-    text = text.strip().removesuffix(" UTC")
+    """Read a time as UTC: ISO 8601 (any offset, compact, a date alone), TIFF's, SNAP's, Earth Engine's; or None."""
+    text = re.sub(r"^(\d{8})(\d{6})$", r"\1T\2", text.strip().removesuffix(" UTC"))
+    text = re.sub(r"^(\d{4})[:/](\d\d)[:/](\d\d)", r"\1-\2-\3", text)
     try:
-        found = datetime.fromisoformat(re.sub(r"^(\d{4})[:/](\d\d)[:/](\d\d)", r"\1-\2-\3", text))
-    except ValueError:
-        form = "%d-%b-%Y %H:%M:%S" + ".%f" * ("." in text)  # 13-JAN-2020 05:45:10.123456
-        try:
-            found = datetime.strptime(text, form)
-        except ValueError:
-            return None
-    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        if re.fullmatch(r"\d{13}", text):  # milliseconds since 1970
+            found = datetime.fromtimestamp(int(text) / 1000, UTC)
+        elif re.match(r"\d\d-[A-Za-z]{3}-", text):  # 13-JAN-2020 05:45:10.123456
+            found = datetime.strptime(text, "%d-%b-%Y %H:%M:%S" + ".%f" * ("." in text))
+        else:
+            found = datetime.fromisoformat(text)
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
     return found if FIRST_YEAR <= found.year <= datetime.now(UTC).year else None
 
 
