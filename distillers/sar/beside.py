@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,10 +22,14 @@ def beside(target: Path) -> Iterator[Path]:
     The hidden name is short, whatever the target's. A symbolic link stays one: the file that it leads to is replaced.
     """
     real = target.resolve()
-    with tempfile.TemporaryDirectory(prefix=".fewstep-", dir=real.parent, ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / f"whole{real.suffix}"
+    folder = real.with_name(f".fewstep-{secrets.token_hex(8)}")
+    path = folder / f"whole{real.suffix}"
+    try:  # named before it is made: a signal between making a temporary folder and entering it would leave it
+        folder.mkdir(0o700)
         yield path
         os.replace(path, real)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_older(out: Path, kept: tuple[Path, ...]) -> None:
