@@ -411,6 +411,10 @@ both columns. {card.remark}
 
 
 ROLES = ("judge", "reward")
+REMARK = (
+    "What is missed in reconstructions is often gone to the eye as well: brows fade on dark faces, and walrus "
+    "mustaches become pyramids."
+)
 ATTRIBUTION = "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0."
 
 
@@ -466,6 +470,7 @@ def avatars_card(role: str) -> AttributeCard:
         kinds=AVATARS.kinds,
         parts=AVATARS.parts,
         lost=AVATARS.lost,
+        remark=REMARK,
         attribution=ATTRIBUTION,
     )
 
