@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.engine.model import Model
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 from distillers.evaluation.adherence import ShapesJudge
@@ -282,6 +283,9 @@ def test_students_of_clusters_of_captions_are_one_folder_that_routes_prompts(
         mine, other = (alone[k].sample([i], prompts=[texts[i]]) for k in (int(of[i]), 1 - int(of[i])))
         torch.testing.assert_close(drawn[i : i + 1], mine, atol=1e-4, rtol=0)
         assert not torch.equal(mine, other)
+    served = Model.open("pair", tmp_path / "pair", "cpu", 8)
+    assert served.students == served.describe()["students"] == 2
+    assert all(served.inputs(1, k) for k in (0, 1)), "each student is called with its own example"
     learnt = [own.distiller(), *(replace(own.distiller(), student=k) for k in (0, 1))]  # type: ignore[type-var]
     opened = Teacher.from_pretrained(teacher)
     parts = [one.data(load_data(own), opened) for one in learnt[1:]]
