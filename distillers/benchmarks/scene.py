@@ -35,7 +35,7 @@ from distillers.sar.tiles import TILE
 from distillers.sar.translate import lanes_and_batch, one_thread, translate
 
 PART = 1024  # px; larger scenes repeat one of this side
-HEIGHT = 1024  # px, of scenes that are translated for their memory: six rows of tiles
+HEIGHT = 512  # px, of scenes that are translated for their memory: three rows of tiles
 HOLE = -9999.0
 COMMAND = "from distillers.benchmarks.scene import translate_once; translate_once()"
 

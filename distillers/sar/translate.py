@@ -463,6 +463,9 @@ def _statistics(
     total = 0.0
     for left in range(0, width, 256):  # in parts, for memory
         part = np.s_[..., left : left + 256]
+        if not valid[part].any():
+            out[part] = HOLE
+            continue
         stack = np.stack([sample[part] for sample in samples]).astype(np.float32)
         mean, deviation = stack.mean(0), stack.std(0, ddof=1)
         ends = () if band is None else band.around(mean, deviation)
