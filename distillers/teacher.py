@@ -71,7 +71,8 @@ class Teacher:
         """Build an untrained U-Net for info's task; `network` holds the options of diffusers' own class.
 
         One embedding more than there are labels: the last is the null label of classifier-free guidance. With `prompts`
-        it is a `UNet2DConditionModel` that attends to what they encode.
+        it is a `UNet2DConditionModel` that attends to what they encode; where it adds that to the time's embedding
+        (`addition_embed_type = "text"`), nothing is added at first.
         """
         import diffusers
 
@@ -92,6 +93,9 @@ class Teacher:
             unet = getattr(diffusers, kind)(**options)
         except (TypeError, ValueError) as error:
             raise BadInput("network", network, f"options of diffusers' {kind} ({error})") from None
+        for name, parameter in unet.named_parameters():
+            if name.startswith("add_embedding.norm2."):
+                nn.init.zeros_(parameter)
         text = prompts.encoders["text_encoder"] if prompts is not None and prompts.learns else None
         return cls(Denoiser(unet, from_config(schedule), prediction, text=text), codec, info, prompts)
 

@@ -131,6 +131,15 @@ def test_what_no_eye_can_tell_is_not_asked_for(caption: str, attribute: str) -> 
     assert attribute in AVATARS.words(caption) and attribute not in AVATARS.named(caption)
 
 
+def test_what_an_autoencoder_does_not_draw_is_learnt_and_not_asked_for() -> None:
+    caption, mouth = "a cartoon head with braids, braces on the teeth", list(AVATARS.attributes).index("mouth")
+    assert "mouth" in AVATARS.words(caption) and "mouth" not in AVATARS.named(caption)
+    assert AVATARS.targets([caption])[0, mouth] == 1 + AVATARS.attributes["mouth"].index("braces on the teeth")
+    net = AttributeNet(tiny())
+    shares = shares_found(net, [torch.zeros(2, 3, 16, 16)], [caption, "a cartoon head"])[0]
+    assert set(shares) == {"style", "hair"}
+
+
 def test_what_is_rare_is_shown_more_often() -> None:
     targets = np.array([[1, UNSEEN]] * 90 + [[2, 1]] * 8 + [[3, 1]] * 2)
     assert repeats(targets).tolist() == [1] * 90 + [2] * 8 + [4] * 2
@@ -167,7 +176,11 @@ def test_a_published_classifier_is_small_and_passed_its_gate(role: str) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
     assert card.name == folder.name and card.n_test == 1160 and not published(role).training
     for table in (card.accuracy, card.reconstructed):
-        assert set(table) == set(AVATARS.attributes) and min(table.values()) >= 0.98
+        assert set(table) == set(AVATARS.attributes) and min(table.values()) >= {"judge": 0.96, "reward": 0.87}[role]
+    counted = set(AVATARS.attributes) - set(card.missed)
+    assert all(table[name] >= 0.98 for table in (card.accuracy, card.reconstructed) for name in counted)
+    assert role == "reward" or (min(card.accuracy.values()) >= 0.98 and set(card.missed) <= {"eyes", "facial hair"})
+    assert card.vocabulary == AVATARS
     assert "bigSmile" in card.attribution and "CC BY 4.0" in (folder / "README.md").read_text()
 
 
@@ -204,7 +217,7 @@ def test_the_judge_notices_another_background_and_swapped_captions(avatars: Capt
     changed = judge(repainted(pictures, captions), captions)
     column = judge.attributes.index("background")
     assert right.found[:, column].all() and not changed.found[:, column].any() and not changed.followed.any()
-    others = [i for i in range(len(captions)) if i != column]
+    others = [i for i in range(len(judge.attributes)) if i != column]
     assert changed.found[:, others].sum() >= 0.9 * right.found[:, others].sum()  # what was not changed is still found
     swapped = judge(pictures, captions[1:] + captions[:1])
     assert not swapped.followed.any()
@@ -289,6 +302,22 @@ def test_parts_are_exchanged_and_what_they_show_is_what_is_said() -> None:
     there = (targets[:, 1:] == 3).any(1)  # two of nine, so by chance one in 80 of them would get the other
     assert (said[there, 1:] == 3).all(1).mean() > 0.08, "pairs that the pictures never had are sought"
     assert 0.4 < (said == targets).all(1).mean() < 0.75 and (pixels[:, 16] == mixed[:, 16]).all()
+
+
+def test_what_an_exchanged_part_covers_is_no_longer_said() -> None:
+    """Hair is no part: where a part takes the ends of long hair with it, nobody can tell how long it is."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 3, 200)
+    targets = np.stack([np.ones_like(values), values, 3 - values], 1)  # kind, a part, and hair
+    pixels = np.zeros((200, 40, 40, 3), np.uint8)
+    for picture, value in zip(pixels, values, strict=True):
+        picture[6:10, 4 * value : 4 * value + 3] = 255
+        if value == 1:
+            picture[8:14, 20:24] = 120
+    _, said = PartExchange(pixels, targets, 0, [[1]])(np.arange(200), rng)
+    changed = said[:, 1] != targets[:, 1]
+    assert changed.sum() > 20 and (said[changed, 2] == UNSEEN).all()
+    assert (said[~changed] == targets[~changed]).all()
 
 
 def test_what_a_judge_does_not_find_reliably_does_not_count(tmp_path: Path) -> None:

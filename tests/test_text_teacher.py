@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.engine.model import Model
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 from distillers.evaluation.adherence import ShapesJudge
@@ -126,6 +127,59 @@ def test_the_text_encoder_learns_with_the_network(folders: Path, tmp_path: Path)
     run.close()
 
 
+def pooled(own: Recipe, **model: Any) -> Recipe:
+    """The same with the caption as a whole in every layer."""
+    table = own.table()
+    more = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    return Recipe.from_table({**table, "model": {**table["model"], "network": {**NETWORK, **more}, **model}})
+
+
+def test_a_teacher_begins_with_what_another_has_learnt(folders: Path, teacher: Path, tmp_path: Path) -> None:
+    """A layer more changes nothing at first, and learns; stock diffusers draws what it then draws."""
+    own, old = pooled(recipe(folders), start=str(teacher)), Generator.from_pretrained(teacher)
+    made = load_teacher(own, load_data(own))
+    cond = old.encode_condition(2, prompts=PROMPTS)
+    assert cond is not None
+    x, t = torch.randn(2, 4, SIDE // 2, SIDE // 2), torch.tensor(700.0)
+    given = {"text": cond["text"]}
+    assert torch.equal(made.denoiser.output(x, t, given), old.denoiser.output(x, t, given))
+    assert made.denoiser.text is not None and old.prompts is not None
+    learnt = old.prompts.encoders["text_encoder"].state_dict()
+    assert all(torch.equal(value, learnt[name]) for name, value in made.denoiser.text.state_dict().items())
+    distill(own, tmp_path / "longer", "cpu")
+    longer = Generator.from_pretrained(tmp_path / "longer")
+    assert longer.denoiser.network.add_embedding.norm2.weight.abs().max() > 0
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "longer")
+    pipe.set_progress_bar_config(disable=True)
+    noises = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    told = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": SIDE, "width": SIDE, "output_type": "np"}
+    theirs = pipe(PROMPTS, generator=noises, **told).images
+    ours = longer.sample([3, 4], prompts=PROMPTS, steps=4)
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - theirs).max() < 1e-4
+
+
+def test_what_no_teacher_can_begin_with_is_named(folders: Path, teacher: Path, tmp_path: Path) -> None:
+    own = recipe(folders)
+    for wrong, why in (
+        ({"prediction": "eps"}, "one network that predicts eps"),
+        ({"network": {**NETWORK, "layers_per_block": 2, "block_out_channels": [8, 8]}}, "whose network has"),
+        ({"text": {"width": 16, "layers": 1, "heads": 2, "length": 24, "vocabulary": 516}}, "vocabulary"),
+    ):
+        table = own.table()
+        changed = Recipe.from_table({**table, "model": {**table["model"], **wrong, "start": str(teacher)}})
+        with pytest.raises(BadInput, match=why) as refused:
+            load_teacher(changed, load_data(changed))
+        assert refused.value.field == "model.start"
+
+
+def test_the_same_captions_have_the_same_tokens(folders: Path) -> None:
+    """Also where pairs of letters are equally frequent, of which a trainer of vocabularies takes any first."""
+    captions = load_data(recipe(folders)).texts  # type: ignore[attr-defined]
+    settings = TextSettings(width=16, layers=1, heads=2, length=24)
+    found = [untrained_encoder(captions, settings).tokenizers["tokenizer"].get_vocab() for _ in range(30)]
+    assert all(one == found[0] for one in found) and len(found[0]) <= settings.vocabulary
+
+
 def test_a_stopped_training_repeats_what_an_uninterrupted_one_does(
     folders: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +283,9 @@ def test_students_of_clusters_of_captions_are_one_folder_that_routes_prompts(
         mine, other = (alone[k].sample([i], prompts=[texts[i]]) for k in (int(of[i]), 1 - int(of[i])))
         torch.testing.assert_close(drawn[i : i + 1], mine, atol=1e-4, rtol=0)
         assert not torch.equal(mine, other)
+    served = Model.open("pair", tmp_path / "pair", "cpu", 8)
+    assert served.students == served.describe()["students"] == 2
+    assert all(served.inputs(1, k) for k in (0, 1)), "each student is called with its own example"
     learnt = [own.distiller(), *(replace(own.distiller(), student=k) for k in (0, 1))]  # type: ignore[type-var]
     opened = Teacher.from_pretrained(teacher)
     parts = [one.data(load_data(own), opened) for one in learnt[1:]]

@@ -49,10 +49,11 @@ class AttributeCard:
     name: str
     data: str
     body: Literal["residual", "plain"]
-    phrases: Mapping[str, Mapping[str, str]]  # as in `Vocabulary`, like the three below
+    phrases: Mapping[str, Mapping[str, str]]  # as in `Vocabulary`, like the four below
     hides: Mapping[str, Sequence[str]]
     kinds: str
     parts: Sequence[Sequence[str]] = ()
+    lost: Sequence[str] = ()
     size: int = 128  # pixels
     widths: tuple[int, ...] = ()  # channels of the stages
     part: int = 0  # of the training pictures: 0 = those at even positions, 1 = at odd ones
@@ -74,7 +75,7 @@ class AttributeCard:
     @property
     def vocabulary(self) -> Vocabulary:
         """The phrases that it knows."""
-        return Vocabulary(self.phrases, self.hides, self.kinds, self.parts)
+        return Vocabulary(self.phrases, self.hides, self.kinds, self.parts, self.lost)
 
     @property
     def missed(self) -> dict[str, list[float]]:
@@ -213,8 +214,8 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     height, width = pictures.shape[-2:]
     pictures = F.pad(pictures, (SHIFT,) * 4, mode="replicate")[..., down : down + height, across : across + width]
     softness, noise = torch.rand(2, generator=generator).tolist()
-    if softness < 0.5:  # half of the batches; to as little as 0.6 of the side and back
-        small = F.interpolate(pictures, scale_factor=0.6 + 0.8 * softness, mode="bilinear", antialias=True)
+    if softness < 0.5:  # half of the batches; to as little as 0.75 of the side and back
+        small = F.interpolate(pictures, scale_factor=0.75 + 0.5 * softness, mode="bilinear", antialias=True)
         pictures = F.interpolate(small, (height, width), mode="bilinear")
     if noise < 0.5:
         pictures = pictures + 0.08 * noise * torch.randn(pictures.shape, generator=generator)
@@ -285,7 +286,9 @@ def train_attributes(
     examples = PartExchange(learnt, said, columns.index(card.kinds), parts)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.2)
-    order, repeated = np.empty(0, np.int64), np.repeat(np.arange(len(learnt)), repeats(said))
+    times = repeats(said)
+    times[len(chosen) :] *= 2  # so that half of what is shown is reconstructed
+    order, repeated = np.empty(0, np.int64), np.repeat(np.arange(len(learnt)), times)
     for iteration in range(iterations):
         if len(order) < batch:
             order = np.concatenate([order, rng.permutation(repeated)])
@@ -324,7 +327,7 @@ def train_attributes(
 def shares_found(
     net: AttributeNet, pictures: Iterable[Tensor], captions: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute how often the named values are found, by attribute, and of each attribute the least of a value.
+    """Compute how often values that are asked for are found, by attribute, and of each attribute the least of a value.
 
     Args:
         pictures: parts (B,3,H,W) in [-1,1], in the order of the captions.
@@ -339,8 +342,9 @@ def shares_found(
         targets.append(rows)
     right, value = torch.cat(found), torch.cat(targets)
     shares, least = {}, {}
-    for k, attribute in enumerate(net.attributes):
-        by_value = [right[value[:, k] == v, k].double() for v in range(1, 1 + len(net.attributes[attribute]))]
+    for k, (attribute, values) in enumerate(net.attributes.items()):
+        asked = [v for v, name in enumerate(values, 1) if name not in net.vocabulary.lost]
+        by_value = [right[value[:, k] == v, k].double() for v in asked]
         named = [one for one in by_value if len(one)]
         if named:
             shares[attribute] = float(torch.cat(named).mean())
@@ -396,7 +400,8 @@ both columns. {card.remark}
 {card.iterations} batches of {card.batch}, seed {card.seed}, {card.date}, torch {card.torch}\
 {f"; its weights began with {card.begun}" if card.begun else ""}.
 * Input: (B,3,H,W) in [-1,1], resized to {card.size} px.
-* Not asked for, since they cannot be seen: {hidden}.
+* Not asked for, since they cannot be seen: {hidden}\
+{f"; nor, since the autoencoder does not draw them: {', '.join(card.lost)}" if card.lost else ""}.
 * Made again by: `python -m distillers.evaluation.attributes {role} --data PATH --out DIR \
 --autoencoder weights/avatars-autoencoder --iterations {card.iterations} --batch {card.batch} --seed {card.seed}\
 {" --bf16" if card.bf16 else ""}{" --start DIR" if card.begun else ""}`.
@@ -406,6 +411,10 @@ both columns. {card.remark}
 
 
 ROLES = ("judge", "reward")
+REMARK = (
+    "What is missed in reconstructions is often gone to the eye as well: brows fade on dark faces, and walrus "
+    "mustaches become pyramids."
+)
 ATTRIBUTION = "Pictures drawn by DiceBear from `bigSmile` by Ashley Seo and `personas` by Draftbit, both CC BY 4.0."
 
 
@@ -460,6 +469,8 @@ def avatars_card(role: str) -> AttributeCard:
         hides=AVATARS.hides,
         kinds=AVATARS.kinds,
         parts=AVATARS.parts,
+        lost=AVATARS.lost,
+        remark=REMARK,
         attribution=ATTRIBUTION,
     )
 

@@ -25,6 +25,7 @@ RIM = 3  # pixels around a part that go with it; then as many that should match
 LEAST = 10  # pictures of a value; a mean of fewer shows more than the value
 TRIED = 8  # pictures among which that is taken whose rim fits best
 COVERED = 0.2  # of another attribute's part: beyond it nobody knows which value is seen
+TOUCHED = 0.05  # the same of attributes that are no part, such as hair: long hair is told by its ends on the shoulders
 
 
 class PartExchange:
@@ -38,7 +39,7 @@ class PartExchange:
     def __init__(
         self, pixels: NDArray[np.uint8], targets: NDArray[np.int64], kind: int, parts: Sequence[Sequence[int]]
     ) -> None:
-        self.pixels, self.targets, self.parts = pixels, targets, parts
+        self.pixels, self.targets, self.kind, self.parts = pixels, targets, kind, parts
         self.kinds = targets[:, kind]
         self.members = {k: np.flatnonzero(self.kinds == k) for k in np.unique(self.kinds)}
         self.moments = {k: self._moments(of) for k, of in self.members.items()}
@@ -127,10 +128,11 @@ class PartExchange:
         rims = self.pixels[tried[:, None], down, across].astype(np.int16)
         off = np.abs(rims - picture[down, across]).sum((1, 2))
         best = tried[int(off.argmin())]
-        for column in {c for part in self.parts for c in part} - set(columns):
-            own = self.place(kind, column, int(target[column]))
+        parts = {column for part in self.parts for column in part}
+        for column in set(range(len(target))) - {self.kind, *columns}:
+            own, most = self.place(kind, column, int(target[column])), COVERED if column in parts else TOUCHED
             if target[column] != self.targets[best, column] and (
-                own is None or (own & where).sum() > COVERED * max(own.sum(), 1)
+                own is None or (own & where).sum() > most * max(own.sum(), 1)
             ):
                 target[column] = -1
         picture[where] = self.pixels[best][where]

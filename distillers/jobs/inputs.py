@@ -17,12 +17,14 @@ from distillers.jobs.recipe import Recipe
 from distillers.models.captions import unpack
 from distillers.models.class_names import class_numbers
 from distillers.models.codec import ImageCodec, PixelUnshuffle, fold_shift
+from distillers.models.denoiser import Denoiser
 from distillers.models.radiometry import Radiometry
+from distillers.models.text import PromptEncoder
 from distillers.teacher import Teacher
 from distillers.training.text_encoder import TextSettings, untrained_encoder
 from distillers.weights.manifest import AUTOENCODER, Info
 from distillers.weights.network import size_multiple
-from distillers.weights.read import read_autoencoder, read_info
+from distillers.weights.read import read_autoencoder, read_info, read_pipeline
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,39 @@ def _untrained(recipe: Recipe, data: ImageData, device: str) -> Teacher:
     if model.task == "text-to-image":
         text = TextSettings(**checked(TextSettings, model.text, "model.text"))
         prompts = untrained_encoder(_captions(data), text)
-    return Teacher.random(info, model.network, model.schedule, model.prediction, codec, prompts)
+    made = Teacher.random(info, model.network, model.schedule, model.prediction, codec, prompts)
+    if model.start is not None:
+        _begin_with(model.start, made)
+    return made
+
+
+def _begin_with(start: str, made: Teacher) -> None:
+    """Load what a published teacher has learnt into an untrained one, which may have layers more.
+
+    Raises:
+        BadInput: a folder of several networks, of another prediction or vocabulary, or with weights that do not fit.
+    """
+    parts = read_pipeline(start)
+    if not isinstance(parts.denoiser, Denoiser) or parts.denoiser.prediction != made.denoiser.prediction:
+        raise BadInput("model.start", start, f"a folder of one network that predicts {made.denoiser.prediction}")
+    pairs = [("network", parts.denoiser.network, made.denoiser.network)]
+    if made.denoiser.text is not None:
+        if parts.prompts is None or _vocabulary(parts.prompts) != _vocabulary(made.prompts):
+            raise BadInput("model.start", start, "a text-to-image folder with the vocabulary of these captions")
+        pairs.append(("text encoder", parts.prompts.encoders["text_encoder"], made.denoiser.text))
+    for what, old, new in pairs:
+        given, own = old.state_dict(), new.state_dict()
+        wrong = [name for name, value in given.items() if name not in own or own[name].shape != value.shape]
+        if wrong:
+            raise BadInput("model.start", f"{start}, whose {what} has {listed(wrong, 'weight')}", "layers of this one")
+        new.load_state_dict({**own, **given})
+
+
+def _vocabulary(prompts: PromptEncoder | None) -> dict[str, int]:
+    """Return the tokens that the one tokenizer of an encoder knows, with their numbers."""
+    assert prompts is not None
+    found: dict[str, int] = prompts.tokenizers["tokenizer"].get_vocab()
+    return found
 
 
 def _captions(data: ImageData, count: int = 2000) -> list[str]:

@@ -57,6 +57,7 @@ class ModelSettings:
     network: dict[str, Any] = field(default_factory=dict)  # options of diffusers' UNet2DModel, or with text the other
     text: dict[str, Any] = field(default_factory=dict)  # of text-to-image: `TextSettings`
     sar: dict[str, Any] | None = None
+    start: str | None = None  # a folder or hub id whose weights it begins with; layers that this lacks stay random
 
     def __post_init__(self) -> None:
         for name in ("patch", "channels"):

@@ -214,7 +214,8 @@ STABLE_DIFFUSION = Family(  # 1.x and 2.x
     network="UNet2DConditionModel",
     part="unet",
     pipelines=("StableDiffusionPipeline",),
-    fits=lambda config: not config.get("addition_embed_type") and not config.get("time_cond_proj_dim"),
+    # "text" pools what the network attends to anyway, and adds that to the embedding of the time
+    fits=lambda config: config.get("addition_embed_type") in (None, "text") and not config.get("time_cond_proj_dim"),
     call=_stable_diffusion,
     words=Words(
         encoders={"text_encoder": "CLIPTextModel"},

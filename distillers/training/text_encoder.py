@@ -69,17 +69,20 @@ def of_parts(tokenizer: Any, encoder: nn.Module, learns: bool = False) -> Prompt
 def _tokenizer(captions: Sequence[str], settings: TextSettings) -> Any:
     """Learn a vocabulary from captions. Like CLIP's it holds every byte, within a word and at its end.
 
-    What stood for an unknown letter otherwise would be the token that ends a text. Tokens are numbered here, for the
-    trainer numbers letters at word ends in an order of chance, and a stopped training must find its own again.
+    What stood for an unknown letter otherwise would be the token that ends a text. The trainer is told the letters at
+    word ends before: it would number them in an order of chance, by which it decides between pairs that are equally
+    frequent, and a stopped training must find its own tokens again.
     """
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    pairs = settings.vocabulary - len(letters)  # the trainer counts the letters, but only those word ends that occur
-    learnt = transformers.CLIPTokenizer().train_new_from_iterator(captions, pairs, show_progress=False)
+    ends = [f"{letter}</w>" for letter in letters]
+    learnt = transformers.CLIPTokenizer().train_new_from_iterator(
+        captions, settings.vocabulary, new_special_tokens=ends, show_progress=False
+    )
     merges: Any = [tuple(pair) for pair in json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]]
-    known = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), *SPECIAL]
+    known = [*letters, *ends, *map("".join, merges), *SPECIAL]
     return transformers.CLIPTokenizer(
         vocab={token: i for i, token in enumerate(known)}, merges=merges, model_max_length=settings.length
     )
