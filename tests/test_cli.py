@@ -124,6 +124,8 @@ def test_a_folder_that_cannot_be_made_is_refused(home: Path, fewstep: Fewstep, c
 def test_a_file_that_cannot_be_written_is_refused_before_work(
     home: Path, fewstep: Fewstep, command: list[str], suffix: str, out: str
 ) -> None:
+    if command[0] == "translate" and out == "empty":  # a folder takes results, but not this one
+        out = "/proc"
     code, _, err = fewstep(*command, out.replace("SUFFIX", suffix))
     assert code == 2 and err.startswith("error: out: got"), err
     assert (home / "file.txt").read_text().startswith("no picture")
