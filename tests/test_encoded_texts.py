@@ -1,7 +1,5 @@
 """Texts and pictures that are encoded once: what training draws of them, their files, and what is refused."""
 
-import multiprocessing
-import os
 import pickle
 import warnings
 from dataclasses import replace
@@ -13,6 +11,7 @@ import pytest
 import torch
 from folders import noise, save, write_captioned
 from stock_pipelines import PIPELINES, build
+from two_processes import BEGAN, in_two_processes
 
 from distillers.data import ImageData
 from distillers.data.captioned import CaptionedFolder, Prompts
@@ -340,24 +339,10 @@ def test_a_training_on_texts_that_was_stopped_goes_on_to_the_same_bits(dropout: 
 
 @pytest.mark.process
 def test_processes_make_files_in_turn_and_read_them_all(tmp_path: Path) -> None:
-    launcher = multiprocessing.get_context("forkserver").Process(target=two_processes, args=(str(tmp_path),))
-    launcher.start()
-    launcher.join(200)
-    if not (tmp_path / "began").exists():
-        pytest.skip(f"no group of two processes on this machine: {(tmp_path / 'log').read_text()[-500:]}")
-    assert launcher.exitcode == 0, (tmp_path / "log").read_text()
+    in_two_processes(one_of_two_processes, tmp_path)
     for rank in (0, 1):
         made, read = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert made == [[0, 1, 4, 5], [2, 3, 6]][rank] and read == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-
-
-def two_processes(folder: str) -> None:
-    from accelerate import debug_launcher
-
-    with open(f"{folder}/log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    debug_launcher(one_of_two_processes, args=(folder,), num_processes=2)
 
 
 def one_of_two_processes(folder: str) -> None:
@@ -368,7 +353,7 @@ def one_of_two_processes(folder: str) -> None:
         return [{"a": torch.tensor(float(i))} for i in rows]
 
     assert torch.distributed.get_world_size() == 2
-    Path(folder, "began").touch()
+    Path(folder, BEGAN).touch()
     kept = Stored(Path(folder, "kept-1"), 7, make, each=2, on_cpu=True)
     read = [float(kept[i]["a"]) for i in range(7)]
     torch.save((made, read), Path(folder, f"rank{torch.distributed.get_rank()}.pt"))

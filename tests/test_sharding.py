@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from trainings import TINY, settings
+from two_processes import BEGAN, in_two_processes
 
 from distillers.errors import BadInput
 from distillers.jobs.inputs import load_data, load_teacher
@@ -74,12 +73,7 @@ def trained(method: str, lora: bool, out: Path, *, shard: bool) -> dict[str, Ten
 @pytest.mark.slow
 def test_two_processes_with_parts_learn_what_two_with_copies_do(tmp_path: Path) -> None:
     """Through a checkpoint of whole weights, written half-way."""
-    launcher = multiprocessing.get_context("forkserver").Process(target=two_processes, args=(str(tmp_path),))
-    launcher.start()
-    launcher.join(500)
-    if not (tmp_path / "began").exists():
-        pytest.skip(f"no group of two processes on this machine: {(tmp_path / 'log').read_text()[-500:]}")
-    assert launcher.exitcode == 0, (tmp_path / "log").read_text()
+    in_two_processes(one_of_two_processes, tmp_path)
     for method, lora in CASES:
         found: dict[str, Any] = torch.load(tmp_path / f"{method}-{lora}.pt", weights_only=True)
         copies, parts = found["copies"], found["parts"]
@@ -99,18 +93,9 @@ def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
         begin(Consistency(), teacher_of(False), plan(shard=True), tmp_path, device="cpu")
 
 
-def two_processes(folder: str) -> None:
-    from accelerate import debug_launcher
-
-    with open(f"{folder}/log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    debug_launcher(one_of_two_processes, args=(folder,), num_processes=2)
-
-
 def one_of_two_processes(folder: str) -> None:
     root = Path(folder)
-    (root / "began").touch()
+    (root / BEGAN).touch()
     for method, lora in CASES:
         out = root / f"{method}-{lora}"
         copies = trained(method, lora, out / "copies", shard=False)

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from trainings import TINY, Breaks, Duel, Regression, norm, same, settings, values
+from two_processes import BEGAN, in_two_processes
 
 from distillers.data import Batch, ImageData, open_data
 from distillers.errors import BadInput, Notice, TrainingStopped
@@ -213,12 +214,7 @@ def test_two_processes_are_one_with_both_batches(
     processes: ForkServerContext, teacher: Teacher, data: ImageData, tmp_path: Path
 ) -> None:
     """Over gloo; in the third iteration one of the two is asked to stop, and both leave."""
-    launcher = processes.Process(target=two_processes, args=(str(tmp_path),))
-    launcher.start()
-    launcher.join(300)
-    if not (tmp_path / "began").exists():
-        pytest.skip(f"no group of two processes on this machine: {(tmp_path / 'log').read_text()[-500:]}")
-    assert launcher.exitcode == 0, (tmp_path / "log").read_text()
+    in_two_processes(one_of_two_processes, tmp_path, processes)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert ranks[0]["stopped"] == ranks[1]["stopped"] and "iteration 3" in ranks[0]["stopped"]
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["00000003"]
@@ -241,18 +237,11 @@ def test_two_processes_are_one_with_both_batches(
         assert distance(ranks[0]["seen"][i]["gradient"], turn["gradient"]) < 1e-4 * norm(turn["gradient"])
 
 
-def two_processes(folder: str) -> None:
-    from accelerate import debug_launcher  # its command starts several processes on GPUs or under MPI only
-
-    output_to(Path(folder, "log"))
-    debug_launcher(one_of_two_processes, args=(folder,), num_processes=2)
-
-
 def one_of_two_processes(folder: str) -> None:
     class Interrupted(Regression):
         def step(self, nets: Networks, batch: Batch, progress: float) -> Iterator[Turn]:
             assert torch.distributed.get_world_size() == 2
-            Path(folder, "began").touch()
+            Path(folder, BEGAN).touch()
             if len(self.seen) == 2 and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield from super().step(nets, batch, progress)

@@ -88,7 +88,7 @@ def translate(
 
 @dataclass(frozen=True)
 class Work:
-    """A scene to translate, and the files to write."""
+    """Hold a scene to translate with the files to write."""
 
     scene: Scene
     out: Path

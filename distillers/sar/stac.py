@@ -41,7 +41,7 @@ Ring = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where and when a scene was taken, as GeoJSON and STAC say it."""
+    """Hold where and when a scene was taken, as GeoJSON and STAC say it."""
 
     geometry: dict[str, Any]
     bbox: list[float]  # west > east across the antimeridian (RFC 7946, 5.2)

@@ -28,7 +28,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load
 
 
 class Shards:
-    """The networks of a training, split over its processes until `join` puts them together again.
+    """Split the networks of a training over its processes, until `join` puts them together again.
 
     Args:
         modules: whatever holds denoisers, on the CPU: each network in them is split once, and moved to the device block
@@ -65,7 +65,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class _Before:
-    """What a module was before `fully_shard` made it another class and hung its hooks on it."""
+    """Hold what a module was before `fully_shard` made it another class and hung its hooks on it."""
 
     module: nn.Module
     kind: type[nn.Module]
