@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from app.engine.model import Model
+from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
 from distillers.evaluation.adherence import ShapesJudge
@@ -23,8 +24,9 @@ from distillers.jobs.distill import distill
 from distillers.jobs.inputs import load_data, load_teacher
 from distillers.jobs.merge import merge
 from distillers.jobs.recipe import Recipe
+from distillers.methods import multi_student
 from distillers.methods.diffusion import without_condition
-from distillers.methods.multi_student import equal_clusters
+from distillers.methods.multi_student import MultiStudent, equal_clusters
 from distillers.models.clusters import clusters_of
 from distillers.models.codec import Vae, fold_shift
 from distillers.models.denoiser import Denoiser
@@ -305,6 +307,27 @@ def test_students_of_clusters_of_captions_are_one_folder_that_routes_prompts(
     replace(info, clusters=replace(info.clusters, prices=[0.0, 1.0])).write(spoilt)
     with pytest.raises(BadInput, match="clusters of prompts"):
         merge([tmp_path / "pair" / "training" / f"student-{k}" for k in (0, 1)], tmp_path / "merged")
+
+
+def test_clusters_are_found_by_captions_from_all_over_the_data(
+    folders: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And do not depend on how many captions are encoded at a time."""
+    data, opened = load_data(recipe(folders)), Teacher.from_pretrained(teacher)
+    method = MultiStudent(students=2, student=1, partition="clusters")
+    assert isinstance(data, CaptionedFolder)
+    at_once, part = method.clusters(data, opened), method.data(data, opened)
+    monkeypatch.setattr(multi_student, "ENCODED", 5)
+    in_turn, same = method.clusters(data, opened), method.data(data, opened)
+    torch.testing.assert_close(torch.tensor(in_turn.centres), torch.tensor(at_once.centres))
+    assert isinstance(part, CaptionedFolder) and isinstance(same, CaptionedFolder) and part.texts == same.texts
+    every, encode, seen = sorted(set(data.texts)), multi_student._encoded, list[str]()
+    monkeypatch.setattr(multi_student, "FITTED", 4)
+    monkeypatch.setattr(multi_student, "_encoded", lambda texts, of: (seen.extend(texts), encode(texts, of))[1])
+    method.clusters(data, opened)
+    assert seen == every[:: len(every) // 4], "as many as are fitted, not the first of them"
+    with pytest.raises(BadInput, match=r"multi_student\.students: got 5; allowed: 1 to 4"):
+        MultiStudent(students=5, partition="clusters").clusters(data, opened)
 
 
 @pytest.mark.parametrize(("points", "count"), [(12, 2), (60, 5), (300, 4)])

@@ -33,7 +33,8 @@ MODULES = (
 NOT_LOSSES = {
     "__post_init__", "__init__", "networks", "generator", "data", "parts", "doubts", "check_steps",
     "consistency_generator", "sampling_times", "shares", "share", "method", "untrained", "matched", "class_embeddings",
-    "equal_clusters", "_apply", "fits_head", "needs_pictures", "Lpips", "perceptual_distance",
+    "equal_clusters", "_apply", "fits_head", "needs_pictures", "Lpips", "perceptual_distance", "clusters", "finish",
+    "_check_chosen", "_encoded",
 }  # fmt: skip
 SWAPPED = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
