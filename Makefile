@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
 
-.PHONY: run install test quick mutate lint check clean
+.PHONY: run install test quick thorough mutate lint check clean
 
 run: install            ## distil the shapes teacher into four steps (once), print the table, serve weights/
 	$(BIN)/fewstep run
@@ -16,9 +16,13 @@ install: .venv/installed
 # One process for each core, one thread each: small networks gain nothing from a second thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test: .venv/installed-dev      ## every test, trainings included, and whether they notice a third of the mutants
-	$(PYTEST)
+test: .venv/installed-dev      ## every test but half of the slow ones, and whether they notice a third of the mutants
+	$(PYTEST) --half --durations=30
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/mutate.py --third
+
+thorough: .venv/installed-dev  ## every test, and every mutant
+	$(PYTEST)
+	$(MAKE) mutate
 
 mutate: .venv/installed-dev    ## change the loss code one thing at a time: does a test by hand notice each?
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/mutate.py

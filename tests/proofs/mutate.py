@@ -17,10 +17,8 @@ import inspect
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+from by_commit import in_turn
 
 if TYPE_CHECKING:
     from mutants import Mutant
@@ -162,12 +162,6 @@ def say(text: str) -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-def third_of_commit(name: str) -> bool:
-    """Whether a mutant belongs to the checked-out commit; a third of them do. Outside of git, commit 0."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return zlib.crc32(name.encode()) % 3 == int(answer.stdout.strip() or "0", 16) % 3
-
-
 def page(outcomes: Sequence[Outcome], equivalent: dict[str, str], seconds: float) -> str:
     """docs/results/mutants.md."""
     by_function: dict[str, Counter[str]] = defaultdict(Counter)
@@ -216,7 +210,7 @@ def main() -> int:
     given = parser.parse_args()
     began, every = time.monotonic(), mutants()
     wanted = [m for m in every if m.name.startswith(tuple(given.only))]
-    chosen = [m for m in wanted if not given.third or third_of_commit(m.name)]
+    chosen = [m for m in wanted if not given.third or in_turn(m.name, 3)]
     plugin = Mutation(chosen, EQUIVALENT, given.jobs)
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys", "-W", "ignore"]
     code = pytest.main([*options, *(str(ROOT / test) for test in TESTS)], plugins=[plugin])
