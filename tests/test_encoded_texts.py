@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distillers.teacher import Teacher
 from distillers.training.encoded_texts import EncodedTexts
 from distillers.training.head import HeadFit
 from distillers.training.latents import Latents, encoded_once, tell_unread, texts_drawn
-from distillers.training.stored import Stored, check_room, name_of
+from distillers.training.stored import Stored, check_room, name_of, place_of_encoded
 from distillers.training.trainer import begin
 
 TEXTS = ["a red barn", "two small cats", "a red barn", "sea"]
@@ -230,6 +231,25 @@ def test_an_encoder_that_changed_makes_files_anew(sdxl: Generator, tmp_path: Pat
     assert before != name_of(["a"], sdxl.prompts)
     with torch.no_grad():
         next(sdxl.prompts.parameters()).div_(1.5)
+
+
+def test_trainings_share_a_folder_of_what_they_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a run, what was encoded for other data goes."""
+    own = place_of_encoded(tmp_path)
+    monkeypatch.setenv("FEWSTEP_ENCODED", str(tmp_path / "shared"))
+    shared = place_of_encoded(tmp_path)
+    assert (own, shared) == (tmp_path / "encoded", tmp_path / "shared")
+    for folder, kept in ((shared, 2), (own, 1)):
+        made = list[int]()
+
+        def make(rows: Sequence[int], made: list[int] = made) -> list[dict[str, torch.Tensor]]:
+            made.extend(rows)
+            return [{"x": torch.zeros(2)} for _ in rows]
+
+        monkeypatch.setenv("FEWSTEP_ENCODED", str(shared) if folder == shared else "")
+        for name in ("of-one", "of-other", "of-other"):
+            Stored(folder / name, 3, make, on_cpu=True)
+        assert made == [0, 1, 2] * 2 and len(list(folder.iterdir())) == kept
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ from distillers.training.checkpoints import decisive, newest_checkpoint, read_ab
 from distillers.training.distiller import on_one_base
 from distillers.training.head import HeadFit, check_start, fit_settings, head_errors, head_of, usable
 from distillers.training.latents import encoded_once, tell_unread
+from distillers.training.stored import place_of_encoded
 from distillers.training.trainer import begin, train
 from distillers.training.watch import best_iteration
 from distillers.weights.manifest import MANIFEST
 from distillers.weights.read import origin
 from distillers.weights.write import check_target
-
-ENCODED = "encoded"  # the folder beside the checkpoints with what was encoded once
 
 
 def distill(recipe: Recipe, folder: Path, device: str | None = None) -> None:
@@ -71,7 +70,7 @@ def _train(recipe: Recipe, folder: Path, device: str | None) -> None:
     made = train(
         method,
         teacher,
-        encoded_once(data, teacher, folder / "training" / ENCODED, settings.cache_gb, device),
+        encoded_once(data, teacher, place_of_encoded(folder / "training"), settings.cache_gb, device),
         settings,
         folder / "training",
         description=recipe.table(),
@@ -113,7 +112,7 @@ def _with_head(teacher: Teacher, recipe: Recipe, data: ImageData, place: Path, d
         raise BadInput("student.head", f"{student.head}, which is {head}", allowed)
     fit = fit_settings(settings, student)
     about = {**recipe.table(), "stage": "head"}
-    latents = encoded_once(data, teacher, place / ENCODED, settings.cache_gb, device)
+    latents = encoded_once(data, teacher, place_of_encoded(place), settings.cache_gb, device)
     method = HeadFit(prediction=head, pictures=data.pictured)
     made = train(method, teacher, latents, fit, place / "head", description=about, device=device)
     learner = made.denoiser

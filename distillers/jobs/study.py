@@ -69,6 +69,7 @@ from distillers.progress import drawing_bar
 from distillers.runtime import cpu_quota, device_name, usable_cores
 from distillers.training.reward import judges_of, load_reward
 from distillers.training.settings import BESIDE
+from distillers.training.stored import SHARED
 from distillers.weights.manifest import ADAPTER, read_json
 from distillers.weights.write import check_target
 
@@ -248,7 +249,7 @@ def _train_missing(
 ) -> dict[str, str]:
     """Train every student whose folder is not finished; return the failed ones with their last words."""
     runs.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
+    environment = {SHARED: str(runs.absolute() / "encoded"), **os.environ}
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, int(cpu_quota() or usable_cores()) // jobs))
 

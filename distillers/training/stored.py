@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 
+SHARED = "FEWSTEP_ENCODED"  # the environment variable that names a folder for the encoded data of many trainings
 LENGTHS = "lengths"  # the tensor that says how long each row's ragged parts are
 GB = 1e9
 
@@ -27,7 +28,8 @@ class Stored:
     training that goes on makes nothing again.
 
     Args:
-        folder: named after what the rows are made of, for what is there is believed; others beside it are removed.
+        folder: named after what the rows are made of, for what is there is believed; others beside it are removed,
+            unless trainings share the place.
         count: rows.
         make: the rows of these positions.
         each: rows a file.
@@ -61,7 +63,7 @@ class Stored:
             if not self._file(number).is_file():
                 allowed = "a folder that all processes see, or train.cache_gb = 0"
                 raise BadInput("out", str(self._file(number)), allowed)
-        if state.is_main_process:
+        if state.is_main_process and not os.environ.get(SHARED):
             for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
@@ -82,6 +84,11 @@ class Stored:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # a process that it is sent to maps the files itself
+
+
+def place_of_encoded(run: Path) -> Path:
+    """Say where a training keeps what it encodes once: beside its checkpoints, or where FEWSTEP_ENCODED says."""
+    return Path(os.environ.get(SHARED) or run / "encoded")
 
 
 def _write(file: Path, rows: Sequence[Row], ragged: Collection[str]) -> None:
