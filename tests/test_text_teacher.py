@@ -258,6 +258,32 @@ def test_a_student_of_adapters_is_put_on_its_teacher_by_stock_diffusers(
     assert (bare.sample([3], prompts=PROMPTS[:1]) - ours).abs().max() > 2e-3, "the adapter changes the picture"
 
 
+def test_an_adapter_starts_as_another_one_of_its_teacher(folders: Path, teacher: Path, tmp_path: Path) -> None:
+    """With another scale of its own, and only where layers, rank and base are the same."""
+    (tmp_path / "tiny").symlink_to(teacher)
+    data = {"kind": "captions", "path": str(folders / "data"), "split": "train", "size": SIDE, "flip": False}
+
+    def student(name: str, method: str, options: dict[str, Any], rank: int = 4, **train: Any) -> Generator:
+        table = {
+            "name": name, "method": method, "teacher": str(tmp_path / "tiny"), "data": data,
+            "train": {**TRAIN, "ema": 0.1, **train}, "lora": {"rank": rank, "alpha": 2.0 * rank}, method: options,
+        }  # fmt: skip
+        distill(Recipe.from_table(table), tmp_path / name, "cpu")
+        return Generator.from_pretrained(tmp_path / name)
+
+    first = student("first", "consistency", {}, learning_rate=5e-2)
+    again = {"start": str(tmp_path / "first"), "critic_turns": 1}
+    second = student("second", "dmd2", again, learning_rate=1e-9, iterations=1)
+    bare = Generator.from_pretrained(teacher)
+    pictures = [one.sample([3], steps=1, prompts=PROMPTS[:1], guidance_scale=1.0) for one in (first, second, bare)]
+    torch.testing.assert_close(pictures[0], pictures[1], atol=2e-3, rtol=0)
+    assert (pictures[0] - pictures[2]).abs().max() > 2e-2
+    with pytest.raises(BadInput, match=r"lora\.rank: got 2; allowed: 4, the rank of .*first"):
+        student("third", "dmd2", again, rank=2)
+    with pytest.raises(BadInput, match=r"dmd2\.start: .* adapter of the teacher"):
+        student("fourth", "dmd2", {"start": str(teacher)})
+
+
 def test_students_of_clusters_of_captions_are_one_folder_that_routes_prompts(
     folders: Path, teacher: Path, tmp_path: Path
 ) -> None:

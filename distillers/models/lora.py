@@ -248,6 +248,28 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+@torch.no_grad()
+def start_from(role: Adapted, state: Mapping[str, Tensor], where: str) -> None:
+    """Give a role's adapter the values of another one of the same layers and rank, in the form of `lora_state`.
+
+    Raises:
+        BadInput: an adapter of other layers or of another rank; `where` names it.
+    """
+    matched = {path: (A, B) for path, A, B in _matched(role.base.network, state, where)}
+    own = {path: layer for path, layer in _layers(role.base.network) if role.name in layer.lora_A}
+    if own.keys() != matched.keys():
+        other = min(own.keys() ^ matched.keys())
+        raise BadInput(
+            where, f"an adapter {'without' if other in own else 'with'} {other}", "the layers of lora.targets"
+        )
+    for path, layer in own.items():
+        (A, B), part = matched[path], role.adapter.get_submodule(path)
+        if A.shape != part.A.weight.shape:  # type: ignore[union-attr]
+            raise BadInput("lora.rank", role.base.settings.rank, f"{len(A)}, the rank of {where}")
+        part.A.weight.copy_(A)  # type: ignore[operator, union-attr]
+        part.B.weight.copy_(B / layer.scaling[role.name])  # type: ignore[operator, union-attr]
+
+
 # --- what leaves -----------------------------------------------------------------------------------------------------
 def has_lora(network: nn.Module, name: str = NAME) -> bool:
     """Tell whether a role has an adapter, or a plain network one of this name."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from distillers.errors import BadInput
 from distillers.models.denoiser import Denoiser
-from distillers.models.lora import Adapted, AdapterBase, LoraSettings, Origin
+from distillers.models.lora import Adapted, AdapterBase, LoraSettings, Origin, start_from
 from distillers.training.sharding import local_part
-from distillers.weights.read import read_pipeline
+from distillers.weights.read import origin, read_pipeline
 
 if TYPE_CHECKING:
     from distillers.autoencoder import Autoencoder
@@ -193,7 +193,8 @@ def new_student(
     """Make a denoiser to train, with the prediction of `teacher.initial` and its schedule up to `teacher.start_time`.
 
     Args:
-        start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network.
+        start: where its weights come from: None for the teacher's, "untrained", or a folder of the same network, or,
+            where an adapter is trained, a folder of an adapter of the same base, layers and rank.
         network: options of the teacher's network class that differ, such as block_out_channels; it starts untrained.
         field: the method's name, for messages.
 
@@ -201,10 +202,19 @@ def new_student(
         BadInput: options that the class does not have, a folder with another network, or both at once.
     """
     own = teacher.initial
-    if isinstance(own.network, Adapted) and (start is not None or network):
-        given = f"with {field}.start or network"
-        raise BadInput("lora", given, "absent: an adapter changes the teacher's own network, from where it stands")
     schedule = own.schedule if teacher.start_time is None else own.schedule.until(teacher.start_time)
+    if isinstance(own.network, Adapted):
+        if network or start == "untrained":
+            given = f"with {field}.network" if network else f"with {field}.start = untrained"
+            raise BadInput("lora", given, "absent: an adapter changes the teacher's own network")
+        student = trainable_copy(Denoiser(own.network, schedule, own.prediction))
+        if start is not None:
+            assert isinstance(student.network, Adapted)
+            first, base = origin(start), own.network.base.origin
+            if first.below is None or first.sha256 != base.sha256 or base.below:
+                raise BadInput(f"{field}.start", start, "a folder that holds an adapter of the teacher")
+            start_from(student.network, first.below, start)
+        return student
     if start not in (None, "untrained"):
         if network:
             raise BadInput(f"{field}.network", dict(network), f"absent, for the student starts as {start}")
