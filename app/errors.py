@@ -12,6 +12,7 @@
 429 and 503 say in Retry-After when another try makes sense.
 """
 
+import errno
 import http
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.routes")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -71,6 +73,22 @@ def overloaded(message: str, seconds: int, code: str = "server_overloaded") -> A
     return ApiError(503, message, code=code, headers={"Retry-After": str(seconds)})
 
 
+def shutting_down() -> ApiError:
+    """Return the 503 for callers who still wait when the server ends."""
+    return overloaded("the server is shutting down", 5, "shutting_down")
+
+
+def deadline_exceeded() -> ApiError:
+    """Return the 504 for a request that is not answered when its `timeout_ms` have passed."""
+    message = "the deadline passed before the picture was drawn"
+    return ApiError(504, message, param="timeout_ms", code="deadline_exceeded")
+
+
+def caller_left() -> ApiError:
+    """Return the 499 that nobody reads: for work whose caller has left."""
+    return ApiError(499, "the caller has left", code="client_closed_request")
+
+
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """Return the 404 for an unknown model, with the known ones."""
     message = f"model: got {short(name)}; allowed: {', '.join(known) or 'none is served'}"
@@ -82,6 +100,11 @@ def from_bad_input(error: BadInput) -> ApiError:
     field = error.field[:80]
     message = f"{field}: got {short(error.given)}; allowed: {error.allowed}"
     return ApiError(400, message, param=field, code="invalid_value")
+
+
+def no_room(what: str) -> ApiError:
+    """Return the 507 for a full disk."""
+    return ApiError(507, f"the server has no room for {what}", code="no_room")
 
 
 def internal_error() -> ApiError:
@@ -97,6 +120,9 @@ def from_exception(error: Exception) -> ApiError:
         return from_bad_input(error)
     if isinstance(error, RequestValidationError | ValidationError):
         return from_validation(error.errors())
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        log.error("the disk is full: %s", error)
+        return no_room("this request")
     log.error("an answer failed", exc_info=error)
     return internal_error()
 
@@ -133,6 +159,8 @@ def answer(request: Request, error: Exception) -> JSONResponse:
         message = detail.get(error.status_code, str(error.detail or phrase))
         code = phrase.lower().replace(" ", "_")
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return from_exception(error).response()
     if not isinstance(error, ApiError):
         raise error
     if error.status in (503, 504):
@@ -151,5 +179,5 @@ def install(app: FastAPI) -> None:
         return stock()
 
     app.openapi = openapi  # type: ignore[method-assign]
-    for kind in (ApiError, BadInput, RequestValidationError, ValidationError, HTTPException):
+    for kind in (ApiError, BadInput, RequestValidationError, ValidationError, HTTPException, OSError):
         app.add_exception_handler(kind, answer)

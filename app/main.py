@@ -1,6 +1,9 @@
 """Build the application, for `uvicorn --factory app.main:create_app`. Importing this module imports no torch."""
 
 import asyncio
+import atexit
+import os
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,6 +45,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     if not settings.weights.is_dir():
         raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
+    if settings.scratch is not None:
+        tempfile.tempdir = str(settings.scratch)  # uploads are spooled there
     logs.configure(settings.log_level, settings.log_format)
     keys = Keys(settings.keys) if settings.keys else None
     metrics, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()
@@ -50,7 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = Engine(settings, metrics)
         with (
-            drain.on_signals(),
+            drain.on_signals(engine.close),
             Scenes(engine, settings) as app.state.scenes,
             SceneJobs(app.state.scenes, settings) as app.state.jobs,
         ):
@@ -61,7 +66,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             engine.start()
             yield
             app.state.jobs.cancel_all()
-            engine.stop()
+            if not engine.stop() and drain.draining:
+                atexit.register(os._exit, 0)  # or the interpreter's end would tear down a thread in a library's call
             if tracing is not None:
                 tracing.close()
 

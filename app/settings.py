@@ -54,6 +54,9 @@ class Settings(BaseSettings):
         default="whole",
         description="autoencoders decode batches, single pictures, or also large pictures in tiles: less memory",
     )
+    benchmark_seconds: float = Field(
+        default=120, gt=0, description="that one /v1/benchmarks may have the device for; beyond it 504"
+    )
     rescan_seconds: float = Field(default=5, gt=0, description="between looks for new and changed folders")
     max_wait_seconds: float = Field(default=30, gt=0, description="predicted, of all that waits; beyond it 503")
     queue_limit: int = Field(default=256, ge=1, description="images waiting; beyond it 503")

@@ -118,10 +118,11 @@ def test_a_key_opens_what_its_scopes_say(client: TestClient) -> None:
     for path, key, needed in [
         ("/metrics", INFER, "metrics"),
         ("/v1/models", METRICS, "infer"),
+        ("/v1/benchmarks", ADMIN, "benchmark"),
         ("/v1/models/plain/unload", INFER, "admin"),
         ("/v1/models/plain/load", INFER, "admin"),
     ]:
-        verb = "POST" if "load" in path else "GET"
+        verb = "GET" if path in ("/metrics", "/v1/models") else "POST"
         error = refused(client.request(verb, path, headers=bearer(key)), 403, "permission_error", "missing_scope")
         assert f"not for {needed}" in error["message"] and key not in error["message"]
     for act in ("unload", "load"):

@@ -123,7 +123,7 @@ def test_a_backend_is_chosen_by_measurement_and_remembered_beside_the_weights(
     def never(*_: Any) -> Any:
         raise AssertionError("it was measured again")
 
-    monkeypatch.setattr(tuning, "median_seconds", never)
+    monkeypatch.setattr(tuning, "median_and_spread", never)
     again = Model.open("student", weights / "student", "cpu", 250)
     kept = tuning.tune(again, lambda work: work(), seconds=30, tolerance=2, largest=2)
     assert (kept.id, kept.buckets, kept.against_one) == (profile.id, profile.buckets, profile.against_one)
@@ -164,6 +164,38 @@ def test_a_backend_that_draws_other_pictures_is_refused(weights: Path, monkeypat
     told = {entry["backend"]: entry for entry in profile.tried}
     assert profile.id == "eager/1" and told["broken/1"]["failed"] == "RuntimeError"
     assert "more than 2 levels" in told["wrong/1"]["refused"] and told["wrong/1"]["levels"] > 2
+
+
+def test_a_doubtful_profile_is_measured_again_in_an_idle_moment(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [backends.Backend("eager", True, 1, backends.eager)])
+    alone_in(weights, "student")
+    with running(weights, tune_seconds=20, max_batch=2) as engine:
+        until(lambda: engine.named("student").profile)
+        profile = engine.named("student").profile
+        assert profile is not None and profile.spread is not None and profile.load is not None
+    kept = weights / "student" / "profile.json"
+    (key,) = stored = json.loads(kept.read_text())
+    for doubtful in ({"spread": 9.0, "buckets": {"1": 5.0}}, {"spread": None, "load": None, "buckets": {"1": 5.0}}):
+        kept.write_text(json.dumps({key: stored[key] | doubtful}))
+        with running(weights, tune_seconds=20, max_batch=2) as engine:
+            until(lambda: engine.named("student").profile)
+            assert engine.named("student").backend_info()["sure"] is False  # it serves all the same
+            draw(engine, "student", Order(1, 0))
+            monkeypatch.setattr(store, "IDLE_S", 0)
+            until(lambda: engine.named("student").backend_info()["batch_ms"][1] < 5000)
+            assert engine.named("student").profile.spread < 9  # type: ignore[union-attr,operator]
+        assert json.loads(kept.read_text())[key]["buckets"]["1"] < 5
+        monkeypatch.setattr(store, "IDLE_S", 60.0)
+
+
+def test_a_measurement_that_is_no_better_changes_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [backends.Backend("eager", True, 1, backends.eager)])
+    monkeypatch.setattr(tuning, "median_and_spread", lambda *_: (1.0, 0.9))
+    model = Model.open("student", weights / "student", "cpu", 250)
+    for spread, kept in ((0.5, True), (0.95, False)):
+        doubted = Profile(buckets={1: 7.0}, spread=spread, load=0.0)
+        found = tuning.tune(model, lambda work: work(), seconds=30, tolerance=2, largest=2, doubted=doubted)
+        assert (found is doubted) == kept and (model.profile is found) != kept
 
 
 def test_a_bucket_whose_pictures_depend_on_their_mates_is_not_used(

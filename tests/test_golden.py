@@ -1,6 +1,7 @@
 """The picture a folder is known by: it fits its own weights in any precision, and no others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def test_it_fits_its_own_weights_and_no_others(tmp_path: Path, task: str) -> Non
         check(generator, folder)
     generator.save_pretrained(folder)
     assert not (folder / FILE).exists()  # it told of the old weights
+
+
+def test_what_a_folder_may_ask_for_at_its_first_look_is_bounded(tmp_path: Path) -> None:
+    publish(tmp_path, "a", "image", default_steps=4)
+    folder = tmp_path / "a"
+    generator = Generator.from_pretrained(folder)
+    for reference in ({"steps": 300, "levels": [[[0, 0, 0]]]}, {"steps": 1, "levels": [[[0] * 3] * 8] * 20_000}):
+        (folder / FILE).write_text(json.dumps(reference))
+        with pytest.raises(BadInput, match=FILE):
+            check(generator, folder)
+    (folder / FILE).unlink()
+    generator.info = replace(generator.info, size=(1024, 1024))
+    with pytest.raises(BadInput, match="1024 pixels at most"):  # 4 times 16 x 16
+        check(generator, folder)
 
 
 def test_broken_ones_and_weights_that_draw_nothing(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from app.engine.passes import Pass, at_work, in_slice
 from distillers.models.families import TOLD, family_of
 from distillers.models.lora import fused, has_lora
 from distillers.runtime import usable_cores
@@ -70,10 +70,7 @@ class Backend:
 
 
 class Dispatch(nn.Module):
-    """Wraps a network and runs each call by the function prepared for its shapes, or by the network itself.
-
-    It is called on the engine's thread only.
-    """
+    """Wraps a network and runs each call, a slice of its pass, by what was prepared for its shapes or by itself."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -81,30 +78,29 @@ class Dispatch(nn.Module):
         if family is not None:
             self.family = replace(family, call=lambda _, x, time, cond: self(x, time, *map(cond.get, TOLD)).sample)
         self.prepared: dict[Any, Forward] = {}
-        self.strict = False
         self.unprepared: dict[Any, tuple[int, Inputs]] = {}  # by shapes: number of calls, and an example
-        self._recorded: list[Inputs] | None = None
-        self.style: nn.Module | None = None  # that is called instead, by no prepared function: see `app.engine.styles`
 
     def forward(self, *inputs: Tensor | None) -> Any:
         """Run the network on its inputs: x, time and `TOLD`, or all that an encoder or decoder takes."""
-        if self.style is not None:
-            return SimpleNamespace(sample=plain(self.style)(*inputs))
-        if self._recorded is not None:
-            self._recorded.append(inputs)
-        forward = None if self.strict else self.prepared.get(shapes := shapes_of(inputs))
-        if forward is None and not self.strict and (shapes in self.unprepared or len(self.unprepared) < MAX_COUNTED):
-            self.unprepared[shapes] = (self.unprepared.get(shapes, (0, inputs))[0] + 1, inputs)
-        return SimpleNamespace(sample=(forward or plain(self.network))(*inputs))
+        now = at_work()
+        if now.turn is None:
+            return SimpleNamespace(sample=self._run(now, inputs))
+        return SimpleNamespace(sample=in_slice(lambda: self._run(now, inputs)))
 
-    @contextmanager
-    def recording(self) -> Iterator[list[Inputs]]:
-        """Collect the inputs of all calls that are made meanwhile."""
-        self._recorded = recorded = list[Inputs]()
-        try:
-            yield recorded
-        finally:
-            self._recorded = None
+    def _run(self, now: Pass, inputs: Inputs) -> Tensor:
+        """Run the network as a pass says."""
+        if now.networks is not None and (other := now.networks.get(self)) is not None:
+            return plain(other)(*inputs)
+        if now.recorded is not None and now.recorded[0] is self:
+            now.recorded[1].append(inputs)
+        if now.strict:
+            return plain(self.network)(*inputs)
+        prepared = self.prepared if now.prepared is None else now.prepared[self]
+        if (forward := prepared.get(shapes := shapes_of(inputs))) is not None:
+            return forward(*inputs)
+        if shapes in self.unprepared or len(self.unprepared) < MAX_COUNTED:
+            self.unprepared[shapes] = (self.unprepared.get(shapes, (0, inputs))[0] + 1, inputs)
+        return plain(self.network)(*inputs)
 
 
 def shapes_of(inputs: Inputs) -> Any:

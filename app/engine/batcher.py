@@ -2,11 +2,12 @@
 
 There is no timer. A free worker takes what is there: a lone order runs at once, and under load orders gather while the
 worker is busy, so batches form by themselves. Cancelled orders are skipped, and every order gets exactly one answer: a
-result, an error (Expired for one past its deadline), or its own cancellation.
+result, an error, or its own cancellation.
 
 The next key is chosen by start-time fair queueing (Goyal, Vin and Cheng 1996): every order is tagged with the virtual
 time at which its key would reach it if all waiting keys shared the worker evenly, and the smallest tag goes first. Keys
-with few orders are served in the sequence of arrival; a key that floods the queue waits behind its own flood.
+with few orders are served in the sequence of arrival; a key that floods the queue waits behind its own flood. A patient
+key lets others pass: its orders are tagged with the time at which it would end, had it but a part of the worker.
 """
 
 import threading
@@ -35,10 +36,6 @@ class Closed(Exception):
     """The batcher takes no more orders."""
 
 
-class Expired(Exception):
-    """The order's deadline passed before its turn came."""
-
-
 class Costs(Protocol[KeyIn]):
     """Predicts what the work costs: see `app.engine.batch_cost`."""
 
@@ -47,6 +44,12 @@ class Costs(Protocol[KeyIn]):
 
     def seconds(self, key: KeyIn, count: int) -> float:
         """Predict the seconds of so many orders of this key."""
+
+    def patience(self, key: KeyIn) -> float:
+        """Return how many times an order's own seconds others may run before it; 0 for its turn at once."""
+
+    def ready(self, key: KeyIn) -> bool:
+        """Return whether orders of this key may run now. `Batcher.ring` tells when it may have changed."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +60,6 @@ class QueueEntry(Generic[Order, Result]):
     number: int  # in the sequence of arrival
     arrived: float  # by the batcher's clock
     tag: float  # virtual start time, in seconds of device time
-    deadline: float | None  # by the batcher's clock
     answer: Future[Result] = field(default_factory=Future)
 
 
@@ -68,7 +70,7 @@ class Batcher(Generic[Key, Order, Result]):
         limit: orders that may wait.
         costs: predicts how many orders of a key should run together, and how long they take.
         limit_s: predicted seconds of work that may wait. An empty queue takes whatever fits `limit`.
-        clock: gives the time in seconds, for deadlines.
+        clock: gives the time in seconds.
     """
 
     def __init__(
@@ -97,12 +99,16 @@ class Batcher(Generic[Key, Order, Result]):
             return {key: count for key, queue in self._queues.items() if (count := sum(_wanted_ones(queue)))}
 
     def backlog_s(self) -> float:
-        """Predict the seconds of all that waits."""
+        """Predict the seconds of all that waits, without what lets others pass."""
         with self._lock:
+            self._forget_cancelled()
             return self._backlog_s()
 
-    def put(self, orders: Sequence[tuple[Key, Order]], deadline: float | None = None) -> list[Future[Result]]:
+    def put(self, orders: Sequence[tuple[Key, Order]], limited: bool = True) -> list[Future[Result]]:
         """Queue all orders, each under its key, and return their futures in the same sequence.
+
+        Args:
+            limited: whether there must be room for them.
 
         Raises:
             Full: they do not fit; none of them was queued.
@@ -111,17 +117,17 @@ class Batcher(Generic[Key, Order, Result]):
         with self._lock:
             if self.closed:
                 raise Closed
-            if self._waiting + len(orders) > self.limit or (self._waiting and self._backlog_s() > self.limit_s):
+            if limited and self._full(len(orders)):
                 self._forget_cancelled()
-                backlog = self._backlog_s()
-                if self._waiting + len(orders) > self.limit or (self._waiting and backlog > self.limit_s):
-                    raise Full(backlog)
+                if self._full(len(orders)):
+                    raise Full(self._backlog_s())
             now = self.clock()
             entries = []
             for key, order in orders:
-                start = max(self._virtual, self._last_tag.get(key, 0.0))
-                self._last_tag[key] = start + self.costs.seconds(key, 1)
-                entry = QueueEntry[Order, Result](order, self._number, now, start, deadline)
+                start, patience = max(self._virtual, self._last_tag.get(key, 0.0)), self.costs.patience(key)
+                seconds = self.costs.seconds(key, 1)
+                self._last_tag[key] = start + max(1.0, patience) * seconds
+                entry = QueueEntry[Order, Result](order, self._number, now, start + patience * seconds)
                 self._queues.setdefault(key, deque()).append(entry)
                 entries.append(entry)
                 self._number += 1
@@ -140,15 +146,23 @@ class Batcher(Generic[Key, Order, Result]):
             with self._lock:
                 if self.closed:
                     return None
-                while self._queues:
-                    self._drop_cancelled_heads()
-                    if not self._queues:
-                        break
-                    key = min(self._queues, key=lambda key: (self._queues[key][0].tag, self._queues[key][0].number))
+                self._drop_cancelled_heads()
+                while ready := [
+                    (q[0].tag, q[0].number, key) for key, q in self._queues.items() if self.costs.ready(key)
+                ]:
+                    key = min(ready)[2]  # no two have the same number
                     if batch := self._pop(key):
                         return key, batch
+                    self._drop_cancelled_heads()
                 self._asleep = True
             self._bell.acquire()
+
+    def ring(self) -> None:
+        """Let a `take` that waits look again at which keys are ready."""
+        with self._lock:
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._bell.release()
 
     def close(self) -> None:
         """Take no more orders, and answer those that wait with Closed. Batches already taken stay their taker's."""
@@ -158,9 +172,7 @@ class Batcher(Generic[Key, Order, Result]):
             self._queues.clear()
             self._last_tag.clear()
             self._waiting = 0
-            asleep, self._asleep = self._asleep, False
-        if asleep:
-            self._bell.release()
+        self.ring()
         for entry in left:
             if entry.answer.set_running_or_notify_cancel():
                 entry.answer.set_exception(Closed())
@@ -173,26 +185,17 @@ class Batcher(Generic[Key, Order, Result]):
         while queue and len(batch) < count:
             entry = queue.popleft()
             self._waiting -= 1
-            if self._wanted(entry):
+            if entry.answer.set_running_or_notify_cancel():
                 batch.append(entry)
         self._forget_if_empty(key)
         return batch
-
-    def _wanted(self, entry: QueueEntry[Order, Result]) -> bool:
-        """Mark an order as running, unless it was cancelled or has expired, which is then its answer."""
-        if not entry.answer.set_running_or_notify_cancel():
-            return False
-        if entry.deadline is not None and self.clock() > entry.deadline:
-            entry.answer.set_exception(Expired())
-            return False
-        return True
 
     def _drop_cancelled_heads(self) -> None:
         """Remove cancelled orders from the heads of the queues, whose tags decide what runs next."""
         for key in list(self._queues):
             queue = self._queues[key]
             while queue and queue[0].answer.cancelled():
-                self._wanted(queue.popleft())
+                queue.popleft().answer.set_running_or_notify_cancel()  # it stays cancelled
                 self._waiting -= 1
             self._forget_if_empty(key)
 
@@ -216,8 +219,12 @@ class Batcher(Generic[Key, Order, Result]):
         elif self._last_tag[key] <= self._virtual and key not in self._queues:
             del self._last_tag[key]
 
+    def _full(self, more: int) -> bool:
+        return self._waiting + more > self.limit or (self._waiting > 0 and self._backlog_s() > self.limit_s)
+
     def _backlog_s(self) -> float:
-        return sum(self.costs.seconds(key, len(queue)) for key, queue in self._queues.items())
+        costs = self.costs
+        return sum(costs.seconds(key, len(queue)) for key, queue in self._queues.items() if not costs.patience(key))
 
 
 def _wanted_ones(queue: Iterable[QueueEntry[Order, Result]]) -> Iterator[bool]:

@@ -8,19 +8,20 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from starlette.requests import HTTPConnection
 
-from app.engine.batcher import Closed, Expired, Full
+from app.engine.batcher import Closed, Full
+from app.engine.lanes import Lane
 from app.engine.model import Model, Order
 from app.engine.store import Store
 from app.engine.styles import chosen
-from app.engine.worker import BatchKey, Call, Picture, Task, Worker, by_model, shutting_down
-from app.errors import ApiError, overloaded, unknown_model
+from app.engine.worker import BatchKey, Picture, Task, Worker, by_model
+from app.errors import deadline_exceeded, overloaded, shutting_down, unknown_model
 from app.media.image_files import Pixels
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
@@ -46,15 +47,20 @@ class Engine:
             worker.thread.start()
         self.store.thread.start()
 
-    def stop(self) -> None:
-        """Stop after the batches at work, or give up models being opened; waiting callers get 503."""
+    def close(self) -> None:
+        """Take no more orders, and end passes at their next step; waiting callers get 503."""
         self.store.close()
         for worker in self.workers:
             worker.batcher.close()
+
+    def stop(self) -> bool:
+        """Close, and wait for the threads. Return whether all have ended: one may be deep in a library's call."""
+        self.close()
         for worker in self.workers:
             worker.thread.join(timeout=30)
         self.store.thread.join(timeout=30 if self.opened else 1)
         self.codec.shutdown(wait=False, cancel_futures=True)
+        return not any(thread.is_alive() for thread in (self.store.thread, *(one.thread for one in self.workers)))
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -181,12 +187,12 @@ class Engine:
         Args:
             first: steps left out at the beginning, for orders that start from a picture.
             strict: the reference backend, one picture at a time.
-            deadline: time.perf_counter() by which a turn must have begun.
+            deadline: time.perf_counter() by which all must be drawn and encoded.
             finish: called with each picture, usually in a thread of the finishers.
 
         Raises:
             BadInput: LoRAs that this server or this model does not have.
-            ApiError: 503 for a full queue or a server that ends, 504 when the deadline passed, or surely will.
+            ApiError: 503 for a full queue or a server that ends, 504 when the deadline passes.
         """
         worker, own = self._least_loaded(model)
         model.used = time.monotonic()
@@ -201,8 +207,6 @@ class Engine:
             )
 
         tasks = [(key(order), Task(order, finish)) for order in orders]
-        if deadline is not None and time.perf_counter() + worker.backlog_s() > deadline:
-            raise deadline_exceeded()
         pictures: list[Picture] = await self._submit(worker, tasks, deadline)
         return pictures if finish is None else [self._finish(picture, finish) for picture in pictures]
 
@@ -230,11 +234,11 @@ class Engine:
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function on the first device's thread, in its turn."""
-        return (await self._submit(self.workers[0], [(Call(function), None)], None))[0]
+        return await asyncio.to_thread(self.lane().turn, function)
 
-    def run(self, function: Callable[[], T]) -> T:
-        """Run a function on the first device's thread, for another thread that waits for room and for the result."""
-        return self.workers[0].run(function)
+    def lane(self, check: Callable[[], None] | None = None, limit_s: float = math.inf) -> Lane:
+        """Return a lane on the first device, for work that can wait: see `Lane`."""
+        return self.workers[0].lane(check, limit_s)
 
     def _least_loaded(self, model: Model) -> tuple[Worker, Model]:
         if len(self.workers) == 1:
@@ -242,31 +246,26 @@ class Engine:
         return min(zip(self.workers, model.replicas, strict=True), key=lambda pair: pair[0].backlog_s())
 
     async def _submit(
-        self, worker: Worker, tasks: Sequence[tuple[BatchKey | Call, Task | None]], deadline: float | None
+        self, worker: Worker, tasks: Sequence[tuple[BatchKey, Task]], deadline: float | None
     ) -> list[Any]:
         try:
-            futures = worker.batcher.put(tasks, deadline)
+            futures = worker.batcher.put(tasks)
         except Full as full:
             message = f"{len(worker.batcher)} pictures wait already"
             raise overloaded(message, max(1, math.ceil(full.seconds))) from None
         except Closed:
             raise shutting_down() from None
         try:
-            await _all(futures)
+            await in_time(_all(futures), deadline)
             failed = next((future for future in futures if future.done() and future.exception()), None)
             return [future.result() for future in ([failed] if failed else futures)]
         except Closed:
             raise shutting_down() from None
-        except Expired:
-            raise deadline_exceeded() from None
-        except asyncio.CancelledError:
-            left = sum(future.cancel() or future.cancelled() for future in futures)
-            self.metrics.cancelled("queue", left)
-            self.metrics.cancelled("forward", sum(not future.done() for future in futures))
-            raise
         finally:
-            for future in futures:
-                future.cancel()  # no effect on those that were answered
+            for (_, task), future in zip(tasks, futures, strict=True):
+                task.left = True
+                if not future.done():
+                    self.metrics.cancelled("queue" if future.cancel() else "forward", 1)
 
 
 def _all(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
@@ -289,12 +288,17 @@ def _all(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
     return waiter
 
 
+async def in_time(work: Awaitable[T], deadline: float | None) -> T:
+    """Wait for work until a time.perf_counter(), if one is given. ApiError 504 when that passes first."""
+    if deadline is None:
+        return await work
+    try:
+        async with asyncio.timeout(deadline - time.perf_counter()):
+            return await work
+    except TimeoutError:
+        raise deadline_exceeded() from None
+
+
 def engine_of(connection: HTTPConnection) -> Engine:
     """Return the engine of the application that a request or a WebSocket came to."""
     return cast(Engine, connection.app.state.engine)
-
-
-def deadline_exceeded() -> ApiError:
-    """Return the 504 for a picture whose deadline passed before its turn."""
-    message = "the deadline passed before the picture's turn came"
-    return ApiError(504, message, param="timeout_ms", code="deadline_exceeded")

@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.batch_cost import BatchCost
+from app.engine.passes import Pass, at_work, in_slice, sliced
 from app.engine.styles import Style, Styles
 from app.media.image_files import Pixels
 from distillers.errors import BadInput
@@ -44,7 +44,7 @@ class Order:
         size: (H, W) in pixels; None for the published size, or the SAR's.
         sar: (channels, H, W) in [-1, 1], for translators.
         start: (C, H, W) in [-1, 1], a picture that is diffused to the time of the first step taken.
-        on_partial: called on the engine's thread with a step's index and its estimate, (H, W, C) uint8.
+        on_partial: called in the pass's thread with a step's index and its estimate, (H, W, C) uint8.
         partial_steps: the steps, all but the last, that it is called for.
         loras: names and weights of what is laid over the model: see `app.engine.styles`.
     """
@@ -89,6 +89,8 @@ class Model:
         codec: Any = generator.codec
         if generator.prompts is not None:
             generator.prompts.unread("")  # makes its own tokenizers, before others are used on the engine's thread
+            # as a whole, for tokenizers are used by one thread alone
+            generator.prompts.forward = sliced(generator.prompts.forward)  # type: ignore[method-assign]
             for tower in generator.prompts.towers.values():
                 tower.rows = Dispatch(tower.rows)  # type: ignore[arg-type]
                 self.dispatches.append(tower.rows)
@@ -130,7 +132,7 @@ class Model:
                 generator.codec.vae.enable_tiling()
         return cls(name, folder, generator, device, max_steps)
 
-    # -- drawing: on the engine's thread ---------------------------------------------------------------------------
+    # -- drawing: on the engine's thread, or in slices from another --------------------------------------------------
 
     def draw(
         self,
@@ -154,11 +156,17 @@ class Model:
         from distillers.models.conditions import gather
 
         generator, partial_steps = self.generator, {step for order in orders for step in order.partial_steps}
+        outer = at_work()
         # beside a GPU there is nothing to share: waking threads costs more than they do
-        self._set_threads(1 if strict or self.device != "cpu" else self.threads)
-        for dispatch in self.dispatches:
-            dispatch.strict = strict
-        with self._in(style, [weight for _, weight in orders[0].loras]), torch.inference_mode():
+        threads = 1 if strict or self.device != "cpu" else outer.threads or self.threads
+        networks = weigh = None
+        if style is not None:
+            networks = dict(zip(self.dispatches, style.networks, strict=False))
+            weigh = partial(style.weigh, [weight for _, weight in orders[0].loras])
+        with (
+            Pass(strict, threads, outer.prepared, networks, weigh, outer.recorded, outer.turn),
+            torch.inference_mode(),
+        ):
             cond = generator.encode_condition(len(orders), size=orders[0].size, **gather(orders))
             start = _stacked([order.start for order in orders])
             factor, channels = generator.codec.factor, generator.codec.channels(generator.info.channels)
@@ -179,28 +187,16 @@ class Model:
                 cond,
                 steps,
                 noises,
-                start=None if start is None else generator.codec.encode(start.to(self.device)),
+                start=None if start is None else in_slice(lambda: generator.codec.encode(start.to(self.device))),
                 first=first,
                 watch=watch if partial_steps else None,
             )
             return self._pixels(x0)
 
-    @contextmanager
-    def _in(self, style: Style | None, weights: Sequence[float]) -> Iterator[None]:
-        """Run the networks that a style changes by their twins for as long as the context lasts."""
-        if style is not None:
-            style.weigh(weights)
-        try:
-            for dispatch, network in zip(self.dispatches, style.networks if style else (), strict=False):
-                dispatch.style = network
-            yield
-        finally:
-            for dispatch in self.dispatches:
-                dispatch.style = None
-
     def flags(self, pictures: Pixels) -> list[bool]:
         """Tell which pictures the folder's safety checker flags; none where the folder has none."""
-        return self.safety.flags(pictures) if self.safety else [False] * len(pictures)
+        safety = self.safety
+        return in_slice(lambda: safety.flags(pictures)) if safety else [False] * len(pictures)
 
     def _pixels(self, x0: "Tensor") -> Pixels:
         import torch
@@ -215,12 +211,6 @@ class Model:
         done.record()
         done.synchronize()  # this copy, not the device
         return host.numpy()
-
-    def _set_threads(self, threads: int | None) -> None:
-        import torch
-
-        if threads and torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
 
     def style(self, files: Sequence[Path]) -> Style:
         """Return what LoRAs make of this model. BadInput for one without prompts, or a file that is no LoRA of it."""
@@ -251,25 +241,15 @@ class Model:
 
     def inputs(self, size: int, network: int) -> "list[Inputs]":
         """Record the inputs of one of its networks while it draws a batch of `size` pictures."""
-        with self.dispatches[network].recording() as recorded:
+        recorded = list[Any]()
+        with replace(at_work(), recorded=(self.dispatches[network], recorded)):
             self.draw(self.fewest_steps, self.probes(size, network if network < self.students else 0))
         return recorded
 
-    @contextmanager
-    def using(self, prepared: "list[dict[Any, Forward]] | None", threads: int | None) -> Iterator[None]:
-        """Run the networks by other prepared functions and threads for as long as the context lasts."""
-        before = [dispatch.prepared for dispatch in self.dispatches], self.threads
-        self._set_prepared(prepared or before[0])
-        self.threads = threads or self.threads
-        try:
-            yield
-        finally:
-            self._set_prepared(before[0])
-            self.threads = before[1]
-
-    def _set_prepared(self, prepared: "list[dict[Any, Forward]]") -> None:
-        for dispatch, functions in zip(self.dispatches, prepared, strict=True):
-            dispatch.prepared = functions
+    def using(self, prepared: "list[dict[Any, Forward]] | None", threads: int | None) -> Pass:
+        """Return the pass of this thread with other prepared functions and threads, as a context."""
+        functions = None if prepared is None else dict(zip(self.dispatches, prepared, strict=True))
+        return replace(at_work(), prepared=functions, threads=threads)
 
     def install(
         self, backend: "Backend", prepares: "list[Prepare]", prepared: "list[dict[Any, Forward]]", profile: "Profile"
@@ -280,7 +260,8 @@ class Model:
             prepares: for each network, what prepares further shapes exactly.
             prepared: for each network, the functions that are ready, by shapes.
         """
-        self._set_prepared(prepared)
+        for dispatch, functions in zip(self.dispatches, prepared, strict=True):
+            dispatch.prepared = functions
         self._prepares, self.threads, self.profile = prepares, backend.threads, profile
         for dispatch in self.dispatches:
             dispatch.unprepared = {}  # eager passes while it was measured
@@ -311,8 +292,11 @@ class Model:
             return BatchCost({n: s * share for n, s in self.profile.buckets.items() if n <= largest}, largest)
         return BatchCost({}, largest, self.profile.buckets[1] * share * pixels)
 
-    def warm_up(self) -> None:
+    def warm_up(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """Check the picture that the folder was published with, then time one pass, no longer the first and slow one.
+
+        Args:
+            clock: gives the time in seconds.
 
         Raises:
             BadInput: it draws another picture, or none.
@@ -320,9 +304,9 @@ class Model:
         from distillers.evaluation.self_check import check
 
         check(self.generator, self.folder)
-        steps, started = (self.steps or [1])[0], time.perf_counter()
+        steps, started = (self.steps or [1])[0], clock()
         self.draw(steps, self.probes(1))
-        self.step_s = (time.perf_counter() - started) / steps
+        self.step_s = (clock() - started) / steps
 
     # -- what callers may know -------------------------------------------------------------------------------------
 
@@ -411,6 +395,7 @@ class Model:
         return info | {
             "name": profile.pop("backend"),
             "measured": True,
+            "sure": self.profile.sure,
             "batch_ms": {n: round(1e3 * s, 3) for n, s in profile.pop("buckets").items()},
             **profile,
         }

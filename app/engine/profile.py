@@ -1,6 +1,7 @@
 """Keep the profile of a served model: which backend runs it on this device, and what each batch size costs."""
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from distillers.runtime import device_name, package_versions, usable_cores
 from distillers.weights.manifest import Info
 
 FILE = "profile.json"
+NOISY, BUSY = 0.2, 1.5  # spread and load, beyond which a profile is measured again in an idle moment
 NUMBERED = {"buckets", "dropped", "against_one"}  # fields whose keys are batch sizes
 
 
@@ -26,6 +28,19 @@ class Profile:
     against_one: dict[int, int] = field(default_factory=dict)  # batch size: levels that its pictures differ from alone
     tried: list[dict[str, Any]] = field(default_factory=list)
     date: str = ""
+    spread: float | None = None  # of a batch size's passes, the worst: their quartiles' distance over their median
+    load: float | None = None  # of the machine as measuring began: what wanted to run, per processor
+
+    @property
+    def sure(self) -> bool:
+        """Return whether its measurements agree with each other, and were taken on a machine that had time for them."""
+        spread, load = self.doubt
+        return spread <= NOISY and load <= BUSY
+
+    @property
+    def doubt(self) -> tuple[float, float]:
+        """Return spread and load, by which profiles are compared; one that was measured without them comes last."""
+        return math.inf if self.spread is None else self.spread, math.inf if self.load is None else self.load
 
     @property
     def id(self) -> str:

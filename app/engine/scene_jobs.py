@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from app.engine.scenes import Cancelled, SceneOrder, Scenes
-from app.errors import ApiError, ErrorBody, from_exception, internal_error, overloaded
+from app.errors import ApiError, ErrorBody, from_exception, overloaded
 from app.settings import Settings
-from distillers.errors import BadInput
 
 if TYPE_CHECKING:
     from distillers.sar.options import SceneFacts
@@ -170,10 +169,7 @@ class SceneJobs:
             job.facts = facts
         except Cancelled:
             pass
-        except (BadInput, ApiError) as error:
+        except Exception as error:
             job.error = from_exception(error).body
-        except Exception:
-            log.exception("job %s failed", job.id)
-            job.error = internal_error().body
         finally:
             order.scene.unlink(missing_ok=True)

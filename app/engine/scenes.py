@@ -1,16 +1,16 @@
 """Translate georeferenced rasters from file to file, in threads of their own.
 
-Only the network's calls go to the engine's thread, a few tiles at a time and in turn with all other traffic, so that
+Only the network's calls go to the engine's thread, a few tiles at a time and after the pictures that wait, so that
 nobody waits for a whole scene. Every scene has a private folder, which is removed however the translation ends.
 """
 
 import asyncio
 import logging
+import os
 import re
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from app.engine.engine import Engine
 from app.engine.model import Model
-from app.errors import ApiError, overloaded
+from app.engine.passes import Pass
+from app.errors import no_room, overloaded
 from app.media.geotiff import ENV, check, grey, import_rasterio
 from app.media.image_files import encode
 from app.settings import Settings
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fewstep.scenes")
 PREVIEW = 1024  # pixels a side, at most
+PREFIX = "fewstep-scratch-"  # of the names of private folders
 
 
 class Cancelled(Exception):
@@ -85,12 +87,16 @@ class Scenes:
         self._at_work: list[Future[Translated]] = []
 
     def __enter__(self) -> Self:
-        self.scratch = Path(tempfile.mkdtemp(prefix="fewstep-", dir=self.settings.scratch))
+        _remove_abandoned(Path(self.settings.scratch or tempfile.gettempdir()))
+        self.scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.settings.scratch))
+        self._held = _hold(self.scratch)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
 
     async def at_once(
         self, data: bytes, name: str, model: Model, options: "SceneOptions", output_format: str, quality: int
@@ -130,7 +136,7 @@ class Scenes:
     def translate(
         self, order: SceneOrder, progress: Callable[[int, int], None] | None = None
     ) -> tuple["SceneFacts", float]:
-        """Translate a scene in the caller's thread and return its facts and the seconds on the engine's thread.
+        """Translate a scene in the caller's thread, and return its facts and the seconds on the engine's.
 
         Raises:
             Cancelled: the order was cancelled.
@@ -139,20 +145,15 @@ class Scenes:
         from distillers.sar.tiles import TILE
         from distillers.sar.translate import translate
 
-        forward_s = 0.0
-
-        def forward(function: "Callable[[], Tensor]") -> "Tensor":
-            def turn() -> "Tensor":
-                nonlocal forward_s
-                started = time.perf_counter()
-                try:
-                    return function()
-                finally:
-                    forward_s += time.perf_counter() - started
-
+        def check() -> None:
             if order.cancelled.is_set():
                 raise Cancelled
-            return self.engine.run(turn)
+
+        lane = self.engine.lane(check)
+
+        def forward(function: "Callable[[], Tensor]") -> "Tensor":
+            with Pass(turn=lane.turn):
+                return function()
 
         # On a CPU one tile runs and one waits, so that other requests wait for two tiles at most.
         limit = min(self.settings.max_batch, self.settings.max_pixels // TILE**2)
@@ -170,7 +171,7 @@ class Scenes:
         except BadInput as error:
             raise _caller_error(error, order.scene.parent) from None
         facts.warnings = [_as_fields(warning) for warning in facts.warnings]
-        return facts, forward_s
+        return facts, lane.busy_s
 
     def previews(self, order: SceneOrder, facts: "SceneFacts") -> tuple[bytes, bytes]:
         """Return the result and the SAR as small PNG pictures of one size."""
@@ -181,11 +182,37 @@ class Scenes:
         return encode(optical, "png"), encode(sar, "png")
 
 
+def _hold(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives, and return the descriptor; None where another process has it."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove the private folders of servers that were killed. Those of living ones are locked."""
+    for folder in place.glob(f"{PREFIX}*"):
+        try:
+            held = _hold(folder)
+        except OSError:  # no folder, or another's
+            continue
+        if held is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+            log.info("%s, which a killed server had left, is removed", folder)
+
+
 def _caller_error(error: BadInput, folder: Path) -> Exception:
     """Return the error with the form's field instead of the library's, and without paths of this machine."""
     if error.field == "out":
         log.error("%s", error)
-        return ApiError(507, "the server has no room for the result", code="no_room")
+        return no_room("the result")
     field = "image" if error.field == "scene" else error.field
     return BadInput(field, error.given, _as_fields(error.allowed).replace(f"{folder}/", ""))
 

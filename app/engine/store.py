@@ -17,15 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from app.engine.lanes import TooLong
 from app.engine.model import Model
+from app.engine.passes import Pass
 from app.engine.worker import Worker
-from app.errors import ApiError
+from app.errors import ApiError, shutting_down
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
 log = logging.getLogger("fewstep.store")
 OPEN, TUNE = 0, 1  # priorities of tasks, the lower first
+IDLE_S = 60.0  # without work, after which a doubtful profile is measured again; twice as long after each time
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Slot:
     version: Any = None  # of the folder that was last tried
     stays_unloaded: bool = False  # unloaded by request: only /load opens it again
     opening: Future[None] | None = None
+    measured: int = 0  # times that its profile was measured again
 
 
 class Store:
@@ -119,13 +123,28 @@ class Store:
             with self._changed:
                 if not self._tasks:
                     self._changed.wait(self.settings.rescan_seconds)
-                task = heapq.heappop(self._tasks)[2] if self._tasks else self._scan
+                task = heapq.heappop(self._tasks)[2] if self._tasks else self._look_around
             if self.closed:
                 return
             try:
                 task()
             except Exception:
                 log.exception("looking after the models failed")
+
+    def _look_around(self) -> None:
+        self._scan()
+        if not self._tasks and (slot := next((s for s in self.slots.values() if self._doubtful(s)), None)):
+            slot.measured += 1
+            self._tune(slot.models, again=True)
+
+    def _doubtful(self, slot: Slot) -> bool:
+        """Return whether an open model's profile is to be measured again now: nobody has asked for long enough."""
+        if not self.settings.tune_seconds or all(m.profile is None or m.profile.sure for m in slot.models):
+            return False
+        if any(worker.inflight or len(worker.batcher) for worker in self.workers):
+            return False
+        used = max(model.used for one in self.slots.values() for model in one.models)
+        return time.monotonic() - used > IDLE_S * 2**slot.measured
 
     def _scan(self) -> None:
         """Open folders that are new or changed, unload those that are gone, and prepare shapes that come often."""
@@ -169,7 +188,7 @@ class Store:
                     return
                 own = self.settings
                 model = Model.open(slot.name, slot.folder, worker.device, own.max_steps, self._bases, own.decoding)
-                worker.run(model.warm_up)
+                self._look(model, worker)
                 fresh.append(model)
             for model in fresh:
                 model.replicas = fresh
@@ -186,6 +205,19 @@ class Store:
             for model in fresh:
                 model.tuning = True
             self._put(TUNE, lambda: self._tune(fresh))
+
+    def _look(self, model: Model, worker: Worker) -> None:
+        """Let a new model draw its first pictures, in turn with the traffic. BadInput for wrong ones or slow ones."""
+        lane = worker.lane(self._check, self.settings.hang_seconds)
+        try:
+            with Pass(turn=lane.turn):
+                model.warm_up(lane.clock)
+        except TooLong as error:
+            raise BadInput("weights", f"{model.name}, whose first pictures take {error}", "faster ones") from None
+
+    def _check(self) -> None:
+        if self.closed:
+            raise shutting_down()
 
     def _replace(self, slot: Slot, models: list[Model]) -> None:
         """Serve other models under a slot's name, or none, from the next request on."""
@@ -212,7 +244,7 @@ class Store:
             torch.cuda.empty_cache()
         log.info("%s is unloaded", slot.name)
 
-    def _tune(self, models: Sequence[Model]) -> None:
+    def _tune(self, models: Sequence[Model], again: bool = False) -> None:
         from app.engine.tuning import tune
 
         for worker, model in zip(self.workers, models, strict=True):
@@ -223,13 +255,16 @@ class Store:
             model.tuning = True
             try:
                 started, largest = time.perf_counter(), self._largest(model)
-                profile = tune(
-                    model,
-                    worker.run,
-                    seconds=self.settings.tune_seconds,
-                    tolerance=self.settings.tolerance,
-                    largest=largest,
-                )
+                lane = worker.lane(self._check)
+                with Pass(turn=lane.turn):
+                    profile = tune(
+                        model,
+                        lane.turn,
+                        seconds=self.settings.tune_seconds,
+                        tolerance=self.settings.tolerance,
+                        largest=largest,
+                        doubted=model.profile if again else None,
+                    )
                 worker.forget(model)
                 spent = time.perf_counter() - started
                 log.info("%s is run by %s, found after %.1f s", model.name, profile.id, spent)

@@ -47,7 +47,7 @@ class Style:
         self.networks, self.names = networks, names
 
     def weigh(self, weights: Sequence[float]) -> None:
-        """Set the factor of each LoRA. On the engine's thread, before a pass."""
+        """Set the factor of each LoRA. On the engine's thread, before a slice."""
         from distillers.models.lora import set_lora_scale
 
         for network in self.networks:

@@ -1,12 +1,15 @@
 """Choose a model's backend and its batch sizes by measurement, while it serves.
 
-Preparing happens in the caller's thread; only the timed passes take turns with the traffic on the engine's. The result
+Preparing and comparing happen in the caller's thread, slice by slice where its pass takes turns; each timed pass is one
+turn on the engine's thread, as the traffic's passes are. The result
 is kept beside the weights (`profile.json`), by device and versions, so that the next start prepares the winner only and
-measures nothing.
+measures nothing. A profile whose measurements were noisy serves all the same, until it was measured again in an idle
+moment.
 """
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +35,9 @@ SAMPLE_S = 0.1  # seconds of timed passes for each measurement, and 3 passes at 
 Prepared = list[dict[Any, Forward]]  # for each network of a model, functions by shapes
 
 
-def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest: int) -> Profile:
+def tune(
+    model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest: int, doubted: Profile | None = None
+) -> Profile:
     """Find and install the fastest backend of a model, and the batch sizes worth having.
 
     Args:
@@ -40,16 +45,17 @@ def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest
         seconds: of measuring after the reference; backends that were not tried by then are left out.
         tolerance: levels of 255 that a backend of lower precision may move a pixel by.
         largest: pictures in one pass.
+        doubted: the profile in use, which is measured again, and stays if this is not done better.
     """
     key = profile_key(model.info, model.device, tolerance, largest)
-    if stored := read_profiles(model.folder).get(key):
+    if doubted is None and (stored := read_profiles(model.folder).get(key)):
         try:
             return _install(model, Profile.from_json(stored), run, tolerance)
         except ApiError:  # the server ends
             raise
         except Exception as error:
             log.info("the profile kept for %s is measured anew: %s", model.name, error)
-    profile = _measure(model, run, seconds, tolerance, largest)
+    profile = _measure(model, run, seconds, tolerance, largest, doubted)
     try:
         write_profile(model.folder, key, profile)
     except OSError:
@@ -57,11 +63,14 @@ def tune(model: Model, run: Run[Any], *, seconds: float, tolerance: int, largest
     return profile
 
 
-def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, largest: int) -> Profile:
+def _measure(
+    model: Model, run: Run[Any], seconds: float, tolerance: int, largest: int, doubted: Profile | None
+) -> Profile:
     """Compare every backend's pictures with the reference's, time those that agree, and install the fastest."""
-    reference = {n: run(partial(probe, model, n)) for n in {model.fewest_steps, model.default_steps}}
+    reference = {n: probe(model, n) for n in {model.fewest_steps, model.default_steps}}
     best: tuple[float, Backend, list[Prepare], Prepared] | None = None
-    profile = Profile(steps=model.fewest_steps, date=time.strftime("%Y-%m-%d"))
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    profile = Profile(steps=model.fewest_steps, date=time.strftime("%Y-%m-%d"), load=round(load, 2))
     until = math.inf
     for backend in candidates(model.device, seconds >= SLOW_FROM):
         if time.perf_counter() > until:
@@ -77,11 +86,9 @@ def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, larges
             prepared = prepare(model, prepares, [n for n in COMPARED if n <= largest], run)
             # rounding in bfloat16 adds up over the steps
             steps = [model.fewest_steps] if backend.exact else list(reference)
-            levels = max(
-                max_difference(run(partial(probe, model, n, prepared, backend.threads)), reference[n]) for n in steps
-            )
+            levels = max(max_difference(probe(model, n, prepared, backend.threads), reference[n]) for n in steps)
             sizes = [n for n in COMPARED if n <= largest]
-            spent = {n: run(partial(median_seconds, model, n, prepared, backend.threads)) for n in sizes}
+            spent = {n: median_and_spread(model, n, prepared, backend.threads, run)[0] for n in sizes}
         except ApiError:  # the server ends
             raise
         except Exception as error:  # a backend that cannot run this network is no choice
@@ -100,6 +107,8 @@ def _measure(model: Model, run: Run[Any], seconds: float, tolerance: int, larges
     assert best is not None  # the reference differs from itself by nothing
     _, backend, prepares, prepared = best
     prepared = _measure_buckets(model, backend, prepares, prepared, profile, run, largest)
+    if doubted is not None and not profile.sure and profile.doubt >= doubted.doubt:
+        return doubted
     model.install(backend, _exact(model, backend, prepares), prepared, profile)
     return profile
 
@@ -118,11 +127,12 @@ def _measure_buckets(
     largest: int,
 ) -> Prepared:
     """Time batches of 1, 2, 4, ... until two in a row gain nothing, and compare each with its pictures drawn alone."""
-    measured, alone, size, lost = dict[int, float](), dict[int, Pixels](), 1, 0
+    measured, alone, size, lost, worst = dict[int, float](), dict[int, Pixels](), 1, 0, 0.0
     while size <= largest and lost < 2:
         prepared = prepare(model, prepares, [size], run, prepared)
-        spent = run(partial(median_seconds, model, size, prepared, backend.threads))
-        levels = run(partial(_difference_from_alone, model, size, prepared, backend.threads, alone))
+        spent, spread = median_and_spread(model, size, prepared, backend.threads, run)
+        worst = max(worst, spread)
+        levels = _difference_from_alone(model, size, prepared, backend.threads, alone)
         profile.against_one[size] = levels
         if levels > (LEVEL if backend.exact else 2 * LEVEL):
             profile.dropped[size] = f"its pictures differ by {levels} levels from those drawn alone"
@@ -130,7 +140,7 @@ def _measure_buckets(
             measured[size] = spent
         lost = 0 if size in worth_having(measured) else lost + 1
         size *= 2
-    profile.buckets = worth_having(measured)
+    profile.buckets, profile.spread = worth_having(measured), round(worst, 3)
     for size in set(measured) - set(profile.buckets):
         profile.dropped[size] = f"{1e3 * measured[size] / size:.3g} ms a picture, which smaller ones do as well"
     wanted = prepare(model, [lambda _: _none] * len(prepares), list(profile.buckets), run)
@@ -147,8 +157,9 @@ def _install(model: Model, profile: Profile, run: Run[Any], tolerance: int) -> P
     prepares = backend.open_all(model.networks)
     prepared = prepare(model, prepares, list(profile.buckets), run)
     few = model.fewest_steps
-    pictures, reference = run(lambda: (probe(model, few, prepared, backend.threads), probe(model, few)))
-    if max_difference(pictures, reference) > (LEVEL if backend.exact else tolerance):
+    if max_difference(probe(model, few, prepared, backend.threads), probe(model, few)) > (
+        LEVEL if backend.exact else tolerance
+    ):
         raise ValueError("it draws other pictures than it did")
     model.install(backend, _exact(model, backend, prepares), prepared, profile)
     return profile
@@ -176,25 +187,31 @@ def prepare(
 
 
 def probe(model: Model, steps: int, prepared: Prepared | None = None, threads: int | None = None) -> Pixels:
-    """Draw the probes one by one, (N, H, W, C); without prepared functions by the reference. On the engine's thread."""
+    """Draw the probes one by one, (N, H, W, C); without prepared functions by the reference."""
     students = range(model.students)
     orders = [order for k in students for order in model.probes(max(2, PROBES // len(students)), k)]
     with model.using(prepared, threads):
         return np.concatenate([model.draw(steps, [order], strict=prepared is None) for order in orders])
 
 
-def median_seconds(model: Model, size: int, prepared: Prepared, threads: int) -> float:
-    """Return the median seconds of a pass. On the engine's thread, for a fraction of a second."""
+def median_and_spread(
+    model: Model, size: int, prepared: Prepared, threads: int, run: Run[float]
+) -> tuple[float, float]:
+    """Time passes over a fraction of a second. Return their median, and their quartiles' distance as a share of it."""
     orders = model.probes(1) * size
-    spent = list[float]()
-    with model.using(prepared, threads):
-        model.draw(model.fewest_steps, orders)
-        until = time.perf_counter() + SAMPLE_S
-        while len(spent) < 3 or time.perf_counter() < until:
-            started = time.perf_counter()
+
+    def timed() -> float:
+        started = time.perf_counter()
+        with model.using(prepared, threads):
             model.draw(model.fewest_steps, orders)
-            spent.append(time.perf_counter() - started)
-    return float(np.median(spent))
+        return time.perf_counter() - started
+
+    run(timed)
+    spent = list[float]()
+    while len(spent) < 3 or sum(spent) < SAMPLE_S:
+        spent.append(run(timed))
+    low, median, high = np.percentile(spent, (25, 50, 75))
+    return float(median), float((high - low) / median)
 
 
 def _difference_from_alone(model: Model, size: int, prepared: Prepared, threads: int, alone: dict[int, Pixels]) -> int:

@@ -1,4 +1,8 @@
-"""Run one device: its only thread takes batches from its queue, draws them and answers each order."""
+"""Run one device: its only thread takes batches from its queue, draws them and answers each order.
+
+A batch that takes long has a thread of its own, and so have scenes, benchmarks and looks at folders. From there only
+slices, calls of a network, come to the device's thread (`passes`, `lanes`), so nobody waits for longer than for one.
+"""
 
 import logging
 import threading
@@ -6,19 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any
 
 from app.engine.batch_cost import BatchCost
-from app.engine.batcher import Batcher, Closed, Full, QueueEntry
+from app.engine.batcher import Batcher, QueueEntry
+from app.engine.lanes import BACKGROUND, SHARED, Lane
 from app.engine.model import Model, Order
+from app.engine.passes import Pass, Turn
 from app.engine.styles import Style
-from app.errors import ApiError, overloaded
+from app.errors import ApiError, caller_left, overloaded, shutting_down
 from app.media.image_files import Pixels
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
 
-T = TypeVar("T")
 log = logging.getLogger("fewstep.engine")
 
 
@@ -42,19 +48,13 @@ class BatchKey:
     loras: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """Holds a function to run on the device's thread, alone in its turn."""
-
-    function: Callable[[], Any]
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Task:
     """Holds a picture's order, and the function that is called with the picture in a thread of the finishers."""
 
     order: Order
     finish: Callable[[Pixels], Any] | None
+    left: bool = False  # nobody waits for it any more
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,17 @@ class Worker:
     def __init__(self, device: str, settings: Settings, metrics: Metrics, finishers: ThreadPoolExecutor) -> None:
         self.device, self.settings, self.metrics, self.finishers = device, settings, metrics, finishers
         self.models: dict[str, Model] = {}
-        self.batcher: Batcher[BatchKey | Call, Task | None, Any] = Batcher(
+        self.batcher: Batcher[BatchKey | Lane, Any, Any] = Batcher(
             settings.queue_limit, self, settings.max_wait_seconds
         )
         self.thread = threading.Thread(target=self._run, name=f"fewstep-engine-{device}", daemon=True)
-        self.turns = self.inflight = 0
+        self.turns = 0  # batches drawn
+        self._drawing = 0  # pictures in the device's thread
+        self._long: dict[BatchKey, int] = {}  # pictures in threads of their own
+        self._threads = ThreadPoolExecutor(LONG_PASSES, "fewstep-pass")
+        self._lock = threading.Lock()
         self.broken = False  # the device lost its context: nothing will ever work again in this process
-        self._busy_since: float | None = None  # of a forward pass
+        self._busy_since: float | None = None  # of what the device's thread runs
         self._pass_s = 0.0  # that it was predicted to take
         self._costs: dict[BatchKey, BatchCost] = {}
 
@@ -95,8 +99,13 @@ class Worker:
         return self.thread.is_alive() and not self.broken
 
     @property
+    def inflight(self) -> int:
+        """Count the pictures that are being drawn."""
+        return self._drawing + sum(list(self._long.values()))
+
+    @property
     def stuck(self) -> bool:
-        """Return whether a forward pass runs for longer than any should."""
+        """Return whether a pass, or a slice of one, runs for longer than any should."""
         since = self._busy_since
         return since is not None and time.monotonic() - since > self.settings.hang_seconds
 
@@ -105,36 +114,33 @@ class Worker:
         return self.batcher.backlog_s() + self.inflight_s()
 
     def inflight_s(self) -> float:
-        """Predict the seconds that the running pass still takes."""
+        """Predict the seconds that the running pass or slice still takes."""
         since, pass_s = self._busy_since, self._pass_s
         return 0.0 if since is None else max(0.0, pass_s - (time.monotonic() - since))
 
-    def run(self, function: Callable[[], T]) -> T:
-        """Run a function on the device's thread and wait for its result, and before it for room in the queue."""
-        if threading.current_thread() is self.thread:
-            return function()
-        while True:
-            try:
-                (future,) = self.batcher.put([(Call(function), None)])
-            except Full:  # a request would get 503; internal work waits
-                time.sleep(0.02)
-                continue
-            except Closed:
-                raise shutting_down() from None
-            try:
-                return cast(T, future.result())
-            except Closed:
-                raise shutting_down() from None
+    def lane(self, check: Callable[[], None] | None = None, limit_s: float = float("inf")) -> Lane:
+        """Return the lane of some work that can wait: see `Lane`."""
+        return Lane(self.batcher, self.device, BACKGROUND, check, limit_s)
 
     # -- predictions, for the batcher: see `Costs` -------------------------------------------------------------------
 
-    def batch_size(self, key: BatchKey | Call, waiting: int) -> int:
+    def batch_size(self, key: BatchKey | Lane, waiting: int) -> int:
         """Return how many of the waiting orders should run together now."""
-        return 1 if isinstance(key, Call) else self.cost(key).batch_size(waiting)
+        return 1 if isinstance(key, Lane) else self.cost(key).batch_size(waiting)
 
-    def seconds(self, key: BatchKey | Call, count: int) -> float:
+    def seconds(self, key: BatchKey | Lane, count: int) -> float:
         """Predict the seconds of so many orders."""
-        return CALL_S * count if isinstance(key, Call) else self.cost(key).predict(count)
+        return key.slice_s * count if isinstance(key, Lane) else self.cost(key).predict(count)
+
+    def patience(self, key: BatchKey | Lane) -> float:
+        """Return how many times an order's own seconds others may run before it."""
+        return key.patience if isinstance(key, Lane) else 0.0
+
+    def ready(self, key: BatchKey | Lane) -> bool:
+        """Return whether orders may run now: one batch of a key at a time, and a few that take long."""
+        if not self._long or isinstance(key, Lane):
+            return True
+        return key not in self._long and (len(self._long) < LONG_PASSES or not self._takes_long(key, 1))
 
     def cost(self, key: BatchKey) -> BatchCost:
         """Return the costs of batches of a key on this device."""
@@ -154,55 +160,96 @@ class Worker:
         largest = 1 if key.strict else max(1, min(self.settings.max_batch, by_pixels))
         return key.model.cost(key.steps - key.first, key.height, key.width, largest)
 
+    def _takes_long(self, key: BatchKey, count: int) -> bool:
+        """Return whether a batch runs in slices: a single step is one slice in any case."""
+        return key.steps - key.first > 1 and self.cost(key).predict(count) > LONG_S
+
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self.broken and (turn := self.batcher.take()) is not None:
             key, entries = turn
-            self.inflight += len(entries)
-            try:
-                if isinstance(key, Call):
-                    self._call(key, entries)
-                else:
-                    self._draw(key, entries)
-            finally:
-                self.inflight -= len(entries)
+            if isinstance(key, Lane):
+                self._run_slice(key, entries[0])
+            elif self._takes_long(key, len(entries)):
+                self._long[key] = len(entries)
+                self._threads.submit(self._draw_in_slices, key, entries)
+            else:
+                self._drawing = len(entries)
+                self._draw(key, entries)
+                self._drawing = 0
         self.batcher.close()
+        self._threads.shutdown(wait=False)
 
-    def _call(self, key: Call, entries: Sequence[QueueEntry[Task | None, Any]]) -> None:
+    def _run_slice(self, lane: Lane, entry: QueueEntry[Callable[[], Any], Any]) -> None:
+        """Run a slice for another thread, which hears of any error."""
+        self._busy_since, self._pass_s = time.monotonic(), lane.slice_s
         try:
-            entries[0].answer.set_result(key.function())
+            result = entry.order()
         except BaseException as error:
-            self._fail(error, entries)
+            self._see(error)
+            entry.answer.set_exception(error)
+        else:
+            entry.answer.set_result(result)
+        finally:
+            self._busy_since = None
 
-    def _draw(self, key: BatchKey, entries: Sequence[QueueEntry[Task | None, Any]]) -> None:
+    def _draw_in_slices(self, key: BatchKey, entries: Sequence[QueueEntry[Task, Any]]) -> None:
+        """Draw one batch in this thread, and its slices in turn with others on the device's."""
+        check = partial(self._check, [entry.order for entry in entries])
+        try:
+            self._draw(key, entries, Lane(self.batcher, self.device, SHARED, check))
+        finally:
+            del self._long[key]
+            self.batcher.ring()
+
+    def _check(self, tasks: Sequence[Task]) -> None:
+        """Raise what ends a pass between two steps: the server's end, or that nobody waits for any of its pictures."""
+        if self.batcher.closed:
+            raise shutting_down()
+        if all(task.left for task in tasks):
+            raise caller_left()
+
+    def _draw(self, key: BatchKey, entries: Sequence[QueueEntry[Task, Any]], lane: Lane | None = None) -> None:
         """Draw one batch and answer every entry, with an error if that is how it ends."""
-        orders = [cast(Task, entry.order).order for entry in entries]
+        orders = [entry.order.order for entry in entries]
         cost = self.cost(key)
         bucket = cost.bucket(len(orders))
-        started, self._busy_since, self._pass_s = time.perf_counter(), time.monotonic(), cost.predict(len(orders))
+        turn: Turn | None = None
+        if lane is not None:
+            clock, turn = lane.clock, lane.turn
+        else:
+            clock, self._busy_since, self._pass_s = time.perf_counter, time.monotonic(), cost.predict(len(orders))
+            if key.steps - key.first > 1:
+                turn = partial(self._unless_left, [entry.order for entry in entries])
+        begun, started = time.perf_counter(), clock()
         try:
             padded = (
                 orders if bucket == len(orders) else orders + [without_callback(orders[-1])] * (bucket - len(orders))
             )
-            pixels = key.model.draw(key.steps, padded, key.first, key.strict, key.style)[: len(orders)]
-            flagged = key.model.flags(pixels)
+            with Pass(turn=turn):
+                pixels = key.model.draw(key.steps, padded, key.first, key.strict, key.style)[: len(orders)]
+                flagged = key.model.flags(pixels)
         except BaseException as error:
-            self._busy_since = None
+            if lane is None:
+                self._busy_since = None
             if _out_of_memory(error):
-                return self._split(key, entries)
+                return self._split(key, entries, lane)
             return self._fail(error, entries)
-        self._busy_since = None
-        spent = time.perf_counter() - started
-        self.turns += 1
-        waits = [started - entry.arrived for entry in entries]
+        if lane is None:
+            self._busy_since = None
+        spent = clock() - started
+        with self._lock:
+            self.turns += 1
+            turns = self.turns
+        waits = [begun - entry.arrived for entry in entries]
         alone = len(entries) == 1 and pixels.size <= SMALL and not len(self.batcher)
         for entry, picture, wait, bad in zip(entries, pixels, waits, flagged, strict=True):
             if bad:
                 self._fail(not_shown(key.model.name), [entry])
                 continue
-            facts = (wait, spent, self.turns, len(orders), bucket)
-            if (finish := cast(Task, entry.order).finish) is None or (picture.size <= TINY and not alone):
+            facts = (wait, spent, turns, len(orders), bucket)
+            if (finish := entry.order.finish) is None or (picture.size <= TINY and not alone):
                 entry.answer.set_result(_picture(picture, None, 0.0, facts))
             elif alone:  # the device is idle, and changing threads would cost more than the encoding
                 self._finish(entry, picture, finish, facts)
@@ -210,6 +257,10 @@ class Worker:
                 self.finishers.submit(self._finish, entry, picture, finish, facts)
         cost.observe(len(orders), spent)
         self.metrics.batch(key.model.name, len(orders), bucket, waits, spent)
+
+    def _unless_left(self, tasks: Sequence[Task], slice_: Callable[[], Any]) -> Any:
+        self._check(tasks)
+        return slice_()
 
     def _finish(
         self, entry: QueueEntry[Any, Any], picture: Pixels, finish: Callable[[Pixels], Any], facts: tuple[Any, ...]
@@ -224,7 +275,7 @@ class Worker:
         entry.answer.set_result(_picture(picture, file, spent, facts))
         self.metrics.stage("encode", spent)
 
-    def _split(self, key: BatchKey, entries: Sequence[QueueEntry[Task | None, Any]]) -> None:
+    def _split(self, key: BatchKey, entries: Sequence[QueueEntry[Task, Any]], lane: Lane | None) -> None:
         """Draw in halves a batch that did not fit into memory, and never so many again; a lone picture ends in 503."""
         self.metrics.out_of_memory(key.model.name)
         _free(self.device)
@@ -233,21 +284,26 @@ class Worker:
         if len(entries) == 1:
             return self._fail(overloaded("there is no memory for this picture now", 5, "out_of_memory"), entries)
         middle = len(entries) // 2
-        self._draw(key, entries[:middle])
-        self._draw(key, entries[middle:])
+        self._draw(key, entries[:middle], lane)
+        self._draw(key, entries[middle:], lane)
 
-    def _fail(self, error: BaseException, entries: Sequence[QueueEntry[Task | None, Any]]) -> None:
+    def _fail(self, error: BaseException, entries: Sequence[QueueEntry[Task, Any]]) -> None:
         """Answer entries with an error, which is logged unless it is the caller's."""
         if not isinstance(error, BadInput | ApiError):
             log.error("a turn of %d failed", len(entries), exc_info=error)
-        if "CUDA error" in str(error):  # sticky: the context is lost; a supervisor should start the process anew
-            self.broken = True
+        self._see(error)
         for entry in entries:
             entry.answer.set_exception(error)
 
+    def _see(self, error: BaseException) -> None:
+        """Note an error that is the device's end."""
+        if "CUDA error" in str(error):  # sticky: the context is lost; a supervisor should start the process anew
+            self.broken = True
+
 
 STYLED = (("", 1.0),)  # stands for all LoRAs among the costs
-CALL_S = 0.02  # a tile of a scene, for example
+LONG_S = 0.25  # predicted, from which a batch of several steps runs in slices
+LONG_PASSES = 4  # of different keys, that take turns
 TINY = 3 * 64 * 64  # bytes of pixels that the waiting caller encodes itself: a change of threads would cost more
 SMALL = 3 * 128 * 128  # bytes of pixels that are encoded in less than half a millisecond
 
@@ -291,8 +347,3 @@ def not_shown(name: str) -> ApiError:
     """Return OpenAI's answer for a picture that a model's safety checker flags."""
     message = f"the safety checker of {name} flags this picture, and it is not shown: try another prompt or seed"
     return ApiError(400, message, param="prompt", code="content_policy_violation")
-
-
-def shutting_down() -> ApiError:
-    """Return the 503 for callers who still wait when the server ends."""
-    return overloaded("the server is shutting down", 5, "shutting_down")

@@ -40,7 +40,7 @@ class Key(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Stands in the log.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the key, in hex.")
-    scopes: frozenset[Literal["infer", "admin", "metrics"]] = Field(min_length=1)
+    scopes: frozenset[Literal["infer", "benchmark", "admin", "metrics"]] = Field(min_length=1)
     requests_per_minute: int | None = Field(None, ge=1, strict=True, description="A minute's worth may come at once.")
     concurrent: int | None = Field(None, ge=1, strict=True, description="Requests being answered at the same time.")
 
@@ -157,13 +157,15 @@ def read(file: Path) -> list[Key]:
     return keys
 
 
-def scope_of(scope: Scope) -> Literal["infer", "admin", "metrics"] | None:
+def scope_of(scope: Scope) -> Literal["infer", "benchmark", "admin", "metrics"] | None:
     """Return the scope that a request needs; None where no key is needed. Unknown paths need `infer`."""
     path = path_of(scope)
     if path in PUBLIC or path.startswith("/static/"):
         return None
     if path == "/metrics":
         return "metrics"
+    if path == "/v1/benchmarks":
+        return "benchmark"
     changes_models = path.startswith("/v1/models/") and scope.get("method") not in ("GET", "HEAD")
     return "admin" if changes_models else "infer"
 

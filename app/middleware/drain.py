@@ -1,8 +1,9 @@
 """Drain the server: after SIGTERM, refuse new requests, answer those accepted, and only then stop.
 
 The server's own handling of signals closes its sockets at once, so that new callers get no answer and a supervisor
-cannot read /readyz. Here the signal reaches the server when no request is in flight any more. A second signal ends the
-process at once.
+cannot read /readyz. Here the signal reaches the server when no request is in flight any more. What takes too long is
+given up shortly before the time is over, and a thread that does not hear of it is left: the process ends with 0 in any
+case. A second signal ends it at once.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -22,13 +23,15 @@ import uvicorn
 from app.errors import ApiError, overloaded
 
 log = logging.getLogger("fewstep.drain")
+MARGIN = 0.2, 3.0  # of the seconds and at most, that are left for the end when requests are given up
+LEAST = 2.0  # seconds that any end may take
 
 
 class Drain:
     """Counts the requests in flight, and knows whether new ones are accepted.
 
     Args:
-        seconds: how long requests in flight are waited for at most.
+        seconds: until the process has ended, at most.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -50,8 +53,12 @@ class Drain:
         self._deadline = self._deadline or time.monotonic() + self.seconds
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Take over SIGTERM and SIGINT from the server; they reach it when all requests were answered."""
+    def on_signals(self, give_up: Callable[[], None]) -> Iterator[None]:
+        """Take over SIGTERM and SIGINT from the server; they reach it when all requests were answered.
+
+        Args:
+            give_up: stops the work for requests that take too long, which are then answered with an error.
+        """
         before = _server_handlers()
         loop, ending = asyncio.get_running_loop(), list[asyncio.Task[None]]()  # the loop itself holds tasks weakly
 
@@ -63,7 +70,10 @@ class Drain:
 
         def end(number: int) -> None:
             log.info("%s: %d requests in flight", signal.Signals(number).name, self.inflight)
-            ending.append(loop.create_task(self._end(before[number], number)))
+            last = threading.Timer(max(LEAST, self.seconds), self._leave)
+            last.daemon = True
+            last.start()
+            ending.append(loop.create_task(self._end(before[number], number, give_up)))
 
         for number in before:
             signal.signal(number, take)
@@ -76,11 +86,18 @@ class Drain:
     def _left(self) -> float:
         return 0.0 if self._deadline is None else self._deadline - time.monotonic()
 
-    async def _end(self, handler: Any, number: int) -> None:
-        while self.inflight and self._left() > 0:
+    def _leave(self) -> None:
+        """End the process, with whatever its threads are at."""
+        log.warning("something still runs after %g s, and is left", self.seconds)
+        os._exit(0)
+
+    async def _end(self, handler: Any, number: int, give_up: Callable[[], None]) -> None:
+        margin = min(MARGIN[0] * self.seconds, MARGIN[1])
+        while self.inflight and self._left() > margin:
             await asyncio.sleep(0.02)
         if self.inflight:
-            log.warning("%d requests are given up after %g s", self.inflight, self.seconds)
+            log.warning("%d requests are given up, %g s before the end", self.inflight, margin)
+            give_up()
         server = getattr(handler, "__self__", None)
         if not isinstance(server, uvicorn.Server):
             handler(number, None)

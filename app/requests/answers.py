@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 
 from app.engine.engine import Engine, Order, Picture
-from app.errors import ApiError, ErrorAnswer
+from app.errors import ErrorAnswer, caller_left
 from app.media.image_files import Pixels, encode
 from app.requests.bodies import BINARY
 from app.requests.orders import Plan, Work
@@ -124,7 +124,7 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         if not disconnected or task.uncancel():
             raise  # cancelled by another
-        raise ApiError(499, "the caller has left", code="client_closed_request") from None
+        raise caller_left() from None
     finally:
         later.cancel()
         for watcher in watching:

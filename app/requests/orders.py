@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from app.engine import budget
 from app.engine.budget import Choice
-from app.engine.engine import Engine, Order
+from app.engine.engine import Engine, Order, in_time
 from app.engine.model import Model
 from app.media.image_files import MIN_SIDE, decode_picture, decode_sar, pad, too_many_pixels
 from app.schemas import SEEDS, ContentFields, EditRequest, PictureFields, RealtimeRequest, SceneFields, SceneFormat
@@ -81,7 +81,7 @@ async def make_plan(
         BadInput: a field out of its range, or no model that fits.
         ApiError: an unknown model, or one that is still being opened.
     """
-    arrived = time.perf_counter()
+    deadline = None if body.timeout_ms is None else time.perf_counter() + body.timeout_ms / 1e3
     n, limit = n or 1, engine.settings.max_n
     if n > limit:
         raise BadInput("n", n, f"1..{limit}")
@@ -92,16 +92,19 @@ async def make_plan(
         raise BadInput("n", n, "1 with Accept: one picture's bytes; several pictures are answered as JSON")
     choice = None
     if body.latency_budget_ms is None:
-        model = await engine.open_for(body.model, fits)
+        model = await in_time(engine.open_for(body.model, fits), deadline)
         steps = model.check_steps(body.steps)
     else:
         named = body.model is not None
-        candidates = [await engine.open_for(body.model, fits)] if named else [*filter(fits, engine.models.values())]
+        candidates = (
+            [await in_time(engine.open_for(body.model, fits), deadline)]
+            if named
+            else [*filter(fits, engine.models.values())]
+        )
         if not candidates:
             raise BadInput("model", None, "a model that draws this; see /v1/models")
         choice = budget.choose(engine, candidates, body.latency_budget_ms, n)
         model, steps = choice.model, choice.steps
-    deadline = None if body.timeout_ms is None else arrived + body.timeout_ms / 1e3
     quality = 90 if body.output_compression is None else body.output_compression
     output_format = raw or cast(SceneFormat, body.output_format)
     strict = body.determinism == "strict"

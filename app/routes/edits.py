@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
-from app.engine.engine import engine_of
+from app.engine.engine import engine_of, in_time
 from app.errors import ErrorAnswer
 from app.requests.answers import accepted_unless_streamed, respond
 from app.requests.bodies import check_kind, describe_form
@@ -43,7 +43,7 @@ async def edit(request: Request) -> Response:
     body = EditRequest.model_validate(fields)
     raw = accepted_unless_streamed(request, body)
     plan = await make_plan(engine, body, fits=edits(engine, body, body.size), n=body.n, raw=raw)
-    work = await from_picture(engine, plan, body, data, body.size, name)
+    work = await in_time(from_picture(engine, plan, body, data, body.size, name), plan.deadline)
     if body.stream:
         return await stream(request, engine, work, "image_edit", body.partial_images or 0)
     return await respond(request, engine, work)

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from app.engine.engine import engine_of
 from app.engine.scene_jobs import SceneJob, SceneJobs
 from app.engine.scenes import SceneOrder, scene_name
-from app.errors import ApiError, ErrorAnswer
+from app.errors import ApiError, ErrorAnswer, caller_left
 from app.media.geotiff import KINDS, check, import_rasterio
 from app.requests.answers import ERRORS, SCENE_ERRORS
 from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
@@ -59,9 +59,7 @@ async def post(request: Request) -> JSONResponse:
     except BaseException as error:
         jobs.forget(job)
         if isinstance(error, ClientDisconnect):
-            raise ApiError(499, "the caller has left", code="client_closed_request") from None
-        if isinstance(error, OSError):
-            raise ApiError(507, "the server has no room for the scene", code="no_room") from error
+            raise caller_left() from None
         raise
     return JSONResponse(_answer(job).model_dump(), 202, {"Location": f"/v1/jobs/{job.id}"})
 

@@ -4,7 +4,6 @@ A plain picture is drawn in a batch, as all pictures are. A scene, a raster with
 back as a GeoTIFF on its own grid.
 """
 
-import asyncio
 import base64
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
-from app.engine.engine import deadline_exceeded, engine_of
+from app.engine.engine import engine_of, in_time
 from app.engine.scenes import Scenes
 from app.media.geotiff import BIG, CLASSIC, is_scene
 from app.media.image_files import KINDS as PICTURES
@@ -89,7 +88,8 @@ async def translate(request: Request) -> Response:
     elif own := [field for field in given_fields if field != "bands"]:
         given = getattr(body, own[0]) if own[0] != "output_format" else "geotiff"
         raise BadInput(own[0], given, "nothing with this file: it is for GeoTIFF scenes, and this is no TIFF")
-    return await respond(request, engine, await from_sar(engine, plan, data, body.bands, name, body.width))
+    work = await in_time(from_sar(engine, plan, data, body.bands, name, body.width), plan.deadline)
+    return await respond(request, engine, work)
 
 
 async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str, options: "SceneOptions") -> Response:
@@ -98,11 +98,7 @@ async def _translate_scene(request: Request, plan: Plan, data: bytes, name: str,
     started = time.perf_counter()
     scenes: Scenes = request.app.state.scenes
     work = scenes.at_once(data, name, plan.model, options, plan.output_format, plan.quality)
-    try:
-        async with asyncio.timeout(plan.deadline and plan.deadline - started):
-            done = await cancel_on_disconnect(request, work)
-    except TimeoutError:
-        raise deadline_exceeded() from None
+    done = await in_time(cancel_on_disconnect(request, work), plan.deadline)
     facts, forward_ms = done.facts, 1e3 * done.forward_s
     timings = Timings(
         queue_ms=0,

@@ -51,7 +51,7 @@ def serve(
 
 def key(
     name: Annotated[str, typer.Argument(help="Whose it is; it stands in the service's log.", show_default=False)],
-    scopes: Annotated[str, typer.Option(help="With commas: infer, admin (load models), metrics.")] = "infer",
+    scopes: Annotated[str, typer.Option(help="With commas: infer, benchmark, admin (load models), metrics.")] = "infer",
 ) -> None:
     """Make an API key for the service: the key for the caller, and the entry for the file that FEWSTEP_KEYS names.
 
@@ -64,7 +64,7 @@ def key(
 
     import tomli_w
 
-    asked, known = [scope.strip() for scope in scopes.split(",")], ("infer", "admin", "metrics")
+    asked, known = [scope.strip() for scope in scopes.split(",")], ("infer", "benchmark", "admin", "metrics")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise BadInput("name", name, "1 to 64 of letters, digits, dots, dashes and underscores")
     if not set(asked) <= set(known):

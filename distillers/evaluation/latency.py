@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 
 def latencies(
-    calls: Sequence[Callable[[], object]], *, repeats: int = 20, warmup: int = 2, device: str | torch.device = "cpu"
+    calls: Sequence[Callable[[], object]],
+    *,
+    repeats: int = 20,
+    warmup: int = 2,
+    device: str | torch.device = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, float]]:
     """Measure p50, p90, p99 and mean of each call in ms, warm; the calls take turns, so a busy minute hits all alike.
+
+    Args:
+        clock: gives the time in seconds.
 
     Raises:
         BadInput: no repeats, or a negative number of warm-up turns.
@@ -31,11 +39,11 @@ def latencies(
     for turn in range(warmup + repeats):
         for call, times in zip(calls, spent, strict=True):
             _synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             _synchronise(device)
             if turn >= warmup:
-                times.append(1000 * (time.perf_counter() - start))
+                times.append(1000 * (clock() - start))
     return [
         {**{f"p{q}": float(np.percentile(times, q)) for q in (50, 90, 99)}, "mean": float(np.mean(times)), "n": repeats}
         for times in spent

@@ -20,6 +20,8 @@ from distillers.generator import Generator
 FILE = "golden.json"  # the reference picture
 CELLS = 8
 LEVELS = 4.0  # of 255, in the mean: what another machine or precision may differ by, and other weights never do
+BYTES = 1 << 16  # of the file, at most
+AREA = 4  # times that of the pictures that the network was made for, at most
 
 
 def write_reference(generator: Generator, folder: Path) -> None:
@@ -32,26 +34,56 @@ def write_reference(generator: Generator, folder: Path) -> None:
 def check(generator: Generator, folder: Path) -> None:
     """Draw a picture by every student, and compare the first with the published one, if the folder has one.
 
+    What a folder may ask for is bounded: the fewest steps, and pictures not much larger than its network was made for.
+
     Raises:
-        BadInput: a picture with values that are not finite, or another one than was published.
+        BadInput: a picture with values that are not finite, or another one than was published; a size or a reference
+            beyond these bounds.
     """
     name = generator.info.name
     steps = min(generator.info.step_times or [1])
+    published = _read(folder / FILE, steps)
+    _check_size(generator)
     shares = generator.info.shares or [generator.info.classes]
     for label in [share[0] if share else None for share in shares]:
         _draw(generator, steps, label)
-    try:
-        reference: dict[str, Any] = json.loads((folder / FILE).read_text())
-        published = torch.tensor(reference["levels"])
-        off = float((_cells(_draw(generator, reference["steps"])) - published).abs().mean())
-    except FileNotFoundError:
+    if published is None:
         return
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BadInput(FILE, f"{type(error).__name__}", "what `fewstep distill` writes, or no such file") from None
-    if off > LEVELS:
+    drawn = _cells(_draw(generator, steps))
+    if drawn.shape != published.shape:
+        raise BadInput(FILE, f"levels of {tuple(published.shape)}", str(tuple(drawn.shape)))
+    off = float((drawn - published).abs().mean())
+    if not off <= LEVELS:
         raise BadInput(
             "weights", f"{name} draws another picture than it was published with", f"{FILE} of these weights"
         )
+
+
+def _read(file: Path, steps: int) -> Tensor | None:
+    """Read the reference picture, (8, 8, C) in 0..255; None where there is none. BadInput for what is none."""
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(BYTES + 1)  # more than there may be is no JSON either
+        reference: dict[str, Any] = json.loads(text[:BYTES])
+        levels, asked = torch.tensor(reference["levels"], dtype=torch.float32), reference["steps"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise BadInput(FILE, f"{type(error).__name__}", "what `fewstep distill` writes, or no such file") from None
+    if asked != steps:
+        raise BadInput(f"{FILE}: steps", asked, str(steps))
+    return levels
+
+
+def _check_size(generator: Generator) -> None:
+    """Refuse with BadInput pictures far larger than those that the network was made for: a pass might never end."""
+    made = dict(getattr(generator.denoiser.network, "config", {})).get("sample_size")
+    if made is None:
+        return
+    sides = [made, made] if isinstance(made, int) else list(made)
+    area, (height, width) = AREA * sides[0] * sides[1] * generator.codec.factor**2, generator.info.size
+    if height * width > area:
+        raise BadInput("size", [height, width], f"{area} pixels at most, {AREA} times what the network was made for")
 
 
 def _draw(generator: Generator, steps: int, label: int | None = None) -> Tensor:

@@ -1,0 +1,206 @@
+"""Work that takes long runs in slices: others are served in between, it ends where nobody waits, and draws the same."""
+
+import asyncio
+import fcntl
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from service import GENERATE, LABELS, SIDE, engine_of, error_of, file_of, grey, publish, until, until_ready
+from starlette.testclient import TestClient
+
+from app.engine.engine import Engine
+from app.engine.lanes import TooLong
+from app.engine.model import Order
+from app.engine.scenes import PREFIX, Scenes
+from app.main import create_app
+from app.settings import Settings
+
+FOR_EVER = 1000  # steps: more than any of these tests waits for
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("weights")
+    publish(root, "teacher", "class-to-image", labels=LABELS, default_steps=6)
+    publish(root, "student", "class-to-image", labels=LABELS, teacher="teacher", step_times={1: [999.0]})
+    return root
+
+
+@pytest.fixture
+def client(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)  # as it was, after the test
+    with serve(weights) as client:
+        yield client
+
+
+@contextmanager
+def serve(weights: Path, **more: Any) -> Iterator[TestClient]:
+    settings = {"device": "cpu", "tune_seconds": 0, "max_wait_seconds": 10_000, "max_steps": 1000, **more}
+    with TestClient(create_app(Settings(weights=weights, **settings))) as client:
+        until_ready(lambda: client.get("/readyz"))
+        engine_of(client).models["teacher"].step_s = 10.0  # on a machine where it takes long
+        yield client
+
+
+def calls_of(engine: Engine, name: str) -> list[None]:
+    """What grows with every call of a model's network."""
+    calls = list[None]()
+    engine.models[name].networks[0].register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def pixels(engine: Engine, name: str, steps: int, strict: bool = False) -> Any:
+    drawing = engine.draw(engine.models[name], steps, [Order(3, 1)], SIDE, SIDE, strict=strict)
+    return asyncio.run(drawing)[0].pixels.astype(int)
+
+
+def test_a_long_pass_lets_others_pass_and_draws_what_it_draws_alone(client: TestClient) -> None:
+    """Three passes of one network side by side, two of the teacher's, one of them strict, and many of the student's."""
+    engine = engine_of(client)
+    asked = [(60, False), (61, True)]
+    alone = [pixels(engine, "teacher", *one) for one in asked]
+    with ThreadPoolExecutor(2) as pool:
+        long = [pool.submit(pixels, engine, "teacher", *one) for one in asked]
+        until(lambda: engine.inflight == 2)
+        served = 0
+        while not any(one.done() for one in long):
+            assert client.post(GENERATE, json={"model": "student"}).status_code == 200
+            served += 1
+        together = [one.result() for one in long]
+    assert served > 2  # at least one between any two steps, had it asked at once
+    assert np.abs(together[0] - alone[0]).max() <= 1 and (together[1] == alone[1]).all()
+
+
+@pytest.mark.parametrize("step_s", [1e-6, 10.0], ids=["short", "in slices"])
+def test_a_deadline_counts_the_pass_and_ends_it_between_two_steps(client: TestClient, step_s: float) -> None:
+    engine = engine_of(client)
+    engine.models["teacher"].step_s = step_s  # as it is believed
+    calls = calls_of(engine, "teacher")
+    late = client.post(GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 300})
+    assert error_of(late, 504)["code"] == "deadline_exceeded"
+    until(lambda: engine.inflight == 0)
+    assert 0 < len(calls) < FOR_EVER
+    assert client.post(GENERATE, json={"model": "teacher", "steps": 2, "timeout_ms": 600_000}).status_code == 200
+
+
+def test_who_waits_for_a_long_pass_hears_of_his_deadline_in_time(client: TestClient) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.post, GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 5000})
+        until(lambda: engine_of(client).inflight)
+        waiting = client.post(GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 50})
+        assert error_of(waiting, 504) and not long.done()
+        assert client.post(GENERATE, json={"model": "student", "timeout_ms": 60_000}).status_code == 200
+        error_of(long.result(), 504)
+
+
+def test_a_pass_that_nobody_waits_for_any_more_ends(client: TestClient) -> None:
+    engine = engine_of(client)
+    calls = calls_of(engine, "teacher")
+
+    async def leave() -> None:
+        orders = [Order(seed, 0) for seed in range(2)]
+        drawing = asyncio.ensure_future(engine.draw(engine.models["teacher"], FOR_EVER, orders, SIDE, SIDE))
+        while not calls:
+            await asyncio.sleep(0.001)
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+
+    asyncio.run(leave())
+    until(lambda: engine.inflight == 0)
+    assert len(calls) < FOR_EVER
+
+
+def test_a_long_pass_is_given_up_when_the_server_ends(weights: Path) -> None:
+    with serve(weights) as client, ThreadPoolExecutor(1) as pool:
+        engine = engine_of(client)
+        calls = calls_of(engine, "teacher")
+        long = pool.submit(client.post, GENERATE, json={"model": "teacher", "steps": FOR_EVER})
+        until(lambda: calls)
+        engine.close()
+        assert error_of(long.result(), 503)["code"] == "shutting_down"
+    assert len(calls) < FOR_EVER and engine.inflight == 0
+
+
+def test_a_benchmark_lets_others_pass_and_leaves_their_time_out(client: TestClient) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        measuring = pool.submit(client.post, "/v1/benchmarks", json={"model": "student", "n": 2})
+        until(lambda: engine_of(client).backlog_s() > 0 or measuring.done())
+        served = 0
+        while not measuring.done():
+            assert client.post(GENERATE, json={"model": "student"}).status_code == 200
+            served += 1
+        result = measuring.result()
+    assert result.status_code == 200 and result.json()["against_teacher"]["rmse"] > 0 and served > 2
+
+
+def test_a_benchmark_has_a_budget(weights: Path) -> None:
+    with serve(weights, benchmark_seconds=1e-3) as client:
+        answer = client.post("/v1/benchmarks", json={"model": "student", "n": 2})
+        assert error_of(answer, 504)["code"] == "benchmark_too_long"
+        assert client.post(GENERATE, json={"model": "student"}).status_code == 200
+
+
+def test_a_lane_measures_its_slices_which_stand_in_the_prediction(client: TestClient) -> None:
+    worker = engine_of(client).workers[0]
+    lane, begun, go = worker.lane(limit_s=0.2), threading.Event(), threading.Event()
+    lane.slice_s = 50.0
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lane.turn, lambda: (begun.set(), go.wait(300)))
+        begun.wait()
+        assert 40 < worker.backlog_s() <= 50
+        started = lane.clock()
+        time.sleep(0.3)
+        go.set()
+        held.result()
+    assert lane.busy_s >= 0.3 and lane.clock() >= started
+    assert lane.slice_s < 50 and worker.backlog_s() == 0
+    with pytest.raises(TooLong, match="allowed"):
+        lane.turn(lambda: None)
+
+
+# --- what lies on disk
+
+
+def test_the_scratch_of_a_killed_server_is_removed_and_that_of_a_living_one_stays(
+    weights: Path, tmp_path: Path
+) -> None:
+    dead, living = tmp_path / f"{PREFIX}dead", tmp_path / f"{PREFIX}living"
+    for folder in (dead, living):
+        folder.mkdir()
+        (folder / "scene.tif").write_bytes(b"x")
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    held = os.open(living, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    settings = Settings(weights=weights, device="cpu", scratch=tmp_path)
+    with Scenes(Engine(settings), settings) as own, Scenes(Engine(settings), settings) as other:
+        assert own.scratch.is_dir() and other.scratch.is_dir()
+        assert not dead.exists() and (living / "scene.tif").exists() and (tmp_path / "other").is_dir()
+    os.close(held)
+    assert not own.scratch.exists() and not other.scratch.exists()
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/translations", "/v1/jobs/translations"])
+def test_a_full_disk_is_507_on_every_route(weights: Path, tmp_path: Path, path: str, monkeypatch: Any) -> None:
+    pytest.importorskip("rasterio")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with serve(weights, scratch=tmp_path) as client:
+        assert tempfile.gettempdir() == str(tmp_path)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))  # no file may be larger: a disk that is full
+        try:
+            answer = client.post(path, files={"image": ("a.tif", bytes(2 << 20))})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert error_of(answer, 507)["code"] == "no_room"
+        assert client.post("/v1/images/edits", files={"image": file_of(grey(SIDE, SIDE))}).status_code in (200, 400)
