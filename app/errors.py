@@ -5,8 +5,9 @@
     400  wrong input, where FastAPI says 422          413  a body or picture over the limit
     401  no valid key                                 415  an unreadable kind of body
     403  a key without the scope                      429  over the key's own limits
-    404  an unknown model or path                     501  a GeoTIFF, and rasterio is not installed
-    408  a body that takes too long to arrive         507  a full disk
+    404  an unknown model or path                     431  headers over the limit
+    408  a body that takes too long to arrive         501  a GeoTIFF, and rasterio is not installed
+    426  /v1/realtime without a WebSocket             507  a full disk
     503  a full queue, a model still opening, or a closing server
 
 429 and 503 say in Retry-After when another try makes sense.
@@ -61,7 +62,7 @@ class ApiError(Exception):
         super().__init__(message)
         kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
         self.status, self.headers = status, headers
-        self.body = ErrorBody(message=message, type=kind, param=param, code=code)
+        self.body = ErrorBody(message=told(message), type=kind, param=param and told(param), code=code)
 
     def response(self) -> JSONResponse:
         """Return the error as a response."""
@@ -127,6 +128,11 @@ def from_exception(error: Exception) -> ApiError:
     return internal_error()
 
 
+def told(text: str) -> str:
+    """Return a text with escapes for lone surrogates, which UTF-8 cannot express."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def short(given: object) -> str:
     """Return what was given as text of at most 80 characters."""
     text = repr(given)
@@ -170,14 +176,5 @@ def answer(request: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Answer every error of the application with OpenAI's error object."""
-    stock = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        """Return the description without the 422 that FastAPI adds and `answer` never returns."""
-        for route in (route for verbs in stock()["paths"].values() for route in verbs.values()):
-            route["responses"].pop("422", None)
-        return stock()
-
-    app.openapi = openapi  # type: ignore[method-assign]
     for kind in (ApiError, BadInput, RequestValidationError, ValidationError, HTTPException, OSError):
         app.add_exception_handler(kind, answer)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from service import LABELS, SIDE, publish, until
 
-from app.engine import backends, store, tuning, worker
+from app.engine import backends, folders, tuning, worker
 from app.engine.budget import choose
 from app.engine.engine import Engine, Order, Picture
 from app.engine.model import Model
@@ -322,7 +322,7 @@ def test_a_bad_folder_takes_nothing_down(weights: Path, fault: str) -> None:
             manifest["sha256"] = digests(folder)
             (folder / "fewstep.json").write_text(json.dumps(manifest))
         slot = engine.store.slots["student"]
-        until(lambda: slot.version == store.version(folder))
+        until(lambda: slot.version == folders.version(folder))
         with pytest.raises((BadInput, Exception)):
             asyncio.run(engine.load("student"))
         assert engine.named("student") is old

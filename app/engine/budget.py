@@ -5,7 +5,6 @@ pictures to real ones by steps, lower is better, as published with the model (`r
 students' reports. Distances to different data cannot be compared, so all candidates must have learnt from the same.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,10 +91,12 @@ def _published(model: Model, role: str) -> tuple[tuple[int, float], ...]:
 @lru_cache(maxsize=1024)
 def _rows(path: Path, _written: int, role: str) -> tuple[tuple[int, float], ...]:
     """Return (steps, Frechet distance) of a report's rows of a role; `_written` makes the cache read a new report."""
+    from distillers.weights.manifest import inside, load_json
+
     try:
-        rows: Any = json.loads(path.read_text())["rows"]
+        rows: Any = load_json(path)["rows"] if inside(path.parent, path) else ()
         return tuple((int(row["steps"]), float(row["frechet"])) for row in rows if _counts(row, role))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return ()
 
 

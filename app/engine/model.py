@@ -1,6 +1,5 @@
 """Serve one weights folder on one device: run its generator by a backend, and describe it to callers."""
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -401,9 +400,12 @@ class Model:
         }
 
     def report(self) -> Any:
-        """Read the measurements published with the folder; None where there are none."""
+        """Read the measurements published with the folder; None where there are none, or no honest ones."""
+        from distillers.weights.manifest import inside, load_json
+
+        file = self.folder / "report.json"
         try:
-            return json.loads((self.folder / "report.json").read_text())
+            return load_json(file) if inside(self.folder, file) else None
         except (OSError, ValueError):
             return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from distillers.runtime import device_name, package_versions, usable_cores
-from distillers.weights.manifest import Info
+from distillers.weights.manifest import Info, load_json
 
 FILE = "profile.json"
 NOISY, BUSY = 0.2, 1.5  # spread and load, beyond which a profile is measured again in an idle moment
@@ -66,7 +66,7 @@ def profile_key(info: Info, device: str, tolerance: int, largest: int) -> str:
 def read_profiles(folder: Path) -> dict[str, Any]:
     """Read the profiles kept beside a folder's weights, as JSON by key; {} where there are none."""
     try:
-        stored = json.loads((folder / FILE).read_text())
+        stored = load_json(folder / FILE)
         return stored if isinstance(stored, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -21,7 +21,7 @@ from app.engine.lanes import TooLong
 from app.engine.model import Model
 from app.engine.passes import Pass
 from app.engine.worker import Worker
-from app.errors import ApiError, shutting_down
+from app.errors import ApiError, from_bad_input, shutting_down
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from distillers.errors import BadInput
@@ -43,6 +43,7 @@ class Slot:
     stays_unloaded: bool = False  # unloaded by request: only /load opens it again
     opening: Future[None] | None = None
     measured: int = 0  # times that its profile was measured again
+    reason: str = ""  # why it could not be opened when it was last tried
 
 
 class Store:
@@ -67,8 +68,13 @@ class Store:
 
     @property
     def failed(self) -> list[str]:
-        """Return the names of folders that could not be opened; the log says why."""
+        """Return the names of folders that could not be opened."""
         return [slot.name for slot in self.slots.values() if slot.state == "failed"]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Return why folders could not be opened, by name; also of those whose version before is still served."""
+        return {slot.name: slot.reason for slot in self.slots.values() if slot.reason}
 
     def load(self, name: str) -> Future[None]:
         """Open a known folder, or read it again. The future is done when it is served."""
@@ -148,9 +154,10 @@ class Store:
 
     def _scan(self) -> None:
         """Open folders that are new or changed, unload those that are gone, and prepare shapes that come often."""
-        from distillers.weights.manifest import draws, find
+        from app.engine.folders import draws, shown, version
+        from distillers.weights.manifest import find
 
-        found = {name: folder for name, folder in find(self.settings.weights).items() if draws(folder)}
+        found = {shown(folder): folder for folder in find(self.settings.weights).values() if draws(folder)}
         for name, folder in sorted(found.items()):
             if name not in self.slots:
                 self.slots = {**self.slots, name: Slot(name, folder)}  # others may be iterating over the old one
@@ -165,14 +172,16 @@ class Store:
             model.prepare_frequent_shapes()
 
     def _try(self, slot: Slot) -> None:
-        """Open a folder and log errors. At the start, one that exceeds the memory waits for its first caller."""
-        if not self.opened and not slot.models and not self._fits(slot):
-            slot.state, slot.version = "unloaded", version(slot.folder)
-            return
+        """Open a folder, and log errors. At the start, one that exceeds the memory waits for its first caller."""
+        from app.engine.folders import version
+
         try:
+            if not self.opened and not slot.models and not self._fits(slot):
+                slot.state, slot.version = "unloaded", version(slot.folder)
+                return
             self._open(slot)
-        except BadInput as error:
-            log.error("%s is not served: %s", slot.name, error)
+        except BadInput:
+            log.error("%s is not served: %s", slot.name, slot.reason)
         except ApiError:  # shutting down
             return
         except Exception:
@@ -180,8 +189,12 @@ class Store:
 
     def _open(self, slot: Slot) -> None:
         """Open a folder beside the version that is served, check what it draws, and then replace that version."""
+        from app.engine.folders import check, version, without_place
+
         started, slot.version, before = time.perf_counter(), version(slot.folder), slot.models
+        slot.reason = ""
         try:
+            aside = check(slot.folder, self.settings)
             fresh = []
             for worker in self.workers:
                 if self.closed:
@@ -194,11 +207,19 @@ class Store:
                 model.replicas = fresh
             if before:  # present callers must not get slower answers for a while
                 self._tune(fresh)
-        except Exception:
+        except Exception as error:
             if not before:
                 slot.state = "failed"
-            raise
+            if not isinstance(error, BadInput):
+                slot.reason = type(error).__name__
+                raise
+            error = without_place(error, slot.folder)
+            slot.reason = from_bad_input(error).body.message
+            raise error from None
         self._replace(slot, fresh)
+        if aside:
+            slot.reason = f"served without its report: {aside}"
+            log.warning("%s is %s", slot.name, slot.reason)
         self._make_room(slot)
         log.info("%s is open on %s after %.1f s", slot.name, fresh[0].device, time.perf_counter() - started)
         if not before and self.settings.tune_seconds:
@@ -299,7 +320,7 @@ class Store:
         """Return whether a folder fits into the memory budget: its files are in half precision, opened in float32."""
         if self.settings.memory_mb is None:
             return True
-        size = 2 * sum(file.stat().st_size for file in slot.folder.rglob("*.safetensors"))
+        size = 2 * sum(file.stat().st_size for file in slot.folder.rglob("*.safetensors") if file.is_file())
         return self._held() + size <= self.settings.memory_mb * 2**20
 
 
@@ -308,19 +329,3 @@ def _device(name: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def version(folder: Path) -> Any:
-    """Return the names, sizes and times of a folder's files, which show whether it changed; None for no folder.
-
-    Of an adapter's folder those of the base beside it too, where there is one: it may come later.
-    """
-    from distillers.weights.manifest import base_beside
-
-    try:
-        base = base_beside(folder)
-        weights = [*sorted(folder.rglob("*.safetensors")), *sorted(base.rglob("*.safetensors") if base else ())]
-        files = [folder / "fewstep.json", *weights]
-        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat()))
-    except OSError:
-        return None

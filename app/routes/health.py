@@ -24,10 +24,16 @@ async def livez(request: Request) -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """Return 503 until every model was opened and drew its first picture, and again while the server drains.
 
-    Folders that could not be opened are named.
+    Folders that could not be opened are named, with the reasons; also changed ones whose last version is still served.
     """
     engine, status = engine_of(request), _readiness(request)
-    content = {"status": status, "device": engine.device, "models": list(engine.models), "failed": engine.failed}
+    content = {
+        "status": status,
+        "device": engine.device,
+        "models": list(engine.models),
+        "failed": engine.failed,
+        "reasons": engine.store.reasons,
+    }
     return JSONResponse(content, 200 if status == "ready" else 503, None if status == "ready" else {"Retry-After": "2"})
 
 

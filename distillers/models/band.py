@@ -62,7 +62,7 @@ class Band:
         path = folder / "calibration.json"
         try:
             entries = json.loads(path.read_text()).get("band") if path.is_file() else None
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise BadInput(str(path), str(error), "a JSON object") from None
         if entries is None:
             return None

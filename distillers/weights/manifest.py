@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,8 @@ TEXT = tuple(f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suf
 SAFETY = ("safety_checker", "feature_extractor")
 PARTS = ("unet", "transformer", STUDENTS, "vae", *TEXT, *SAFETY, "scheduler")  # the network first: see `staged`
 EDM_PREDICTIONS: dict[str, Prediction] = {"epsilon": "edm", "v_prediction": "edm-v"}  # of diffusers' EDM schedulers
+LARGEST_JSON = 16 << 20  # bytes; the centres of many clusters of prompts take a few million
+DEEPEST_JSON = 64  # levels
 DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -80,7 +86,7 @@ class Info:
 
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text())
+            raw = load_json(path)
         except (OSError, ValueError) as error:
             raise BadInput(str(path), str(error), "a readable fewstep.json") from None
         if not isinstance(raw, dict):
@@ -102,6 +108,9 @@ class Info:
         for key, allowed in values.items():
             if getattr(self, key) not in allowed:
                 raise BadInput(f"{path}: {key}", getattr(self, key), ", ".join(map(str, allowed)))
+        for name in self.sha256:
+            if not inside(path.parent, path.parent / name) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BadInput(f"{path}: sha256", name, "paths of files in this folder")
         if not all(len(times) == steps for steps, times in self.step_times.items()):
             raise BadInput(f"{path}: step_times", self.step_times, "as many times as steps")
         if self.step_times and self.default_steps not in self.step_times:
@@ -205,7 +214,8 @@ def base_beside(folder: Path) -> Path | None:
     except BadInput:
         return None
     alone = isinstance(lora, dict) and lora.get("sha256") and isinstance(lora.get("base"), str)
-    place = folder.absolute().parent / lora["base"] if alone else None
+    name = Path(lora["base"]).name if alone else ""  # a base is named by its folder, never by a path
+    place = folder.absolute().parent / name if name not in ("", "..") and name == lora["base"] else None
     return place if place and place.is_dir() else None
 
 
@@ -247,9 +257,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value: dict[str, Any] = load_json(path)
     except (OSError, ValueError) as error:
         raise BadInput(str(path), str(error), "valid JSON") from None
     if not isinstance(value, dict):
         raise BadInput(str(path), type(value).__name__, "a JSON object")
     return value
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file, whoever has written it.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: no JSON; a number that is not finite; more than 16 MiB, or more than 64 levels deep.
+    """
+    if not path.is_file():  # opening a pipe would wait for its other end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with path.open("rb") as file:
+        text = file.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError(f"more than {DEEPEST_JSON} levels deep") from None
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _inner(outer)]:
+        depth += 1
+        if depth > DEEPEST_JSON:
+            raise ValueError(f"more than {DEEPEST_JSON} levels deep")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def inside(folder: Path, path: Path) -> bool:
+    """Tell whether a path leads into a folder, wherever links on the way lead."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a circle of links; a name with a NUL
+        return False
