@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from app import errors
@@ -17,13 +19,15 @@ from app.engine.engine import Engine
 from app.engine.scene_jobs import SceneJobs
 from app.engine.scenes import Scenes
 from app.middleware.access import Access, Keys
+from app.middleware.connections import SECONDS
 from app.middleware.drain import Drain
 from app.middleware.limits import BodyLimit
 from app.middleware.request_log import RequestLog
+from app.requests.description import complete_description
 from app.requests.fast_path import FastPath
 from app.routes import benchmarks, edits, example_scene, health, images, jobs, models, realtime, translations
 from app.routes import metrics as metrics_route
-from app.settings import Settings
+from app.settings import Settings, read_settings
 from app.telemetry import logs
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import Tracing
@@ -39,10 +43,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Settings come from FEWSTEP_* variables unless given.
 
     Raises:
-        BadInput: there is no weights folder, or the file of keys cannot be used.
+        BadInput: a setting out of its range, no weights folder, or a file of keys that cannot be used.
     """
     prepare_process()  # before the engine's thread imports torch
-    settings = settings or Settings()
+    settings = settings or read_settings()
     if not settings.weights.is_dir():
         raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
     if settings.scratch is not None:
@@ -52,7 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     metrics, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, float]]:
         engine = Engine(settings, metrics)
         with (
             drain.on_signals(engine.close),
@@ -64,7 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.realtime = set()  # open connections
             metrics.watch(engine, drain)
             engine.start()
-            yield
+            yield {SECONDS: settings.body_seconds}
             app.state.jobs.cancel_all()
             if not engine.stop() and drain.draining:
                 atexit.register(os._exit, 0)  # or the interpreter's end would tear down a thread in a library's call
@@ -84,9 +88,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(FastPath, [route for module in modules for route in module.router.routes])
     others = {jobs.PATH: settings.max_scene_bytes}
     app.add_middleware(BodyLimit, settings.max_body_bytes, settings.body_seconds, metrics, others)
-    app.add_middleware(Access, keys, metrics)
+    app.add_middleware(Access, keys, metrics, settings.origins)
+    if settings.origins:  # around the check of keys, which a browser's preflight does not carry
+        methods = ("GET", "HEAD", "POST", "DELETE")
+        app.add_middleware(CORSMiddleware, settings.origins, methods, ("*",), expose_headers=("*",))
     app.add_middleware(RequestLog, metrics, drain, tracing)  # the last one added is the first one entered
     errors.install(app)
+    complete_description(app, with_keys=keys is not None)
     for module in modules:
         app.include_router(module.router)
 
@@ -98,5 +106,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def docs() -> FileResponse:
         return FileResponse(STATIC / "docs.html", headers=PAGE_HEADERS)
 
+    # Starlette's own routes answer HEAD, FastAPI's do not
+    for route in [*app.routes, *(route for module in modules for route in module.router.routes)]:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app

@@ -1,12 +1,13 @@
 """Declare the bodies of requests and answers. Unknown fields are refused by name; OpenAI's unused ones are accepted."""
 
+from base64 import b64decode
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import from_json
 
-from app.errors import ErrorBody
+from app.errors import ErrorBody, told
 from distillers.errors import BadInput
 from distillers.models.radiometry import Units
 from distillers.sar.options import SceneFacts, SceneOptions
@@ -42,7 +43,7 @@ class Body(BaseModel):
             known = cls.model_fields
             for name in body:
                 if name not in known:
-                    raise BadInput(str(name), body[name], f"no field of this name, but {', '.join(known)}")
+                    raise BadInput(told(str(name)), body[name], f"no field of this name, but {', '.join(known)}")
         return body
 
 
@@ -159,6 +160,36 @@ class EditRequest(OpenAIRequest):
     )
     bands: Polarisation = None
     input_fidelity: Unused = None
+
+
+def _from_data_url(value: object) -> object:
+    """Read the bytes of a data URL. BadInput for any other address: this server fetches nothing."""
+    if not isinstance(value, str):
+        return value
+    head, comma, data = value.partition(",")
+    allowed = "data:image/png;base64,... with the picture itself; no address is fetched"
+    if not (comma and head.startswith("data:") and head.endswith(";base64")):
+        raise BadInput("images.0.image_url", value, allowed)
+    try:
+        return b64decode(data, validate=True)
+    except ValueError:
+        raise BadInput("images.0.image_url", value, allowed) from None
+
+
+class ImageReference(Body):
+    """Holds a picture in JSON, as OpenAI's edits take it."""
+
+    image_url: Annotated[bytes, BeforeValidator(_from_data_url), WithJsonSchema({"type": "string"})] = Field(
+        description="A data URL: data:image/png;base64,... No other address is fetched, and no files are kept here."
+    )
+
+
+class JsonEditRequest(EditRequest):
+    """Declares the fields of OpenAI's images.edit in JSON, where the picture is one of the fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    images: list[ImageReference] = Field(min_length=1, max_length=1, description="The picture: one.")
 
 
 class RealtimeRequest(PictureFields, ContentFields):

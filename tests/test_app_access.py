@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from app.main import create_app
 from app.middleware import access
 from app.middleware.access import Keys
+from app.routes import realtime
 from app.settings import Settings
 from distillers import cli
 from distillers.errors import BadInput
@@ -504,3 +505,98 @@ def test_every_promise_names_a_test_that_is_there() -> None:
     assert len(named) > 30
     for file, test in named:
         assert f"def {test}(" in (root / file).read_text(), f"{file}::{test}"
+
+
+# --- pages of other sites
+
+
+@pytest.fixture(scope="module")
+def inviting(weights: Path) -> Iterator[TestClient]:
+    """A server that lets the pages of one other site ask, behind keys or not."""
+    with serving(weights, origins=("https://friend.example",)) as client:
+        yield client
+
+
+HOME, FRIEND, FOREIGN = "http://testserver", "https://friend.example", "https://elsewhere.example"
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime", "/mirror"])
+def test_a_page_of_another_site_opens_no_websocket(keyless: TestClient, inviting: TestClient, path: str) -> None:
+    for origin in (FOREIGN, "null", "http://testserver.elsewhere.example", "http://testserver:81", "testserver"):
+        with (
+            pytest.raises(WebSocketDenialResponse) as denied,
+            keyless.websocket_connect(path, headers={"Origin": origin}),
+        ):
+            pass
+        assert denied.value.status_code == 403 and denied.value.json()["error"]["code"] == "foreign_origin"
+    for client, headers in [
+        (keyless, {}),  # no browser
+        (keyless, {"Origin": HOME}),
+        (keyless, {"Origin": FOREIGN, "Sec-Fetch-Site": "same-origin"}),  # behind a proxy that changes Host
+        (inviting, {"Origin": FRIEND}),
+    ]:
+        with client.websocket_connect(path, headers=headers):
+            pass
+
+
+def test_a_page_of_another_site_makes_nobody_draw(keyless: TestClient, inviting: TestClient) -> None:
+    """A form needs no preflight: the browser would send it, and only keep the answer from the page."""
+    form = {"files": {"image": ("a.png", file_of(grey(16, 16)))}}
+    for path, body in [(GENERATE, {"json": DRAW}), (TRANSLATE, form), ("/v1/images/edits", form)]:
+        answer = keyless.post(path, headers={"Origin": FOREIGN, "Sec-Fetch-Site": "cross-site"}, **body)
+        refused(answer, 403, "permission_error", "foreign_origin")
+    for client, origin in [(keyless, HOME), (inviting, FRIEND)]:
+        assert client.post(GENERATE, json=DRAW, headers={"Origin": origin}).status_code == 200
+    assert keyless.get("/v1/models", headers={"Origin": FOREIGN}).status_code == 200  # which the page may not read
+
+
+def test_named_sites_are_invited_and_no_others(inviting: TestClient) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    preflight = inviting.options(GENERATE, headers=asked | {"Origin": FRIEND})
+    assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == FRIEND
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for answer in (
+        inviting.post(GENERATE, json=DRAW, headers={"Origin": FRIEND}),
+        inviting.post(GENERATE, json={"sede": 1}, headers={"Origin": FRIEND}),
+    ):
+        assert answer.headers["access-control-allow-origin"] == FRIEND
+        assert answer.headers["access-control-expose-headers"] == "*"
+    for answer in (
+        inviting.options(GENERATE, headers=asked | {"Origin": FOREIGN}),
+        inviting.get("/v1/models", headers={"Origin": FOREIGN}),
+    ):
+        assert "access-control-allow-origin" not in answer.headers
+    assert preflight.headers["x-request-id"]
+
+
+def test_one_caller_does_not_hold_all_connections(keyless: TestClient) -> None:
+    with ExitStack() as held:
+        for _ in range(realtime.EACH):
+            held.enter_context(keyless.websocket_connect("/v1/realtime"))
+        with pytest.raises(WebSocketDenialResponse) as denied, keyless.websocket_connect("/v1/realtime"):
+            pass
+        assert denied.value.status_code == 429 and denied.value.headers["retry-after"] == "5"
+        assert denied.value.json()["error"]["code"] == "too_many_connections"
+        with TestClient(keyless.app, client=("10.0.0.9", 1)) as other, other.websocket_connect("/v1/realtime"):
+            pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 100_000,
+        GOOD + "requests_per_minute = 1" + "0" * 400,
+        GOOD + "concurrent = 1" + "0" * 400,
+        "\udcff",
+    ],
+    ids=["deep", "a rate beyond all numbers", "a count beyond all numbers", "no UTF-8"],
+)
+def test_no_file_of_keys_makes_requests_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(access, "RECHECK", 0.0)
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("an-old-key", scopes=["infer"]))
+    keys = Keys(file)
+    file.write_text(text, errors="surrogateescape")
+    assert keys.find(b"an-old-key") is not None
+    with pytest.raises(BadInput):
+        Keys(file)

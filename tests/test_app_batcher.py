@@ -198,10 +198,20 @@ def test_predicted_seconds_bound_the_queue_too_but_never_an_empty_one() -> None:
     batcher.put([("a", order) for order in range(3)])  # 30 seconds at once
     with pytest.raises(Full) as full:
         batcher.put([("a", 3)])
-    assert full.value.seconds == batcher.backlog_s() == 30
+    assert batcher.backlog_s() == 30 and full.value.seconds == 5  # which is what is beyond the 25
     for _ in range(2):
         batcher.take()
     batcher.put([("a", 3)])
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(1, 10), (3, 30), (4, 40), (100, 40)])
+def test_who_finds_no_room_is_told_when_there_is_room_for_his_orders(count: int, seconds: float) -> None:
+    """Not when all is done that waits, unless so much has to be."""
+    batcher: Batcher[str, int, int] = Batcher(4, Even(seconds=10))
+    batcher.put([("a", order) for order in range(4)])
+    with pytest.raises(Full) as full:
+        batcher.put([("c", order) for order in range(count)])
+    assert full.value.seconds == seconds
 
 
 def test_a_cancelled_head_gives_its_place_away() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from service import LABELS, SIDE, publish, until
 
-from app.engine import backends, folders, tuning, worker
+from app.engine import backends, folders, store, tuning, worker
 from app.engine.budget import choose
 from app.engine.engine import Engine, Order, Picture
 from app.engine.model import Model

@@ -29,7 +29,7 @@ class Full(Exception):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
-        self.seconds = seconds  # predicted, until what waits now is done
+        self.seconds = seconds  # predicted, until there is room for these orders
 
 
 class Closed(Exception):
@@ -120,7 +120,9 @@ class Batcher(Generic[Key, Order, Result]):
             if limited and self._full(len(orders)):
                 self._forget_cancelled()
                 if self._full(len(orders)):
-                    raise Full(self._backlog_s())
+                    backlog, surplus = self._backlog_s(), self._waiting + len(orders) - self.limit
+                    # of the present work so much has to be done first, as a number of orders or as seconds
+                    raise Full(max(backlog * min(1.0, surplus / max(1, self._waiting)), backlog - self.limit_s))
             now = self.clock()
             entries = []
             for key, order in orders:

@@ -81,7 +81,7 @@ class Engine:
 
     @property
     def failed(self) -> list[str]:
-        """Return the names of folders that could not be opened; the log says why."""
+        """Return the names of folders that could not be opened."""
         return self.store.failed
 
     @property
@@ -119,7 +119,8 @@ class Engine:
     # -- models ------------------------------------------------------------------------------------------------------
 
     def named(self, name: str) -> Model:
-        """Return the open model of that name. ApiError 404 for an unknown one, 503 for one that is not open."""
+        """Return the open model of a name or alias. ApiError 404 for an unknown one, 503 for one that is not open."""
+        name = self.settings.model_aliases.get(name, name)
         if name in self.models:
             return self.models[name]
         slot = self.store.slots.get(name)
@@ -145,6 +146,7 @@ class Engine:
 
     async def open_for(self, name: str | None, fitting: Callable[[Model], bool]) -> Model:
         """Choose a model, and open it first if it was unloaded for want of memory."""
+        name = self.settings.model_aliases.get(name, name) if name is not None else None
         slot = self.store.slots.get(name) if name is not None else None
         if self.opened and slot is not None and slot.state == "unloaded" and not slot.stays_unloaded:
             await asyncio.wrap_future(self.store.load(slot.name))
@@ -252,7 +254,7 @@ class Engine:
             futures = worker.batcher.put(tasks)
         except Full as full:
             message = f"{len(worker.batcher)} pictures wait already"
-            raise overloaded(message, max(1, math.ceil(full.seconds))) from None
+            raise overloaded(message, max(1, math.ceil(full.seconds + worker.inflight_s()))) from None
         except Closed:
             raise shutting_down() from None
         try:

@@ -16,6 +16,7 @@ import logging
 import math
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from distillers.errors import BadInput
 log = logging.getLogger("fewstep.access")
 PUBLIC = (PROBES - {"/metrics"}) | {"/", "/docs", "/openapi.json"}  # and /static/: the page asks for a key itself
 SUBPROTOCOL = "fewstep-key."
+MOST = 10**9  # of a limit
 RECHECK = 1.0  # seconds between checks of the file
 
 
@@ -41,8 +43,12 @@ class Key(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Stands in the log.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the key, in hex.")
     scopes: frozenset[Literal["infer", "benchmark", "admin", "metrics"]] = Field(min_length=1)
-    requests_per_minute: int | None = Field(None, ge=1, strict=True, description="A minute's worth may come at once.")
-    concurrent: int | None = Field(None, ge=1, strict=True, description="Requests being answered at the same time.")
+    requests_per_minute: int | None = Field(
+        None, ge=1, le=MOST, strict=True, description="A minute's worth may come at once."
+    )
+    concurrent: int | None = Field(
+        None, ge=1, le=MOST, strict=True, description="Requests being answered at the same time."
+    )
 
 
 class Allowance:
@@ -136,7 +142,7 @@ def read(file: Path) -> list[Key]:
     """Read and check the keys of a TOML file. BadInput names the entry and the field, and repeats no secret."""
     try:
         table = tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput("FEWSTEP_KEYS", str(file), f"a readable TOML file with [[keys]] ({reason})") from None
     entries = table.pop("keys", [])
@@ -173,11 +179,14 @@ def scope_of(scope: Scope) -> Literal["infer", "benchmark", "admin", "metrics"] 
 class Access:
     """Accepts or refuses requests before their body is read, as ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, metrics: Metrics) -> None:
-        self.app, self.keys, self.metrics = app, keys, metrics
+    def __init__(self, app: ASGIApp, keys: Keys | None, metrics: Metrics, origins: Sequence[str] = ()) -> None:
+        self.app, self.keys, self.metrics, self.origins = app, keys, metrics, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request, or answer 401 without a valid key, 403 without the scope, 429 over the limits."""
+        """Pass on a request, or answer 401 without a valid key, 403 without the scope, 429 over the limits.
+
+        A page of another site gets 403 for work, which its browser would ask for without the user's knowledge.
+        """
         if scope["type"] == "lifespan" or (needed := scope_of(scope)) is None:
             return await self.app(scope, receive, send)
         try:
@@ -199,6 +208,8 @@ class Access:
 
     def _admit(self, scope: Scope, needed: str) -> Allowance | None:
         """Check a request and return the allowance that it was counted against; None where nothing is counted."""
+        if (origin := scope["record"].request_headers.get(b"origin")) is not None and is_work(scope):
+            self._check_origin(scope, origin.decode("latin-1").lower())
         if self.keys is None:
             if needed == "admin":
                 allow = "set FEWSTEP_KEYS to a file with a key of scope admin (`fewstep key NAME --scopes admin`)"
@@ -217,6 +228,15 @@ class Access:
             return None
         allowance.enter()
         return allowance
+
+    def _check_origin(self, scope: Scope, origin: str) -> None:
+        """Refuse a browser's request from a page that neither this server nor an allowed one has sent."""
+        headers = scope["record"].request_headers
+        if headers.get(b"sec-fetch-site") in (b"same-origin", b"none") or origin in self.origins:
+            return
+        if origin.partition("://")[2] != headers.get(b"host", b"").decode("latin-1").lower():
+            message = "pages of this origin may not ask: FEWSTEP_ORIGINS names those that may"
+            raise ApiError(403, message, code="foreign_origin")
 
 
 def _key_of(scope: Scope) -> bytes:

@@ -6,6 +6,7 @@ This is the hot path, so an answer is put together from bytes: no response model
 
 import asyncio
 import json
+import re
 import time
 from binascii import b2a_base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ RAW: dict[str, SceneFormat] = {
     "application/octet-stream": "raw",
 }
 CONTENT_TYPES = {name: kind.encode() for kind, name in RAW.items()}  # by format
+PLAIN = {"*/*", "application/json", "image/tiff", *RAW}  # usual values of Accept
+WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
 WATCH_AFTER = 0.002  # seconds in which most answers are ready
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -79,14 +82,30 @@ class RawResponse(Response):
 
 
 def accepted_format(request: Request, kinds: Mapping[str, SceneFormat] = RAW) -> SceneFormat | None:
-    """Return the format of the raw bytes that the caller prefers to JSON; None for JSON."""
-    for kind in request.headers.get("accept", "*/*").split(","):
-        name = kind.split(";")[0].strip().lower()
-        if name in kinds:
-            return kinds[name]
-        if name in ("application/json", "*/*"):
-            return None
-    return None
+    """Return the format of the raw bytes that the caller prefers to JSON; None for JSON, and where nothing fits.
+
+    The preference is RFC 9110's (12.5.1): the greater weight q; of the same, what is named exactly, then what is named
+    first. A type's weight is that of the range that fits it best, and 0 says never.
+    """
+    accept = request.headers.get("accept", "*/*")
+    if "," not in accept and ";" not in accept and accept in PLAIN:
+        return kinds.get(accept)
+    ranges = [_weighted(part) for part in accept.lower().split(",")]
+    best, chosen = (0.0, 0, 0), "application/json"
+    for kind in ("application/json", *kinds):
+        fitting = {kind: 2, f"{kind.partition('/')[0]}/*": 1, "*/*": 0}
+        found = [(fitting[name], q, -i) for i, (name, q) in enumerate(ranges) if name in fitting]
+        precision, q, place = max(found, default=(0, 0.0, 0))
+        if q > 0 and (q, precision, place) > best:
+            best, chosen = (q, precision, place), kind
+    return kinds.get(chosen)
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """Read a part of an Accept header: the range of types and its weight, 0 where that is no number."""
+    name, *parameters = (text.strip() for text in part.split(";"))
+    weights = [text.removeprefix("q=") for text in parameters if text.startswith("q=")]
+    return name, float(weights[0]) if weights and WEIGHT.fullmatch(weights[0]) else float(not weights)
 
 
 def accepted_unless_streamed(request: Request, body: OpenAIRequest) -> SceneFormat | None:

@@ -37,26 +37,35 @@ def check_kind(request: Request, raw: tuple[str, ...] = ()) -> str:
 
     Raises:
         ApiError: 415 for another type.
-        BadInput: for a form beside query parameters.
+        BadInput: for a form beside query parameters, or in another charset than UTF-8.
     """
     kind = content_type_of(request)
     if kind not in (*raw, FORM):
         message = f"Content-Type: got {kind!r}; allowed: {', '.join((FORM, *raw))}"
         raise ApiError(415, message, code="unsupported_media_type")
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].split(";")[0].strip(' "')
+    if kind == FORM and charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise BadInput("charset", charset, "utf-8, in which forms are sent")
     if kind == FORM and request.query_params:
         raise BadInput(next(iter(request.query_params)), "a query parameter", "form fields, beside the file")
     return kind
 
 
+def schema_of(body: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a body; the schemas that it refers to stand under `$defs`, to become components."""
+    return body.model_json_schema(ref_template="#/components/schemas/{model}")
+
+
 def describe_json(body: type[BaseModel]) -> dict[str, Any]:
     """Return OpenAPI's description of a body that `read_json` reads."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(body)}}}}
 
 
 def describe_form(fields: type[BaseModel]) -> dict[str, Any]:
     """Return OpenAPI's description of a form with the file `image`."""
-    properties = {"image": BINARY, **fields.model_json_schema()["properties"]}
-    schema = {"type": "object", "properties": properties, "required": ["image"]}
+    described = schema_of(fields)
+    properties = {"image": BINARY, **described["properties"]}
+    schema = {"type": "object", "properties": properties, "required": ["image"], "$defs": described.get("$defs", {})}
     return {"requestBody": {"required": True, "content": {FORM: {"schema": schema}}}}
 
 
@@ -66,6 +75,6 @@ def describe_upload(fields: type[SceneFields], kinds: tuple[str, ...]) -> dict[s
     described["requestBody"]["content"] |= {kind: {"schema": BINARY} for kind in kinds}
     described["parameters"] = [
         {"name": name, "in": "query", "schema": schema, "description": "With a raw body; in a form, a field."}
-        for name, schema in fields.model_json_schema()["properties"].items()
+        for name, schema in schema_of(fields)["properties"].items()
     ]
     return described

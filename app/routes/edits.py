@@ -4,7 +4,7 @@ A translator takes the picture as SAR, and has no use for the prompt that OpenAI
 from the picture instead of from noise alone: see `orders.from_picture`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
@@ -12,22 +12,25 @@ from starlette.datastructures import UploadFile
 from app.engine.engine import engine_of, in_time
 from app.errors import ErrorAnswer
 from app.requests.answers import accepted_unless_streamed, respond
-from app.requests.bodies import check_kind, describe_form
+from app.requests.bodies import check_kind, content_type_of, describe_form, describe_json, read_json
 from app.requests.fast_path import FastRoute
 from app.requests.orders import edits, from_picture, make_plan
 from app.requests.streams import STREAMED_RESPONSES, stream
-from app.schemas import EditRequest
+from app.schemas import EditRequest, JsonEditRequest
 from distillers.errors import BadInput
 
 router = APIRouter(tags=["images"], route_class=FastRoute)
+JSON = "application/json"
+DESCRIBED = describe_form(EditRequest)
+DESCRIBED["requestBody"]["content"] |= describe_json(JsonEditRequest)["requestBody"]["content"]
 PICTURE = "one file: a PNG, JPEG or WebP picture of the model's size; for a translator a SAR picture, PNG or TIFF"
 
 
 @router.post(
     "/v1/images/edits",
-    responses={**STREAMED_RESPONSES, 415: {"model": ErrorAnswer, "description": "Not a form."}},
+    responses={**STREAMED_RESPONSES, 415: {"model": ErrorAnswer, "description": "Neither a form nor JSON."}},
     response_class=Response,
-    openapi_extra=describe_form(EditRequest),
+    openapi_extra=DESCRIBED,
     summary="Edit an image",
 )
 async def edit(request: Request) -> Response:
@@ -39,8 +42,12 @@ async def edit(request: Request) -> Response:
     models served, and none named, one that draws is chosen before one that translates.
     """
     engine = engine_of(request)
-    data, name, fields = await _read_form(request)
-    body = EditRequest.model_validate(fields)
+    if content_type_of(request) == JSON:
+        asked = await read_json(request, JsonEditRequest)
+        body, data, name = cast(EditRequest, asked), asked.images[0].image_url, ""
+    else:
+        data, name, fields = await _read_form(request)
+        body = EditRequest.model_validate(fields)
     raw = accepted_unless_streamed(request, body)
     plan = await make_plan(engine, body, fits=edits(engine, body, body.size), n=body.n, raw=raw)
     work = await in_time(from_picture(engine, plan, body, data, body.size, name), plan.deadline)
@@ -51,7 +58,7 @@ async def edit(request: Request) -> Response:
 
 async def _read_form(request: Request) -> tuple[bytes, str, dict[str, Any]]:
     """Return the picture's bytes, its file's name, and the form's other fields."""
-    check_kind(request)
+    check_kind(request, (JSON,))
     async with request.form(max_files=17, max_fields=30) as form:
         if "mask" in form:
             raise BadInput("mask", "a mask", "none: the whole picture is drawn anew, as much as strength says")

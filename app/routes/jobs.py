@@ -61,13 +61,13 @@ async def post(request: Request) -> JSONResponse:
         if isinstance(error, ClientDisconnect):
             raise caller_left() from None
         raise
-    return JSONResponse(_answer(job).model_dump(), 202, {"Location": f"/v1/jobs/{job.id}"})
+    return JSONResponse(_answer(job, request).model_dump(), 202, {"Location": _path_of(job, request)})
 
 
 @router.get("/v1/jobs/{id}", responses=ABSENT, summary="How far a job is")
 async def get(id: str, request: Request) -> JobAnswer:
     """Return status, progress and speed; facts and files when it is done, the error object when it failed."""
-    return _answer(jobs_of(request).find(id))
+    return _answer(jobs_of(request).find(id), request)
 
 
 @router.delete("/v1/jobs/{id}", responses=ABSENT, summary="Cancel or forget a job")
@@ -76,7 +76,7 @@ async def delete(id: str, request: Request) -> JobAnswer:
     jobs = jobs_of(request)
     job = jobs.find(id)
     jobs.cancel(job)
-    return _answer(job)
+    return _answer(job, request)
 
 
 @router.get(
@@ -128,7 +128,12 @@ async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any
         return scene, order
 
 
-def _answer(job: SceneJob) -> JobAnswer:
+def _path_of(job: SceneJob, request: Request) -> str:
+    """Return where a job is found, below the path at which a proxy serves the application."""
+    return f"{request.scope.get('root_path', '')}/v1/jobs/{job.id}"
+
+
+def _answer(job: SceneJob, request: Request) -> JobAnswer:
     return JobAnswer(
         id=job.id,
         status=job.status,
@@ -138,7 +143,7 @@ def _answer(job: SceneJob) -> JobAnswer:
         expires=int(job.expires) if job.expires else None,
         facts=job.facts,
         error=job.error,
-        files={name: f"/v1/jobs/{job.id}/{name}" for name in job.files},
+        files={name: f"{_path_of(job, request)}/{name}" for name in job.files},
     )
 
 

@@ -15,19 +15,21 @@ import asyncio
 import json
 from dataclasses import dataclass
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from app.engine.engine import Engine, engine_of
-from app.errors import from_exception, overloaded
-from app.requests.answers import choice_of, draw, facts_of, timings_of
+from app.errors import ApiError, ErrorAnswer, from_exception, overloaded
+from app.requests.answers import ERRORS, choice_of, draw, facts_of, timings_of
+from app.requests.bodies import schema_of
 from app.requests.orders import edits, from_noise, from_picture, generates, make_plan
 from app.schemas import RealtimeRequest
 from distillers.errors import BadInput
 
 router = APIRouter()
 CONNECTIONS = 64  # at once; each holds two pictures at most
+EACH = 16  # of them for one caller: a key, or an address where there are no keys
 IDLE = 300.0  # seconds without a message before it is closed
 MESSAGE = 1 << 16  # characters of a text message
 PROTOCOL = "fewstep"  # beginning of the names of our subprotocols
@@ -43,11 +45,17 @@ class _Request:
 async def realtime(websocket: WebSocket) -> None:
     """Serve one connection, from its opening to its end."""
     open_now: set[_Session] = websocket.app.state.realtime
+    caller = _caller_of(websocket)
     if len(open_now) >= CONNECTIONS:
         return await websocket.send_denial_response(overloaded(f"{CONNECTIONS} connections are open", 5).response())
+    if sum(session.caller == caller for session in open_now) >= EACH:
+        refusal = ApiError(
+            429, f"{EACH} connections are open already", code="too_many_connections", headers={"Retry-After": "5"}
+        )
+        return await websocket.send_denial_response(refusal.response())
     offered = websocket.scope.get("subprotocols", [])
     await websocket.accept(subprotocol=next((name for name in offered if name.startswith(PROTOCOL)), None))
-    session = _Session(websocket, engine_of(websocket))
+    session = _Session(websocket, engine_of(websocket), caller)
     open_now.add(session)
     try:
         await session.run()
@@ -55,11 +63,42 @@ async def realtime(websocket: WebSocket) -> None:
         open_now.remove(session)
 
 
+@router.get(
+    "/v1/realtime",
+    tags=["images"],
+    status_code=101,
+    response_class=Response,
+    responses={
+        101: {"description": "A WebSocket. JSON text messages ask, binary messages answer; errors are JSON text."},
+        **{status: ERRORS[status] for status in (401, 403, 429, 503)},
+        426: {"model": ErrorAnswer, "description": "The request asks for no WebSocket."},
+    },
+    openapi_extra={"x-messages": schema_of(RealtimeRequest)},
+    summary="Draw while something changes",
+)
+async def describe() -> Response:
+    """Open a WebSocket; the latest request wins, and one that waits then is counted and never drawn.
+
+    A text message is a request in JSON, as `x-messages` here describes it. With "image": true the next binary message
+    is its picture. An answer is one binary message: 4 bytes with the length of a header (big-endian), the header (JSON
+    with seq, seed, model, steps, width, height, output_format, timings, dropped, ...), and the picture. An error is a
+    JSON text message {"seq", "error"}, after which the connection goes on.
+    """
+    message = "this address speaks WebSocket: send Connection: Upgrade and Upgrade: websocket"
+    raise ApiError(426, message, code="upgrade_required", headers={"Upgrade": "websocket", "Connection": "Upgrade"})
+
+
+def _caller_of(websocket: WebSocket) -> str:
+    """Return the name of the caller's key; without one the address it calls from."""
+    key: str | None = websocket.scope["record"].key
+    return f"key {key}" if key else f"address {websocket.client.host if websocket.client else ''}"
+
+
 class _Session:
     """Receives the messages of a connection and, at the same time, draws its latest request."""
 
-    def __init__(self, websocket: WebSocket, engine: Engine) -> None:
-        self.websocket, self.engine = websocket, engine
+    def __init__(self, websocket: WebSocket, engine: Engine, caller: str) -> None:
+        self.websocket, self.engine, self.caller = websocket, engine, caller
         self.waiting: _Request | None = None
         self.expected: RealtimeRequest | None = None  # whose picture comes next
         self.last = -1  # seq

@@ -9,14 +9,14 @@ const chosen = () => models.get(at("model").value);
 const translates = (model) => model.task === "sar-to-optical";
 
 async function connect() {
-  const response = await fetch("/readyz");
+  const response = await fetch("readyz");
   const { status, device, failed } = await response.json();
   const broken = failed.length ? `; not served: ${failed.join(", ")}` : "";
   at("status").textContent = `${status} on ${device}${broken}`;
   if (!response.ok) return setTimeout(connect, 1000);
   let served;
   try {
-    served = (await ask("/v1/models")).data;
+    served = (await ask("v1/models")).data;
   } catch (error) {
     if (error.status !== 401) throw error;
     at("status").textContent = error.message;
@@ -71,10 +71,10 @@ function order() {
     body.append("image", file);
     if (bandsOf(file)) fields.bands = bandsOf(file);
     for (const [name, value] of Object.entries(fields)) body.append(name, value);
-    return { path: "/v1/images/translations", options: { method: "POST", body }, fields, file };
+    return { path: "v1/images/translations", options: { method: "POST", body }, fields, file };
   }
   describe(fields);
-  return { path: "/v1/images/generations", options: json(fields), fields };
+  return { path: "v1/images/generations", options: json(fields), fields };
 }
 
 /** The bands as the form says them; of a picture, as its name does. */
@@ -94,9 +94,9 @@ function json(fields) {
 }
 
 function curl({ path, fields, file }) {
-  if (!file) return `curl ${location.origin}${path} -H 'Content-Type: application/json' -d '${JSON.stringify(fields)}'`;
+  if (!file) return `curl ${new URL(path, location.href)} -H 'Content-Type: application/json' -d '${JSON.stringify(fields)}'`;
   const form = Object.entries(fields).map(([name, value]) => `-F ${name}=${value}`);
-  return [`curl ${location.origin}${path} -F image=@${file.name}`, ...form].join(" ");
+  return [`curl ${new URL(path, location.href)} -F image=@${file.name}`, ...form].join(" ");
 }
 
 function showTiming(answer, roundTrip) {
@@ -175,7 +175,7 @@ async function translateFile(file) {
   at("as-curl").hidden = false;
   const said = Object.entries({ ...fields, seed: result.facts.seed }).map(([name, value]) => `-F '${name}=${value}'`);
   const [path, then] = result.answer ? ["images", " -H 'Accept: image/tiff' -o optical.tif"] : ["jobs", ""];
-  at("curl").textContent = `curl ${location.origin}/v1/${path}/translations -F image=@${file.name} ${said.join(" ")}${then}`;
+  at("curl").textContent = `curl ${new URL(`v1/${path}/translations`, location.href)} -F image=@${file.name} ${said.join(" ")}${then}`;
 }
 
 /** What the form says, for one picture while it changes. */
@@ -204,7 +204,7 @@ at("slide").addEventListener("input", () => { at("seed").value = at("slide").val
 at("model").addEventListener("change", show);
 at("image").addEventListener("change", show);
 at("demonstration").addEventListener("click", () => busy(async () => {
-  const response = await send("/v1/demonstration.tif");
+  const response = await send("v1/demonstration.tif");
   if (!response.ok) throw new Error((await response.json()).error.message);
   if (!translates(chosen())) {
     const translators = [...models.values()].filter(translates);
@@ -241,7 +241,7 @@ at("measure").addEventListener("click", () => busy(async () => {
   at("measured").textContent = "measuring: the student and its teacher draw the same noises";
   const fields = { model: chosen().id, steps: Number(at("steps").value), n: 16 };
   try {
-    showMeasured(await ask("/v1/benchmarks", json(fields)));
+    showMeasured(await ask("v1/benchmarks", json(fields)));
   } catch (error) {
     at("measured").hidden = true;
     throw error;

@@ -1,6 +1,6 @@
 // The API as one page, read from /openapi.json, so that it cannot disagree with the server and needs nothing from elsewhere.
 
-const api = await (await fetch("/openapi.json")).json();
+const api = await (await fetch("openapi.json")).json();
 
 function make(tag, text, ...children) {
   const element = document.createElement(tag);

@@ -9,7 +9,7 @@ import { at, make } from "./page.js";
 export function live(order, shown, ended) {
   const key = sessionStorage.getItem("key");
   const protocols = key ? ["fewstep", `fewstep-key.${key}`] : ["fewstep"];
-  const socket = new WebSocket(new URL("/v1/realtime", location.href.replace(/^http/, "ws")), protocols);
+  const socket = new WebSocket(new URL("v1/realtime", location.href.replace(/^http/, "ws")), protocols);
   const canvas = make("canvas"), caption = make("figcaption");
   let seq = 0, atWork = false, changed = false, sent = 0, over = false;
   socket.binaryType = "arraybuffer";

@@ -14,7 +14,7 @@ export async function translateScene(file, fields) {
   body.append("output_format", "geotiff");
   at("scene").replaceChildren(make("p", "Translating", { className: "quiet" }));
   try {
-    const answer = await ask("/v1/images/translations", { method: "POST", body });
+    const answer = await ask("v1/images/translations", { method: "POST", body });
     return { answer, ...fromAnswer(answer) };
   } catch (error) {
     if (error.status !== 413) {
@@ -48,8 +48,8 @@ async function fromJob(file, fields) {
   const headers = { "Content-Type": "image/tiff", "Content-Disposition": `attachment; filename="${encodeURIComponent(file.name)}"` };
   const options = { method: "POST", headers, body: file };
   try {
-    let job = await ask(`/v1/jobs/translations?${query}`, options);
-    const path = `/v1/jobs/${job.id}`;
+    let job = await ask(`v1/jobs/translations?${query}`, options);
+    const path = `v1/jobs/${job.id}`;
     const [bar, said] = [make("progress", "", { max: 1 }), make("p", "")];
     const stop = make("button", "Cancel", { type: "button", className: "second" });
     bar.setAttribute("aria-label", "Share of the scene that is translated");
@@ -64,7 +64,7 @@ async function fromJob(file, fields) {
       job = await ask(path);
     }
     if (job.status !== "done") throw new Error(job.error?.message ?? `the job was ${job.status}`);
-    const files = Object.entries(job.files).map(async ([name, where]) => [name, await addressOf(where)]);
+    const files = Object.keys(job.files).map(async (name) => [name, await addressOf(`${path}/${name}`)]);
     const { "preview.png": optical, "sar.png": sar, ...downloads } = Object.fromEntries(await Promise.all(files));
     addresses.push(...Object.values(downloads));
     return { facts: job.facts, sar, optical, downloads };

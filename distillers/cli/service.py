@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distillers.cli.arguments import Device, Root
+from distillers.cli.arguments import Device, Root, device_of
 from distillers.cli.evaluation import evaluate
 from distillers.cli.training import distill
 from distillers.errors import BadInput
@@ -18,17 +18,23 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     device: Device = "auto",
+    root_path: Annotated[
+        str, typer.Option(help="Path below which a proxy serves it, such as /fewstep; the proxy takes it off.")
+    ] = "",
 ) -> None:
     """Serve every folder below --weights over HTTP: OpenAI's image routes, SAR translation, benchmarks, a page at /.
 
     Example: `fewstep serve --weights weights --port 8000`, then open http://127.0.0.1:8000.
     """
     import os
+    import re
 
     import uvicorn
 
     if not 0 <= port <= 65535:
         raise BadInput("port", port, "0 to 65535; 0 takes a free one")
+    if root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", root_path):
+        raise BadInput("root-path", root_path, "a path such as /fewstep, without a slash at its end")
     if not weights.is_dir():
         raise BadInput("weights", str(weights), "an existing folder of weights folders")
     if (weights / "fewstep.json").is_file():
@@ -38,9 +44,14 @@ def serve(
     if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("FEWSTEP_KEYS"):
         typer.echo("without FEWSTEP_KEYS whoever reaches this address may draw: see `fewstep key`", err=True)
     os.environ["FEWSTEP_WEIGHTS"], os.environ["FEWSTEP_DEVICE"] = str(weights), device
+    for one in device.split(","):
+        if one.startswith("cuda"):
+            device_of(one)
     uvicorn.run(
         "app.main:create_app",
         factory=True,
+        http="app.middleware.connections:GuardedProtocol",
+        root_path=root_path,
         host=host,
         port=port,
         log_level="info",
