@@ -43,7 +43,7 @@ HEADERS = [
 
 STREAMED_RESPONSES = describe_answer(
     "text/event-stream",
-    {"type": "string"},
+    {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}},  # of each event
     "With stream: OpenAI's events *.partial_image and *.completed, or an event error.",
 )
 
