@@ -24,7 +24,7 @@ from app.engine import backends, folders, store, tuning, worker
 from app.engine.budget import choose
 from app.engine.engine import Engine, Order, Picture
 from app.engine.model import Model
-from app.engine.profile import Profile
+from app.engine.profile import Profile, read_profiles, write_profile
 from app.errors import ApiError
 from app.settings import Settings
 from distillers.errors import BadInput
@@ -164,6 +164,27 @@ def test_a_backend_that_draws_other_pictures_is_refused(weights: Path, monkeypat
     told = {entry["backend"]: entry for entry in profile.tried}
     assert profile.id == "eager/1" and told["broken/1"]["failed"] == "RuntimeError"
     assert "more than 2 levels" in told["wrong/1"]["refused"] and told["wrong/1"]["levels"] > 2
+
+
+def test_servers_that_share_a_folder_never_read_half_a_profile(tmp_path: Path) -> None:
+    """One writes while another reads; both have written before."""
+    write_profile(tmp_path, "other", Profile())
+    done, lost = threading.Event(), list[int]()
+
+    def read() -> None:
+        while not done.is_set():
+            if "other" not in read_profiles(tmp_path):
+                lost.append(1)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    many = Profile(tried=[{"backend": "eager", "ms": {str(i): 1.0}} for i in range(2000)])
+    for _ in range(60):
+        write_profile(tmp_path, "own", many)
+    done.set()
+    reader.join()
+    assert not lost and set(read_profiles(tmp_path)) == {"own", "other"}
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
 
 
 def test_a_doubtful_profile_is_measured_again_in_an_idle_moment(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +74,11 @@ def read_profiles(folder: Path) -> dict[str, Any]:
 
 
 def write_profile(folder: Path, key: str, profile: Profile) -> None:
-    """Keep a profile beside a folder's weights. Raises OSError where nothing can be written."""
+    """Keep a profile beside weights that several servers may serve. Raises OSError where nothing can be written."""
     stored = {**read_profiles(folder), key: asdict(profile)}
-    (folder / FILE).write_text(json.dumps(stored, indent=1) + "\n")
+    new = folder / f".{FILE}.{platform.node()}.{os.getpid()}"
+    try:
+        new.write_text(json.dumps(stored, indent=1) + "\n")
+        new.replace(folder / FILE)  # at once: half a file would read as none, and the others' profiles would go
+    finally:
+        new.unlink(missing_ok=True)
