@@ -1,8 +1,6 @@
 """Build the application, for `uvicorn --factory app.main:create_app`. Importing this module imports no torch."""
 
 import asyncio
-import atexit
-import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -70,8 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             engine.start()
             yield {SECONDS: settings.body_seconds}
             app.state.jobs.cancel_all()
-            if not engine.stop() and drain.draining:
-                atexit.register(os._exit, 0)  # or the interpreter's end would tear down a thread in a library's call
+            engine.stop()
             if tracing is not None:
                 tracing.close()
 

@@ -53,14 +53,13 @@ class Engine:
         for worker in self.workers:
             worker.batcher.close()
 
-    def stop(self) -> bool:
-        """Close, and wait for the threads. Return whether all have ended: one may be deep in a library's call."""
+    def stop(self) -> None:
+        """Close, and wait for the threads, but not for one that is deep in a library's call."""
         self.close()
         for worker in self.workers:
             worker.thread.join(timeout=30)
         self.store.thread.join(timeout=30 if self.opened else 1)
         self.codec.shutdown(wait=False, cancel_futures=True)
-        return not any(thread.is_alive() for thread in (self.store.thread, *(one.thread for one in self.workers)))
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,12 @@ case. A second signal ends it at once.
 """
 
 import asyncio
+import atexit
 import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +72,8 @@ class Drain:
 
         def end(number: int) -> None:
             log.info("%s: %d requests in flight", signal.Signals(number).name, self.inflight)
-            last = threading.Timer(max(LEAST, self.seconds), self._leave)
+            atexit.register(_leave)
+            last = threading.Timer(max(LEAST, self.seconds), _leave)
             last.daemon = True
             last.start()
             ending.append(loop.create_task(self._end(before[number], number, give_up)))
@@ -86,11 +89,6 @@ class Drain:
     def _left(self) -> float:
         return 0.0 if self._deadline is None else self._deadline - time.monotonic()
 
-    def _leave(self) -> None:
-        """End the process, with whatever its threads are at."""
-        log.warning("something still runs after %g s, and is left", self.seconds)
-        os._exit(0)
-
     async def _end(self, handler: Any, number: int, give_up: Callable[[], None]) -> None:
         margin = min(MARGIN[0] * self.seconds, MARGIN[1])
         while self.inflight and self._left() > margin:
@@ -105,6 +103,13 @@ class Drain:
         # asked, not signalled: a signal that uvicorn has seen it raises again at its end, and the exit would not be 0
         server.config.timeout_graceful_shutdown = max(1, math.ceil(self._left()))
         server.should_exit = True
+
+
+def _leave() -> None:
+    """End the process with 0, also where a thread in a library's call would abort the interpreter's own end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _server_handlers() -> dict[int, Any]:
