@@ -1,7 +1,6 @@
 """Build the application, for `uvicorn --factory app.main:create_app`. Importing this module imports no torch."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -47,8 +46,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or read_settings()
     if not settings.weights.is_dir():
         raise BadInput("weights", str(settings.weights), "an existing folder (FEWSTEP_WEIGHTS)")
-    if settings.scratch is not None:
-        tempfile.tempdir = str(settings.scratch)  # uploads are spooled there
     logs.configure(settings.log_level, settings.log_format)
     keys = Keys(settings.keys) if settings.keys else None
     metrics, drain, tracing = Metrics(), Drain(settings.drain_seconds), Tracing.from_environment()

@@ -4,18 +4,19 @@ import asyncio
 import fcntl
 import os
 import resource
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from service import GENERATE, LABELS, SIDE, engine_of, error_of, file_of, grey, publish, until, until_ready
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from app.engine.engine import Engine
@@ -23,6 +24,7 @@ from app.engine.lanes import TooLong
 from app.engine.model import Order
 from app.engine.scenes import PREFIX, Scenes
 from app.main import create_app
+from app.requests.bodies import read_form
 from app.settings import Settings
 
 FOR_EVER = 1000  # steps: more than any of these tests waits for
@@ -37,8 +39,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)  # as it was, after the test
+def client(weights: Path) -> Iterator[TestClient]:
     with serve(weights) as client:
         yield client
 
@@ -190,12 +191,28 @@ def test_the_scratch_of_a_killed_server_is_removed_and_that_of_a_living_one_stay
     assert not own.scratch.exists() and not other.scratch.exists()
 
 
+def test_an_upload_lies_in_the_scratch_folder(weights: Path, tmp_path: Path) -> None:
+    body = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%b\r\n--B--\r\n' % bytes(2 << 20)
+    settings = Settings(weights=weights, device="cpu", scratch=tmp_path)
+    scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=B")]}
+    scope |= {"app": SimpleNamespace(state=SimpleNamespace(engine=SimpleNamespace(settings=settings)))}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def place() -> str:
+        async with read_form(Request(scope, receive), max_files=1, max_fields=1) as form:
+            upload: Any = form["image"]
+            assert len(await upload.read()) == 2 << 20
+            return os.readlink(f"/proc/self/fd/{upload.file.fileno()}")
+
+    assert asyncio.run(place()).startswith(f"{tmp_path}/")
+
+
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/translations", "/v1/jobs/translations"])
-def test_a_full_disk_is_507_on_every_route(weights: Path, tmp_path: Path, path: str, monkeypatch: Any) -> None:
+def test_a_full_disk_is_507_on_every_route(weights: Path, tmp_path: Path, path: str) -> None:
     pytest.importorskip("rasterio")
-    monkeypatch.setattr(tempfile, "tempdir", None)
     with serve(weights, scratch=tmp_path) as client:
-        assert tempfile.gettempdir() == str(tmp_path)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))  # no file may be larger: a disk that is full
         try:

@@ -37,7 +37,7 @@ def test_what_a_folder_may_ask_for_at_its_first_look_is_bounded(tmp_path: Path) 
     publish(tmp_path, "a", "image", default_steps=4)
     folder = tmp_path / "a"
     generator = Generator.from_pretrained(folder)
-    for reference in ({"steps": 300, "levels": [[[0, 0, 0]]]}, {"steps": 1, "levels": [[[0] * 3] * 8] * 20_000}):
+    for reference in ({"steps": 300, "levels": [[[0, 0, 0]]]}, {"steps": 1, "levels": [[[0] * 3] * 8] * 9}):
         (folder / FILE).write_text(json.dumps(reference))
         with pytest.raises(BadInput, match=FILE):
             check(generator, folder)

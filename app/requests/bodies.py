@@ -1,10 +1,17 @@
 """Read request bodies (JSON, a form with a file, a file's raw bytes) and describe them in OpenAPI."""
 
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from tempfile import SpooledTemporaryFile
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.engine.engine import engine_of
 from app.errors import ApiError
 from app.schemas import SceneFields
 from distillers.errors import BadInput
@@ -49,6 +56,37 @@ def check_kind(request: Request, raw: tuple[str, ...] = ()) -> str:
     if kind == FORM and request.query_params:
         raise BadInput(next(iter(request.query_params)), "a query parameter", "form fields, beside the file")
     return kind
+
+
+@asynccontextmanager
+async def read_form(request: Request, *, max_files: int, max_fields: int) -> AsyncIterator[FormData]:
+    """Parse a form, whose files lie in the server's scratch folder until the context ends. HTTPException 400."""
+    parser = _FormParser(request.headers, request.stream(), max_files=max_files, max_fields=max_fields)
+    scratch = engine_of(request).settings.scratch
+    parser.folder = None if scratch is None else str(scratch)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+class _FormParser(MultiPartParser):
+    """Spools files to a folder of our choice."""
+
+    folder: str | None = None  # the system's own
+
+    def on_headers_finished(self) -> None:
+        """Begin a part."""
+        super().on_headers_finished()
+        if (upload := self._current_part.file) is not None:
+            self._files_to_close_on_error[-1].close()
+            file = SpooledTemporaryFile[bytes](max_size=self.spool_max_size, dir=self.folder)
+            self._files_to_close_on_error[-1] = file
+            upload.file = cast(BinaryIO, file)
 
 
 def schema_of(body: type[BaseModel]) -> dict[str, Any]:

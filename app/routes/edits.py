@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from app.engine.engine import engine_of, in_time
 from app.errors import ErrorAnswer
 from app.requests.answers import accepted_unless_streamed, respond
-from app.requests.bodies import check_kind, content_type_of, describe_form, describe_json, read_json
+from app.requests.bodies import check_kind, content_type_of, describe_form, describe_json, read_form, read_json
 from app.requests.fast_path import FastRoute
 from app.requests.orders import edits, from_picture, make_plan
 from app.requests.streams import STREAMED_RESPONSES, stream
@@ -59,7 +59,7 @@ async def edit(request: Request) -> Response:
 async def _read_form(request: Request) -> tuple[bytes, str, dict[str, Any]]:
     """Return the picture's bytes, its file's name, and the form's other fields."""
     check_kind(request, (JSON,))
-    async with request.form(max_files=17, max_fields=30) as form:
+    async with read_form(request, max_files=17, max_fields=30) as form:
         if "mask" in form:
             raise BadInput("mask", "a mask", "none: the whole picture is drawn anew, as much as strength says")
         pictures = [value for name, value in form.multi_items() if name in ("image", "image[]")]

@@ -18,7 +18,7 @@ from app.engine.scenes import SceneOrder, scene_name
 from app.errors import ApiError, ErrorAnswer, caller_left
 from app.media.geotiff import KINDS, check, import_rasterio
 from app.requests.answers import ERRORS, SCENE_ERRORS
-from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
+from app.requests.bodies import BINARY, FORM, check_kind, describe_upload, read_form
 from app.requests.orders import check_task, scene_options
 from app.schemas import JobAnswer, JobRequest
 from distillers.errors import BadInput
@@ -117,7 +117,7 @@ async def _receive(request: Request, scene: Path) -> None:
 
 async def _receive_form(request: Request, folder: Path) -> tuple[Path, tuple[Any, Any]]:
     """Read a form, whose file may come before its fields: the parser spools it to disk, and it is moved afterwards."""
-    async with request.form(max_files=1, max_fields=20) as form:
+    async with read_form(request, max_files=1, max_fields=20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise BadInput("image", image, f"a file: {KINDS}")

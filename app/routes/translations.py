@@ -28,7 +28,7 @@ from app.requests.answers import (
     headers_of,
     respond,
 )
-from app.requests.bodies import BINARY, FORM, check_kind, describe_upload
+from app.requests.bodies import BINARY, FORM, check_kind, describe_upload, read_form
 from app.requests.fast_path import FastRoute
 from app.requests.orders import Plan, check_task, from_sar, make_plan, scene_options
 from app.schemas import (
@@ -168,7 +168,7 @@ async def _read_body(request: Request, kind: str) -> tuple[bytes, str, dict[str,
     if kind != FORM:
         name = request.headers.get("content-disposition", "")
         return await request.body(), name, dict(request.query_params)
-    async with request.form(max_files=1, max_fields=20) as form:
+    async with read_form(request, max_files=1, max_fields=20) as form:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise BadInput("image", image, f"a file: {PICTURES}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,11 @@ from torch.nn import functional as F
 
 from distillers.errors import BadInput
 from distillers.generator import Generator
+from distillers.weights.manifest import load_json
 
 FILE = "golden.json"  # the reference picture
 CELLS = 8
 LEVELS = 4.0  # of 255, in the mean: what another machine or precision may differ by, and other weights never do
-BYTES = 1 << 16  # of the file, at most
 AREA = 4  # times that of the pictures that the network was made for, at most
 
 
@@ -62,13 +61,11 @@ def check(generator: Generator, folder: Path) -> None:
 def _read(file: Path, steps: int) -> Tensor | None:
     """Read the reference picture, (8, 8, C) in 0..255; None where there is none. BadInput for what is none."""
     try:
-        with file.open("rb") as opened:
-            text = opened.read(BYTES + 1)  # more than there may be is no JSON either
-        reference: dict[str, Any] = json.loads(text[:BYTES])
+        reference = load_json(file)
         levels, asked = torch.tensor(reference["levels"], dtype=torch.float32), reference["steps"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadInput(FILE, f"{type(error).__name__}", "what `fewstep distill` writes, or no such file") from None
     if asked != steps:
         raise BadInput(f"{FILE}: steps", asked, str(steps))
