@@ -4,18 +4,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from service import GENERATE, engine_of, publish, until, until_ready
 from starlette.testclient import TestClient
 
 from app.engine import folders
+from app.engine.profile import Profile
 from app.main import create_app
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.generator import Generator
-from distillers.weights.manifest import LARGEST_JSON, Info, load_json
+from distillers.weights.manifest import LARGEST_JSON, Info, load_json, sha256_of
 
 SECRET = {"auths": {"registry": {"auth": "TOPSECRET"}}}
 
@@ -46,6 +49,13 @@ def change(folder: Path, **fields: object) -> None:
     """Write other fields into a manifest."""
     file = folder / "fewstep.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def configure(folder: Path, **fields: object) -> None:
+    """Write other fields into a network's configuration, and its digest into the manifest."""
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    change(folder, sha256=Info.read(folder).sha256 | {"unet/config.json": sha256_of(file)})
 
 
 def link(folder: Path, name: str, target: Path | str) -> None:
@@ -88,6 +98,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a size": (lambda folder: change(folder, size=[100_000, 100_000]), "pixels or fewer"),
     "steps": (lambda folder: change(folder, step_times={"1": [999.0], "251": [1.0] * 251}), "250 steps or fewer"),
     "names of classes": (lambda folder: change(folder, labels=["x" * (1 << 20) + "y"]), "letters"),
+    "a network of many parameters": (
+        lambda folder: configure(folder, block_out_channels=[80_000, 160_000], norm_num_groups=8),
+        "parameters'; allowed: those of its weights",
+    ),
+    "a network of many layers": (lambda folder: configure(folder, layers_per_block=10**9), "layers_per_block: got 10"),
+    "a network of many blocks": (
+        lambda folder: configure(folder, down_block_types=["DownBlock2D"] * 100_000),
+        "a list of 100000",
+    ),
     "no text": (lambda folder: (folder / "fewstep.json").write_bytes(b"\xff\xfe{}\x00"), "a readable fewstep.json"),
     "a golden picture of many steps": (
         lambda folder: (folder / "golden.json").write_text('{"steps": 1000000000, "levels": []}'),
@@ -158,7 +177,7 @@ def test_a_half_copied_folder_is_served_when_its_last_file_has_come(published: P
         (root.parent / "copied").rename(root / "copied")
         assert last in until(lambda: engine_of(client).store.reasons.get("copied"))
         (root / "copied" / last).write_text("{")  # it has begun to arrive
-        until(lambda: "sha256" in engine_of(client).store.reasons.get("copied", ""))
+        until(lambda: "missing" not in engine_of(client).store.reasons.get("copied", "missing"))
         shutil.copy(published / last, root / "copied" / last)
         until(lambda: "copied" in client.get("/readyz").json()["models"])
         assert engine_of(client).store.reasons == {} and engine_of(client).failed == []
@@ -229,6 +248,30 @@ def test_links_within_a_folder_and_to_it_are_as_good_as_files(published: Path, t
     (tmp_path / "weights" / "own").symlink_to(folder)
     folders.check(tmp_path / "weights" / "own", Settings(weights=tmp_path))
     assert Generator.from_pretrained(folder, "cpu").info.name == "plain"
+
+
+PROFILES: list[dict[str, Any]] = [
+    {"buckets": {"1": "soon"}},
+    {"buckets": {"2": 0.1}},
+    {"buckets": {"0": 0.1, "1": 0.1}},
+    {"buckets": {"1": 0.1, "2": -1}},
+    {"buckets": {"one": 0.1}},
+    {"buckets": [0.1]},
+    {"threads": 1_000_000},
+    {"threads": -1},
+    {"steps": 0},
+    {"backend": None},
+]
+
+
+@pytest.mark.parametrize("fields", PROFILES, ids=str)
+def test_a_profile_that_was_never_measured_is_not_believed(fields: dict[str, Any]) -> None:
+    """It comes with the folder, and decides how many threads run and how long others are told to wait."""
+    honest = Profile(backend="channels-last", threads=1, buckets={1: 0.1, 4: 0.2}, against_one={4: 1}, spread=0.1)
+    stored = json.loads(json.dumps(asdict(honest)))
+    assert Profile.from_json(stored) == honest and Profile.from_json({}) == Profile()
+    with pytest.raises(ValueError):
+        Profile.from_json(stored | fields)
 
 
 def test_json_that_is_honest_is_read_as_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from app.errors import told
 from app.settings import Settings
 from distillers.errors import BadInput
 from distillers.weights.manifest import AUTOENCODER, MANIFEST, Info, base_beside, inside, read_json
+from distillers.weights.read import check_extent
 
 MOST_FILES = 10_000
 MOST_PIXELS = 4 << 20  # of a published size; more where FEWSTEP_MAX_PIXELS is
@@ -58,11 +59,13 @@ def check(folder: Path, settings: Settings) -> str:
 
     Raises:
         BadInput: a name that cannot be shown; a link that leaves the folder; what is neither file nor folder; more
-            files, pixels, steps or class names than this server allows; a broken manifest.
+            files, pixels, steps or class names than this server allows; a broken manifest; a configuration of a
+            network larger than its weights.
     """
     if not folder.name.isprintable():
         raise BadInput("name", folder.name, "printable text in UTF-8")
-    aside = [fault for place in (folder, base_beside(folder)) if place for fault in _faults(place)]
+    places = [place for place in (folder, base_beside(folder)) if place]
+    aside = [fault for place in places for fault in _faults(place)]
     info, where = Info.read(folder), f"{folder / MANIFEST}: "
     pixels, steps = max(MOST_PIXELS, settings.max_pixels), settings.max_steps
     if info.size[0] * info.size[1] > pixels:
@@ -71,6 +74,8 @@ def check(folder: Path, settings: Settings) -> str:
         raise BadInput(f"{where}step_times", max(info.step_times), f"{steps} steps or fewer (FEWSTEP_MAX_STEPS)")
     if (letters := sum(map(len, info.labels))) > MOST_LETTERS:
         raise BadInput(f"{where}labels", f"{letters} letters", f"{MOST_LETTERS} or fewer")
+    for place in places:
+        check_extent(place)
     return str(without_place(aside[0], folder)) if aside else ""
 
 

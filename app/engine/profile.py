@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
+
 from distillers.runtime import device_name, package_versions, usable_cores
 from distillers.weights.manifest import Info, load_json
 
 FILE = "profile.json"
 NOISY, BUSY = 0.2, 1.5  # spread and load, beyond which a profile is measured again in an idle moment
-NUMBERED = {"buckets", "dropped", "against_one"}  # fields whose keys are batch sizes
 
 
 @dataclass
@@ -50,11 +51,14 @@ class Profile:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:
-        """Read a stored profile, whose batch sizes are text in JSON. TypeError or ValueError for a broken one."""
-        fields: dict[str, Any] = {**stored}
-        for name in NUMBERED & fields.keys():
-            fields[name] = {int(size): value for size, value in fields[name].items()}
-        return cls(**fields)
+        """Read a stored profile, whose batch sizes are text in JSON. ValueError for one that nobody measured here."""
+        profile = TypeAdapter(cls).validate_python(stored)
+        measured = not profile.buckets or (
+            1 in profile.buckets and min(*profile.buckets, *profile.buckets.values()) > 0
+        )
+        if not (measured and 0 <= profile.threads <= usable_cores() and profile.steps >= 1):
+            raise ValueError("batch sizes, seconds, threads or steps that were never measured here")
+        return profile
 
 
 def profile_key(info: Info, device: str, tolerance: int, largest: int) -> str:

@@ -7,6 +7,7 @@ import inspect
 import tomllib
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +56,7 @@ FILES = [
 FP16_FILES = [f"{stem}.fp16*.safetensors" for stem in STEMS]
 VAES = ("vae", "vqvae")  # where a pipeline keeps its autoencoder
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+LAYERS = 1000  # of one kind in a network, at most
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 OTHERS_OF_DDPM = ("LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler")
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -332,6 +334,36 @@ def _skeleton(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     except Exception as error:  # whatever diffusers' constructors make of wrong options
         raise BadInput(str(folder / "config.json"), f"{type(error).__name__}: {error}", f"options of {kind}") from None
     return network
+
+
+def check_extent(folder: Path) -> None:
+    """Refuse networks that are larger than their weights: building one could take all memory before any is read.
+
+    Raises:
+        BadInput: naming the configuration, the parameters that it asks for and the bytes that are there.
+    """
+    for part in ("", "unet", "transformer", f"{STUDENTS}/*", *VAES):
+        for file in sorted(folder.glob(f"{part}/config.json".removeprefix("/"))):
+            config, classes = read_json(file), (*NETWORKS, *AUTOENCODERS)
+            there = sum(weights.stat().st_size for weights in file.parent.glob("*.safetensors"))
+            if config.get("_class_name") not in classes or not there:
+                continue
+            for name, value in config.items():
+                if isinstance(value, list) and len(value) > LAYERS:
+                    raise BadInput(f"{file}: {name}", f"a list of {len(value)}", f"{LAYERS} or fewer")
+                if "layers" in name and max(_whole_numbers(value), default=0) > LAYERS:
+                    raise BadInput(f"{file}: {name}", value, f"{LAYERS} or fewer")
+            asked = sum(parameter.numel() for parameter in _skeleton(file.parent, classes).parameters())
+            if asked > 2 * there:
+                raise BadInput(str(file), f"{asked} parameters", f"those of its weights, which are {there} bytes")
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for inner in value:
+            yield from _whole_numbers(inner)
+    elif isinstance(value, int):
+        yield value
 
 
 def _networks(folder: Path, index: dict[str, Any], info: Info | None) -> list[Path]:
