@@ -212,7 +212,9 @@ def test_a_storm_of_abrupt_ends_leaves_no_work_and_a_server_that_answers(port: i
         assert answer(busy)[0]["seq"] == 0
         ask(busy, seq=1, model="plain")
         assert answer(busy)[0]["timings"]["batch"] == 1
-    assert drawn_by(port, "plain") == before + 1
+    until(lambda: not at_work(port))
+    # between the steps of the long one each connection's first and last request at most, none of the rest
+    assert before + 1 <= drawn_by(port, "plain") <= before + 1 + 30 * 2
 
 
 @pytest.mark.process
