@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,9 @@ from starlette.testclient import TestClient
 from app.engine.engine import Engine
 from app.engine.lanes import TooLong
 from app.engine.model import Order
+from app.engine.passes import Pass
 from app.engine.scenes import PREFIX, Scenes
+from app.engine.tuning import probe
 from app.main import create_app
 from app.requests.bodies import read_form
 from app.settings import Settings
@@ -80,6 +82,48 @@ def test_a_long_pass_lets_others_pass_and_draws_what_it_draws_alone(client: Test
         together = [one.result() for one in long]
     assert served > 2  # at least one between any two steps, had it asked at once
     assert np.abs(together[0] - alone[0]).max() <= 1 and (together[1] == alone[1]).all()
+
+
+@pytest.mark.parametrize("work", ["a long pass", "a benchmark", "a first look", "tuning"])
+def test_who_comes_during_a_slice_is_next(client: TestClient, work: str) -> None:
+    """While the teacher's network runs, a picture by the student is asked for: it is drawn before the next call."""
+    engine = engine_of(client)
+    worker, teacher = engine.workers[0], engine.models["teacher"]
+    calls, drawn = list[int](), list[Any]()
+    lane = worker.lane()
+    works: dict[str, Callable[[], Any]] = {
+        "a long pass": lambda: pixels(engine, "teacher", 6),
+        "a benchmark": lambda: client.post("/v1/benchmarks", json={"model": "student", "n": 2}),
+        "a first look": lambda: engine.store._look(teacher, worker),
+        "tuning": lambda: probe(teacher, 2),
+    }
+    with ThreadPoolExecutor(1) as pool:
+
+        def called(*_: Any) -> None:
+            if not calls:
+                drawn.append(pool.submit(pixels, engine, "student", 1))
+                until(lambda: engine.waiting()["student"])
+            calls.append(worker.turns)
+
+        hook = teacher.networks[0].register_forward_pre_hook(called)
+        if work == "tuning":
+            with Pass(turn=lane.turn):
+                works[work]()
+        else:
+            works[work]()
+        hook.remove()
+        assert calls[1] == calls[0] + 1 and drawn[0].result().shape == (SIDE, SIDE, 3)
+
+
+def test_a_batch_at_work_counts_where_a_device_is_chosen(client: TestClient) -> None:
+    worker = engine_of(client).workers[0]
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.post, GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 1000})
+        until(lambda: engine_of(client).inflight)
+        assert worker.load_s() > 9000 and worker.backlog_s() < 9000  # 1,000 steps of 10 s, but others begin at once
+        error_of(long.result(), 504)
+    until(lambda: engine_of(client).inflight == 0)
+    assert worker.load_s() < 1
 
 
 @pytest.mark.parametrize("step_s", [1e-6, 10.0], ids=["short", "in slices"])

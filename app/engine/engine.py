@@ -244,7 +244,7 @@ class Engine:
     def _least_loaded(self, model: Model) -> tuple[Worker, Model]:
         if len(self.workers) == 1:
             return self.workers[0], model
-        return min(zip(self.workers, model.replicas, strict=True), key=lambda pair: pair[0].backlog_s())
+        return min(zip(self.workers, model.replicas, strict=True), key=lambda pair: pair[0].load_s())
 
     async def _submit(
         self, worker: Worker, tasks: Sequence[tuple[BatchKey, Task]], deadline: float | None

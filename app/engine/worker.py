@@ -71,6 +71,14 @@ class Picture:
     bucket: int  # pictures it was padded to
 
 
+@dataclass(frozen=True)
+class _Long:
+    """Holds a batch that runs in slices: how many pictures, and its predicted end by time.monotonic()."""
+
+    pictures: int
+    ends: float
+
+
 class Worker:
     """Owns a device's thread, its queue, and the predicted costs of its batches."""
 
@@ -83,7 +91,7 @@ class Worker:
         self.thread = threading.Thread(target=self._run, name=f"fewstep-engine-{device}", daemon=True)
         self.turns = 0  # batches drawn
         self._drawing = 0  # pictures in the device's thread
-        self._long: dict[BatchKey, int] = {}  # pictures in threads of their own
+        self._long: dict[BatchKey, _Long] = {}  # batches in threads of their own
         self._threads = ThreadPoolExecutor(LONG_PASSES, "fewstep-pass")
         self._lock = threading.Lock()
         self.broken = False  # the device lost its context: nothing will ever work again in this process
@@ -101,7 +109,7 @@ class Worker:
     @property
     def inflight(self) -> int:
         """Count the pictures that are being drawn."""
-        return self._drawing + sum(list(self._long.values()))
+        return self._drawing + sum(batch.pictures for batch in list(self._long.values()))
 
     @property
     def stuck(self) -> bool:
@@ -112,6 +120,11 @@ class Worker:
     def backlog_s(self) -> float:
         """Predict the seconds until an order that comes now begins."""
         return self.batcher.backlog_s() + self.inflight_s()
+
+    def load_s(self) -> float:
+        """Predict the seconds until all that waits and all that is at work is done."""
+        now = time.monotonic()
+        return self.backlog_s() + sum(max(0.0, batch.ends - now) for batch in list(self._long.values()))
 
     def inflight_s(self) -> float:
         """Predict the seconds that the running pass or slice still takes."""
@@ -172,7 +185,8 @@ class Worker:
             if isinstance(key, Lane):
                 self._run_slice(key, entries[0])
             elif self._takes_long(key, len(entries)):
-                self._long[key] = len(entries)
+                ends = time.monotonic() + self.cost(key).predict(len(entries))
+                self._long[key] = _Long(len(entries), ends)
                 self._threads.submit(self._draw_in_slices, key, entries)
             else:
                 self._drawing = len(entries)
