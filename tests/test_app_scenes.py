@@ -37,6 +37,7 @@ from service import (
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from app.engine.scene_jobs import SceneJob
 from app.engine.scenes import Cancelled, scene_name
 from app.main import create_app
 from app.media.geotiff import ENV, is_scene
@@ -604,6 +605,16 @@ def test_other_requests_are_answered_while_a_scene_is_at_work(client: TestClient
 
 def scratch_of(client: TestClient) -> Path:
     return cast(Path, cast(Any, client.app).state.scenes.scratch)
+
+
+def test_a_running_job_tells_when_there_is_room_for_another(tmp_path: Path) -> None:
+    job = SceneJob("a", tmp_path)
+    assert job.seconds_left == 60  # nobody knows
+    job.started, job.pixels = time.perf_counter() - 10, 100
+    assert job.seconds_left == 60
+    for done, seconds in [(25, 30), (50, 10), (100, 0)]:
+        job.done = done
+        assert job.seconds_left == pytest.approx(seconds, abs=1)
 
 
 def test_one_job_at_a_time_and_a_full_queue_is_503(client: TestClient) -> None:

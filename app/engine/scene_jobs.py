@@ -6,6 +6,7 @@ which runs in the jobs' only thread.
 
 import asyncio
 import logging
+import math
 import secrets
 import shutil
 import threading
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distillers.sar.options import SceneFacts
 
 log = logging.getLogger("fewstep.jobs")
+UNKNOWN = 60.0  # seconds, of a job that has not begun to tell
 OPTICAL, UNCERTAINTY, PREVIEW, SAR = "optical.tif", "uncertainty.tif", "preview.png", "sar.png"
 
 
@@ -71,6 +73,13 @@ class SceneJob:
         return self.done / (time.perf_counter() - self.started) / 1e6
 
     @property
+    def seconds_left(self) -> float:
+        """Predict the seconds until a running job has ended, by its speed until now."""
+        if self.started is None or not self.done:
+            return UNKNOWN
+        return (time.perf_counter() - self.started) * (max(self.pixels, self.done) / self.done - 1)
+
+    @property
     def files(self) -> dict[str, Path]:
         """Return the files that can be fetched, by their public names."""
         if self.status != "done":
@@ -100,7 +109,8 @@ class SceneJobs:
         if len(self._jobs) >= self.settings.max_jobs:
             oldest = next((job for job in self._jobs.values() if job.ended), None)
             if oldest is None:
-                raise overloaded(f"{len(self._jobs)} jobs wait already", 60, "job_queue_full")
+                seconds = next((job.seconds_left for job in self._jobs.values() if job.status == "running"), UNKNOWN)
+                raise overloaded(f"{len(self._jobs)} jobs wait already", max(1, math.ceil(seconds)), "job_queue_full")
             self.forget(oldest)
         id = secrets.token_hex(16)
         job = self._jobs[id] = SceneJob(id, self.scenes.scratch / f"job-{id}")
