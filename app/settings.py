@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     weights: Path = Field(
         default=Path("weights"), description="folder of weights folders; each with a fewstep.json is served"
     )
-    loras: Path | None = Field(
+    loras: DirectoryPath | None = Field(
         default=None, description="folder of LoRAs that requests may lay over text-to-image models, by name"
     )
     device: Annotated[str, AfterValidator(_device)] = Field(

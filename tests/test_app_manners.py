@@ -261,6 +261,7 @@ WRONG = {
     "LOG_LEVEL": "loud",
     "TUNE_SECONDS": "nan",
     "SCRATCH": "/nope",
+    "LORAS": "/nope",
     "ORIGINS": "elsewhere.example",
     "MODEL_ALIASES": "gpt-image-1",
     "MAX_N": "many",
