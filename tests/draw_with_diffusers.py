@@ -1,7 +1,8 @@
 """Draws from weights folders with stock diffusers classes alone: `python draw_with_diffusers.py OUT FOLDER...`.
 
 Writes OUT/<folder>.npz with one array `steps_<k>` (B, H, W, 3) in [0, 1] for each step count: the published ones of a
-student, 1 and 5 of a teacher. Image i has seed i and the class that `labels_of` says; a translator's SAR is a ramp.
+student, 1 and 5 of a teacher. Image i has seed i and the class that `labels_of` says, or the i-th of PROMPTS; a
+translator's SAR is a ramp.
 Importing `distillers` fails.
 """
 
@@ -13,9 +14,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional as F
 
 COUNT = 2
+PROMPTS = ["a cartoon head with teal hair, braids, a toothy smile", "a flat portrait with a beanie, glasses, a frown"]
 
 
 def ramp(channels: int, height: int, width: int) -> torch.Tensor:
@@ -54,10 +57,16 @@ def generators() -> list[torch.Generator]:
 
 def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
     """What the card's own lines do."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    lora = about.get("lora") or {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.parent / lora["base"] if lora else folder)
     pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     options: dict[str, Any] = {"class_labels": labels_of(about)} if about["task"] == "class-to-image" else {}
-    if type(pipeline).__name__ == "DiTPipeline":
+    if about["task"] == "text-to-image":
+        options |= {"prompt": PROMPTS, "guidance_scale": about["guidance_scale"]}
+    elif type(pipeline).__name__ == "DiTPipeline":
         options["guidance_scale"] = 1.0
     else:
         options["batch_size"] = COUNT
@@ -109,10 +118,12 @@ def main() -> None:
     """Every folder, every step count."""
     sys.modules["distillers"] = None  # type: ignore[assignment]  # any import of it is an ImportError from here on
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     out, *folders = map(Path, sys.argv[1:])
     for folder in folders:
         about = json.loads((folder / "fewstep.json").read_text())
-        draw = draw_with_pipeline if (folder / "model_index.json").is_file() else draw_with_parts
+        piped = (folder / "model_index.json").is_file() or about["task"] == "text-to-image"
+        draw = draw_with_pipeline if piped else draw_with_parts
         counts = [int(k) for k in about["step_times"]] or [1, 5]
         drawn: dict[str, Any] = {f"steps_{k}": draw(folder, about, k) for k in counts}
         np.savez(out / f"{folder.name}.npz", **drawn)

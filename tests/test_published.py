@@ -7,12 +7,13 @@ import sys
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from draw_with_diffusers import COUNT, labels_of, ramp
+from draw_with_diffusers import COUNT, PROMPTS, labels_of, ramp
 from processes import run
 from safetensors import safe_open
 
@@ -27,6 +28,10 @@ ROOT = Path(os.environ.get("FEWSTEP_WEIGHTS", Path(__file__).parents[1] / "weigh
 FOLDERS = {name: folder for name, folder in find(ROOT).items() if draws(folder)}
 AUTOENCODERS = {name: folder for name, folder in find(ROOT).items() if name not in FOLDERS}
 LIMITS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["fewstep"]["limits"]
+HARMLESS = (
+    "[transformers] `CLIPImageProcessor` requires torchvision", "[transformers] `SiglipImageProcessor` requires",
+    "No LoRA keys associated to CLIPTextModel",  # an adapter of the network alone
+)  # fmt: skip
 SCRIPT = Path(__file__).parent / "draw_with_diffusers.py"
 
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="weights/ holds no published folder (fewstep distill makes one)")
@@ -54,6 +59,15 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stderr
 
 
+def condition_of(info: Info) -> dict[str, Any]:
+    """What COUNT pictures of a model are to show."""
+    return {
+        "class-to-image": lambda: {"labels": labels_of(asdict(info))},
+        "sar-to-optical": lambda: {"sar": ramp(info.sar_channels, *info.size)},
+        "text-to-image": lambda: {"prompts": PROMPTS},
+    }.get(info.task, dict)()
+
+
 def published(folder: Path) -> list[Path]:
     """The folder's files; training/ is not published."""
     return [path for path in folder.rglob("*") if path.is_file() and "training" not in path.relative_to(folder).parts]
@@ -62,20 +76,18 @@ def published(folder: Path) -> list[Path]:
 @pytest.mark.process
 def test_stock_diffusers_draws_the_same_pictures(folder: Path, stock: tuple[Path, str]) -> None:
     generator = Generator.from_pretrained(folder)
-    info = generator.info
-    labels = labels_of(asdict(info)) if info.labels else None
-    sar = ramp(info.sar_channels, *info.size) if info.sar_channels else None
     drawn = np.load(stock[0] / f"{folder.name}.npz")
     assert drawn.files
     for key in drawn.files:
-        ours = generator.sample(range(COUNT), labels=labels, sar=sar, steps=int(key.removeprefix("steps_")))
+        ours = generator.sample(range(COUNT), steps=int(key.removeprefix("steps_")), **condition_of(generator.info))
         theirs = torch.from_numpy(drawn[key]).permute(0, 3, 1, 2)
         torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)
 
 
 @pytest.mark.process
 def test_stock_diffusers_has_nothing_to_warn_about(stock: tuple[Path, str]) -> None:
-    assert stock[1] == ""
+    said = [line for line in stock[1].splitlines() if not line.startswith(HARMLESS)]
+    assert not said
 
 
 def test_every_weight_is_half_precision_and_listed(whichever: Path) -> None:
@@ -128,9 +140,8 @@ def test_the_manifest_makes_sense(folder: Path) -> None:
 def test_it_draws_at_its_default_steps(folder: Path) -> None:
     generator = Generator.from_pretrained(folder)
     info = generator.info
-    labels = [0, len(info.labels) - 1] if info.labels else None
-    sar = ramp(info.sar_channels, *info.size) if info.sar_channels else None
-    pictures = generator.sample([0, 1], labels=labels, sar=sar)
+    told = {"labels": [0, len(info.labels) - 1]} if info.labels else condition_of(info)
+    pictures = generator.sample([0, 1], **told)
     assert pictures.shape == (2, 3, *info.size) and bool(torch.isfinite(pictures).all())
     assert pictures.std() > 0.02 and not torch.equal(pictures[0], pictures[1])
     assert float((pictures.abs() == 1).float().mean()) < 0.9  # not saturated
@@ -159,7 +170,7 @@ def test_the_card_shows_the_picture_and_the_report(whichever: Path) -> None:
 
 def test_no_path_of_the_training_machine_is_published(whichever: Path) -> None:
     for path in published(whichever):
-        if path.suffix in (".json", ".md", ".toml"):
+        if path.suffix in (".json", ".md", ".toml") and path.parent.name != "tokenizer":
             assert not re.search(r'"(/|[A-Z]:\\)|/(home|root|Users|tmp)/', path.read_text()), path
 
 

@@ -21,7 +21,7 @@ from distillers.data import Part
 from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
-from distillers.evaluation.candidate import accumulate, candidates_of, measure_diversity, measure_latency
+from distillers.evaluation.candidate import VARIED, accumulate, candidates_of, measure_diversity, measure_latency
 from distillers.evaluation.latency import device_of
 from distillers.evaluation.metrics import mean
 from distillers.evaluation.options import MEANS, EvaluationOptions
@@ -232,7 +232,8 @@ def _notes(
         notes.append(
             f"Follows its prompt: {options.judge.describe()} finds everything that the prompt names; unseen pairs: it "
             "names two things that no training caption names together. Diversity: the distance of one prompt's "
-            f"pictures in the feature space, {options.seeds_per_prompt} seeds each, as a share of different prompts'."
+            f"pictures in the feature space, {options.seeds_per_prompt} seeds each of {min(n, VARIED)} prompts, as a "
+            "share of different prompts'."
         )
     if n_reference < n:
         notes.append(f"The split has {n_reference} items: conditions repeat, with other seeds.")

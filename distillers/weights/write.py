@@ -279,6 +279,8 @@ def _scheduler(denoiser: Denoiser | Routed, info: Info) -> Any:
         config |= {"timestep_spacing": "leading", "steps_offset": int(offset)}
     else:
         config["timestep_spacing"] = "trailing"
+        if info.task == "text-to-image":
+            config["steps_offset"] = 1  # not used by these times, but stock Stable Diffusion warns of any other
     return diffusers.DDIMScheduler(**config, set_alpha_to_one=True)
 
 
