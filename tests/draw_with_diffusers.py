@@ -57,10 +57,10 @@ def generators() -> list[torch.Generator]:
 
 def draw_with_pipeline(folder: Path, about: dict, steps: int) -> np.ndarray:
     """What the card's own lines do."""
-    lora = about.get("lora") or {}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.parent / lora["base"] if lora else folder)
+    base = (about.get("lora") or {}).get("base")  # of an adapter alone
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.parent / base if base else folder)
     pipeline.set_progress_bar_config(disable=True)
-    if lora:
+    if base:
         pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     options: dict[str, Any] = {"class_labels": labels_of(about)} if about["task"] == "class-to-image" else {}

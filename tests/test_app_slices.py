@@ -70,7 +70,7 @@ def pixels(engine: Engine, name: str, steps: int, strict: bool = False) -> Any:
 def test_a_long_pass_lets_others_pass_and_draws_what_it_draws_alone(client: TestClient) -> None:
     """Three passes of one network side by side, two of the teacher's, one of them strict, and many of the student's."""
     engine = engine_of(client)
-    asked = [(60, False), (61, True)]
+    asked = [(400, False), (401, True)]
     alone = [pixels(engine, "teacher", *one) for one in asked]
     with ThreadPoolExecutor(2) as pool:
         long = [pool.submit(pixels, engine, "teacher", *one) for one in asked]
@@ -140,7 +140,7 @@ def test_a_deadline_counts_the_pass_and_ends_it_between_two_steps(client: TestCl
 
 def test_who_waits_for_a_long_pass_hears_of_his_deadline_in_time(client: TestClient) -> None:
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(client.post, GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 5000})
+        long = pool.submit(client.post, GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 1000})
         until(lambda: engine_of(client).inflight)
         waiting = client.post(GENERATE, json={"model": "teacher", "steps": FOR_EVER, "timeout_ms": 50})
         assert error_of(waiting, 504) and not long.done()

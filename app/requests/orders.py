@@ -95,12 +95,12 @@ async def make_plan(
         model = await in_time(engine.open_for(body.model, fits), deadline)
         steps = model.check_steps(body.steps)
     else:
-        named = body.model is not None
-        candidates = (
-            [await in_time(engine.open_for(body.model, fits), deadline)]
-            if named
-            else [*filter(fits, engine.models.values())]
-        )
+        if body.model is not None:
+            candidates = [await in_time(engine.open_for(body.model, fits), deadline)]
+        else:
+            every = [*filter(fits, engine.models.values())]
+            # who knows the prompt as one of its classes, before those who draw any text
+            candidates = [model for model in every if model.info.task != "text-to-image"] or every
         if not candidates:
             raise BadInput("model", None, "a model that draws this; see /v1/models")
         choice = budget.choose(engine, candidates, body.latency_budget_ms, n)

@@ -257,7 +257,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value: dict[str, Any] = load_json(path)
+        value: dict[str, Any] = load_json(path, infinite=True)
     except (OSError, ValueError) as error:
         raise BadInput(str(path), str(error), "valid JSON") from None
     if not isinstance(value, dict):
@@ -265,8 +265,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, infinite: bool = False) -> Any:
     """Read a JSON file, whoever has written it.
+
+    Args:
+        infinite: whether numbers may be infinite, as bounds in configurations of stock schedulers are.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -279,7 +282,7 @@ def load_json(path: Path) -> Any:
     if len(text) > LARGEST_JSON:
         raise ValueError(f"more than {LARGEST_JSON} bytes")
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_float=_finite, parse_constant=_bound if infinite else _finite)
     except RecursionError:
         raise ValueError(f"more than {DEEPEST_JSON} levels deep") from None
     level, depth = [value], 0
@@ -288,6 +291,10 @@ def load_json(path: Path) -> Any:
         if depth > DEEPEST_JSON:
             raise ValueError(f"more than {DEEPEST_JSON} levels deep")
     return value
+
+
+def _bound(text: str) -> float:
+    return float(text) if text.endswith("Infinity") else _finite(text)
 
 
 def _finite(text: str) -> float:
