@@ -9,17 +9,16 @@ them, and replaces one whose device hangs.
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field
 from ray import serve
 from ray.serve import Application
 
 from app.engine.engine import Engine
 from app.main import create_app
-from app.settings import Settings
+from app.settings import read_settings
 
 
 class Args(BaseModel):
@@ -27,11 +26,11 @@ class Args(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    weights: Path = Field(default=Path("weights"), description="the weights folder, on every node")
+    weights: DirectoryPath | None = Field(default=None, description="the weights folder; absent: FEWSTEP_WEIGHTS")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: a GPU for each replica")
     cpus: float = Field(default=2, gt=0, description="cores of a replica, as Ray counts them")
     min_replicas: int = Field(default=1, ge=1)
-    max_replicas: int = Field(default=1, ge=1, description="above min_replicas: as many as the waiting requests need")
+    max_replicas: int | None = Field(default=None, description="so many, as requests need them; absent: min_replicas")
     target_requests: float = Field(default=16, gt=0, description="requests at once that a replica is meant to have")
 
 
@@ -43,8 +42,10 @@ def application(args: Args) -> Application:
 
     Raises:
         pydantic.ValidationError: an argument is unknown or out of range.
+        BadInput: a setting is.
     """
-    settings = Settings(weights=args.weights.resolve(), device=args.device)
+    settings = read_settings(device=args.device)
+    settings = settings.model_copy(update={"weights": (args.weights or settings.weights).resolve()})
 
     def build() -> FastAPI:
         return create_app(settings)
@@ -54,7 +55,7 @@ def application(args: Args) -> Application:
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": int(args.device == "cuda")},
         autoscaling_config={
             "min_replicas": args.min_replicas,
-            "max_replicas": max(args.min_replicas, args.max_replicas),
+            "max_replicas": args.max_replicas or args.min_replicas,
             "target_ongoing_requests": args.target_requests,
         },
         max_ongoing_requests=settings.queue_limit,  # beyond it the server itself refuses, with the time to come back

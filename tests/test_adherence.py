@@ -20,6 +20,7 @@ from distillers.cli import app
 from distillers.data.captioned import CaptionedFolder
 from distillers.data.shapes import CaptionedShapes
 from distillers.errors import BadInput
+from distillers.evaluation import candidate
 from distillers.evaluation.adherence import AttributeJudge, ShapesJudge, Verdict, diversity, load_judge
 from distillers.evaluation.attributes import (
     ROLES,
@@ -539,6 +540,19 @@ def measure(root: Path, name: str, judge: str, seeds: int = 3) -> Report:
     )
     generator = Generator.from_pretrained(root / name)
     return evaluate(generator, test, Means(), options, train=learnt)  # type: ignore[arg-type]
+
+
+def test_diversity_is_of_the_first_prompts_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = measure(models, "student", "judge", seeds=2).rows[1].diversity
+    monkeypatch.setattr(candidate, "VARIED", 4)
+    report = measure(models, "student", "judge", seeds=2)
+    generator = Generator.from_pretrained(models / "student")
+    prompts = CaptionedFolder(models / "data", split="test", size=SIDE).texts[:4]
+    drawn = [
+        generator.sample(range(k, k + 4), prompts=prompts, steps=1) for k in (0, 12)
+    ]  # seed k of prompt i: i + k n
+    assert report.rows[1].diversity == pytest.approx(diversity(drawn, Means()), rel=1e-4)
+    assert report.rows[1].diversity != pytest.approx(every, rel=1e-4)
 
 
 def test_a_report_says_how_often_prompts_are_followed(models: Path) -> None:

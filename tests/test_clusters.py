@@ -1,17 +1,25 @@
 """The service and trainings on Kubernetes and Ray: manifests that its schemas take, and replicas that answer."""
 
+import base64
+import io
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
+from pydantic import ValidationError
 from service import PATIENT, publish
 
+from app.on_ray import Args
 from app.settings import Settings
 from distillers.cli import app
 from distillers.generator import Generator
@@ -122,14 +130,6 @@ print(json.dumps([answers, ready, {str(getattr(k, "value", k)): n for k, n in re
 @pytest.mark.process
 def test_replicas_on_ray_draw_what_the_library_draws(tmp_path: Path) -> None:
     """Ray is started, with two replicas of the whole service behind its proxy."""
-    import base64
-    import io
-    import json
-    import socket
-
-    import numpy as np
-    from PIL import Image
-
     publish(tmp_path, "student", "class-to-image", teacher="t", labels=["a", "b"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -149,11 +149,6 @@ def test_replicas_on_ray_draw_what_the_library_draws(tmp_path: Path) -> None:
 
 
 def test_what_a_replica_cannot_be_told_is_refused() -> None:
-    pytest.importorskip("ray")
-    from pydantic import ValidationError
-
-    from app.on_ray import Args
-
-    for wrong in ({"wieghts": "w"}, {"device": "mps"}, {"cpus": 0}, {"min_replicas": 0}):
+    for wrong in ({"wieghts": "w"}, {"device": "mps"}, {"cpus": 0}, {"min_replicas": 0}, {"weights": "nowhere"}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             Args(**wrong)

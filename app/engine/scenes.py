@@ -183,9 +183,14 @@ class Scenes:
 
 
 def _hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives, and return the descriptor; None where another process has it."""
-    import fcntl
+    """Lock a folder for as long as this process lives, and return the descriptor; None where another process has it.
 
+    Also None where the system has no such locks (Windows): then no folder counts as abandoned.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

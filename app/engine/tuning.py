@@ -69,7 +69,7 @@ def _measure(
     """Compare every backend's pictures with the reference's, time those that agree, and install the fastest."""
     reference = {n: probe(model, n) for n in {model.fewest_steps, model.default_steps}}
     best: tuple[float, Backend, list[Prepare], Prepared] | None = None
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0  # Windows tells none
     profile = Profile(steps=model.fewest_steps, date=time.strftime("%Y-%m-%d"), load=round(load, 2))
     until = math.inf
     for backend in candidates(model.device, seconds >= SLOW_FROM):

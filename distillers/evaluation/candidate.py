@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from distillers.evaluation.features import Features
     from distillers.generator import Generator
 
-VARIED = 50  # prompts of which several pictures are drawn: with every one a guided teacher would draw for an hour
+VARIED = 50  # prompts of which several pictures are drawn; of all of them they would be most of an evaluation's time
 LEAST_OF_CLASS = 8  # pictures; fewer have no distance of their own
 
 
