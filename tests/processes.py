@@ -143,7 +143,9 @@ def tend(address: str) -> list[str]:
 
 
 def become(arguments: list[str]) -> None:
-    """Run what `python ARGUMENTS` runs."""
+    """Run what `python ARGUMENTS` runs, as from a terminal: tests that nohup runs ignore its end."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     kind, name, sys.argv = arguments[0], arguments[1] if len(arguments) > 1 else "", arguments[1:]
     sys.path[0] = os.getcwd()
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]

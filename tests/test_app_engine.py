@@ -241,7 +241,7 @@ def test_the_server_tunes_beside_its_work_and_draws_the_same_before_and_after(we
         before = [draw(engine, "student", Order(seed, 1))[0].pixels for seed in range(3)]
         loaded = draw(engine, "student", *(Order(seed, 1) for seed in range(6)), strict=True)
         assert {drawn.batch for drawn in loaded} == {1}
-        until(lambda: engine.named("student").profile)
+        until(lambda: engine.named("student").profile and not engine.named("student").tuning)
         after = [draw(engine, "student", Order(seed, 1))[0].pixels for seed in range(3)]
         assert levels(before, after) <= 2
         together = draw(engine, "student", *(Order(seed, 1) for seed in range(3)))
